@@ -1,0 +1,267 @@
+"""The real commands from scenes to scores: what a user gets."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import KIT, TINY, run, succeed
+from PIL import Image
+
+import utils
+from utils import Config
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_training_learns_and_writes_what_it_promises(trained):
+    assert read_json(trained / "metrics.json")["image"]["all"]["MaxF"] > 88
+    written = {path.name for path in trained.iterdir()}
+    assert written == {
+        "model.pt",
+        "last.ckpt",
+        "config.json",
+        "metrics.csv",
+        "metrics.json",
+        "curves.png",
+        "validation.jpg",
+    }
+    rows = pd.read_csv(trained / "metrics.csv")
+    assert rows.epoch.tolist() == list(range(1, 17))
+    assert rows.train_loss.iloc[-1] < 0.5 * rows.train_loss.iloc[0]
+    assert rows.lr.iloc[-1] == pytest.approx(0.01 * Config.lr, rel=0.01), "the schedule ends at its floor"
+    assert {"val_loss", "MaxF"} <= set(rows)
+    for picture in ("curves.png", "validation.jpg"):
+        assert np.asarray(Image.open(trained / picture)).std() > 20
+    assert read_json(trained / "config.json")["encoder"] == "resnet18"
+
+
+def test_model_file_holds_plain_types_alone(trained):
+    import torch
+
+    content = torch.load(trained / "model.pt", weights_only=True)
+    assert set(content) == {"format", "config", "state_dict", "threshold", "metrics"}
+    assert content["metrics"] == read_json(trained / "metrics.json")["image"]
+
+
+@pytest.fixture(scope="session")
+def validation_folder(trained, roads, tmp_path_factory):
+    """The validation pictures of `trained` with their truths, as a KITTI folder of their own."""
+    samples = utils.find_samples(str(roads), training=True)
+    samples = samples[utils.assign_folds(samples, Config.folds, Config.seed) == Config.fold]
+    root = tmp_path_factory.mktemp("validation")
+    for column, folder in (("image", "image_2"), ("mask", "gt_image_2")):
+        (root / folder).mkdir()
+        for path in samples[column]:
+            shutil.copy(path, root / folder)
+    return root
+
+
+def test_inference_scores_what_training_scored(trained, validation_folder, tmp_path):
+    printed = succeed("infer.py", "--model", trained, "--data", validation_folder, "--out", tmp_path)
+    assert read_json(tmp_path / "metrics.json") == read_json(trained / "metrics.json")
+    assert "a second" in printed
+
+
+def test_scores_are_those_of_the_files(trained, validation_folder, tmp_path):
+    """IoU from the written masks and MaxF from the written probabilities, counted again from the files."""
+    succeed("infer.py", "--model", trained, "--data", validation_folder, "--out", tmp_path, "--save_probs", "true")
+    metrics = read_json(tmp_path / "metrics.json")
+    probability, mask, road, valid = [], [], [], []
+    for row in utils.find_samples(str(validation_folder)).itertuples():
+        name = os.path.basename(row.image)
+        coded = np.asarray(Image.open(row.mask).convert("RGB"))
+        probability.append(np.asarray(Image.open(tmp_path / "probs" / name)).ravel())
+        mask.append(np.asarray(Image.open(tmp_path / "masks" / name)).ravel())
+        road.append((coded[..., 2] > 0).ravel())
+        valid.append((coded[..., 0] > 0).ravel())
+    valid = np.concatenate(valid)
+    probability, mask, road = (np.concatenate(parts)[valid] for parts in (probability, mask, road))
+    assert set(np.unique(mask)) == {0, 255}
+    assert ((mask > 0) == (probability / 255 >= metrics["threshold"])).all()
+    iou = 100 * ((mask > 0) & road).sum() / ((mask > 0) | road).sum()
+    assert metrics["image"]["all"]["IoU"] == pytest.approx(iou, abs=1e-3)
+    cuts = [probability >= level for level in range(256)]
+    f1 = [200 * (cut & road).sum() / (cut.sum() + road.sum()) for cut in cuts]
+    assert metrics["image"]["all"]["MaxF"] == pytest.approx(max(f1), abs=1e-3)
+
+
+def test_new_defaults_change_no_prediction(trained, roads, tmp_path):
+    """model.pt carries all that inference needs; utils.py's defaults may have moved on."""
+    changed = (KIT / "utils.py").read_text()
+    for old, new in (('encoder: str = "resnet34"', 'encoder: str = "resnet50"'), ("height: int = 0", "height: int = 96"),
+                     ("mean: tuple[float, ...] = ()", "mean: tuple[float, ...] = (0.1, 0.2, 0.3)"),
+                     ('arch: str = "Unet"', 'arch: str = "FPN"'), ("tta: bool = True", "tta: bool = False"),
+                     ('target: Literal["road", "lane"] = "road"', 'target: Literal["road", "lane"] = "lane"')):  # fmt: skip
+        assert old in changed
+        changed = changed.replace(old, new)
+    (tmp_path / "utils.py").write_text(changed)
+    shutil.copy(KIT / "infer.py", tmp_path)
+    for kit, out in ((KIT, "before"), (tmp_path, "after")):
+        succeed("infer.py", "--model", trained, "--data", roads / "testing", "--out", tmp_path / out, kit=kit)
+    before, after = (
+        {p.name: p.read_bytes() for p in (tmp_path / out / "masks").iterdir()} for out in ("before", "after")
+    )
+    assert len(before) == 3
+    assert before == after
+
+
+def test_pictures_without_truth_and_of_any_kind(trained, roads, tmp_path):
+    """A folder of odd sizes, grey, alpha and JPEG: a mask at each picture's own size, no scores."""
+    source = Image.open(next((roads / "testing" / "image_2").iterdir()))
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    source.resize((333, 101)).save(data / "odd.jpg")
+    source.resize((100, 300)).convert("L").save(data / "grey.png")
+    source.resize((50, 20)).convert("RGBA").save(data / "alpha.png")
+    succeed("infer.py", "--model", trained, "--data", data, "--out", out)
+    sizes = {path.stem: Image.open(path).size for path in (out / "masks").iterdir()}
+    assert sizes == {"odd": (333, 101), "grey": (100, 300), "alpha": (50, 20)}
+    assert {path.name for path in (out / "comparisons").iterdir()} == {"odd.jpg", "grey.jpg", "alpha.jpg"}
+    assert not (out / "metrics.json").exists()
+
+
+def test_one_picture_and_a_threshold(trained, roads, tmp_path):
+    picture = sorted((roads / "testing" / "image_2").iterdir())[0]
+    share = {}
+    for threshold in ("0", "0.5", "1"):
+        flags = ("--threshold", threshold, "--comparisons", "false")
+        succeed("infer.py", "--model", trained / "model.pt", "--data", picture, "--out", tmp_path / threshold, *flags)
+        share[threshold] = np.asarray(Image.open(tmp_path / threshold / "masks" / picture.name)).mean() / 255
+        assert {path.name for path in (tmp_path / threshold).iterdir()} == {"masks"}
+    assert share["0"] == 1
+    assert 0.05 < share["0.5"] < 0.5
+    assert share["1"] < share["0.5"]
+
+
+def test_several_models_are_averaged(trained, roads, tmp_path):
+    data = roads / "testing"
+    other = tmp_path / "other"
+    succeed("train.py", "--data", roads, "--out", other, "--epochs", 1, "--arch", "FPN", "--encoder", "mobilenet_v2",
+            "--encoder_weights", "none", "--height", 96, "--width", 128)  # fmt: skip
+    for name, models in (("a", [trained]), ("b", [other]), ("both", [trained / "model.pt", other])):
+        succeed("infer.py", "--model", *models, "--data", data, "--out", tmp_path / name, "--save_probs", "true")
+    for path in (tmp_path / "both" / "probs").iterdir():
+        a, b, both = (
+            np.asarray(Image.open(tmp_path / n / "probs" / path.name)).astype(int) for n in ("a", "b", "both")
+        )
+        assert np.abs(both - (a + b) / 2).max() <= 1
+
+
+def test_killed_training_goes_on_where_it_was(roads, tmp_path):
+    flags = ("--data", roads, "--out", tmp_path, "--epochs", 6, *TINY)
+    process = subprocess.Popen([sys.executable, str(KIT / "train.py"), *map(str, flags)], start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    until = time.monotonic() + 300
+    while not (tmp_path / "last.ckpt").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "last.ckpt").exists()
+    utils.load_model(tmp_path / "model.pt", "cpu")
+    succeed("train.py", *flags)
+    rows = pd.read_csv(tmp_path / "metrics.csv")
+    assert rows.epoch.tolist() == [1, 2, 3, 4, 5, 6]
+    assert rows.seconds.is_monotonic_increasing
+    assert rows.lr.iloc[-1] == pytest.approx(0.01 * Config.lr, rel=0.01)
+    assert "finished" in succeed("train.py", *flags)
+    assert pd.read_csv(tmp_path / "metrics.csv").equals(rows)
+    refused = run("train.py", *flags, "--lr", "0.01")
+    assert refused.returncode == 2
+    assert "--lr" in refused.stderr
+    assert "--resume none" in refused.stderr
+
+
+def test_max_minutes_fits_the_schedule_to_the_time(roads, tmp_path):
+    succeed("train.py", "--data", roads, "--out", tmp_path, "--max_minutes", 0.5, "--lr", "auto", *TINY)
+    rows = pd.read_csv(tmp_path / "metrics.csv")
+    assert rows.seconds.iloc[-1] <= 30
+    assert len(rows) > 1
+    assert rows.lr.iloc[-1] < 0.05 * rows.lr.max()
+    assert (tmp_path / "model.pt").exists()
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_lr_finder_ends_and_says_what_it_chose(roads, tmp_path):
+    printed = succeed("train.py", "--data", roads, "--out", tmp_path, "--epochs", 1, "--lr", "auto", *TINY)
+    found = re.search(r"--lr auto: chose (\S+) after (\d+) steps", printed)
+    assert int(found[2]) < 60
+    assert 1e-6 < float(found[1]) < 0.1
+    last = pd.read_csv(tmp_path / "metrics.csv").lr.iloc[-1]
+    assert last == pytest.approx(0.01 * float(found[1]), rel=0.01)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pt", ".ckpt", ".json", ".csv", ".png", ".jpg"}
+
+
+def test_lane_model(roads, tmp_path):
+    succeed("train.py", "--data", roads, "--out", tmp_path, "--epochs", 1, "--target", "lane", *TINY)
+    assert set(read_json(tmp_path / "metrics.json")["image"]) == {"all", "um_lane"}
+
+
+def encoder_file(folder, name="weights.safetensors", **extra):
+    """Random weights of a resnet18 encoder, as smp's Hub stores them."""
+    import segmentation_models_pytorch as smp
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(7)
+    state = smp.encoders.get_encoder("resnet18", weights=None).state_dict() | extra
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(state, str(folder / name))
+    return folder / name, state
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_encoder_weights_from_a_file(tmp_path, name):
+    import torch
+
+    path, state = encoder_file(tmp_path, name, **{"fc.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)})
+    model = utils.build_model(Config(encoder="resnet18"), str(path))
+    assert all(torch.equal(value, state[key]) for key, value in model.encoder.state_dict().items())
+
+
+def test_imagenet_weights_from_the_hub_cache_without_a_network(roads, tmp_path):
+    """The real loading path: smp asks the Hub's library, which finds a cache folder such as one attached on Kaggle."""
+    import segmentation_models_pytorch as smp
+
+    settings = smp.encoders.encoders["resnet18"]["pretrained_settings"]["imagenet"]
+    cache = tmp_path / "hub" / f"models--{settings['repo_id'].replace('/', '--')}" / "snapshots" / settings["revision"]
+    cache.mkdir(parents=True)
+    _, state = encoder_file(cache, "model.safetensors")
+    (cache / "config.json").write_text(json.dumps({"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}))
+    flags = (
+        "--data",
+        roads,
+        "--out",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        *TINY,
+        "--encoder_weights",
+        "imagenet",
+        "--lr",
+        1e-9,
+    )
+    succeed("train.py", *flags, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    trained = utils.load_model(tmp_path / "out" / "model.pt", "cpu")
+    assert trained.cfg.mean == (0.4, 0.5, 0.6)
+    kept = trained.model.encoder.state_dict()["layer1.0.conv1.weight"]
+    assert math.isclose(float((kept - state["layer1.0.conv1.weight"]).abs().max()), 0, abs_tol=1e-6)
+
+
+def test_without_weights_nothing_is_done(roads, tmp_path):
+    done = run("train.py", "--data", roads, "--out", tmp_path / "out", env={"HF_HUB_CACHE": str(tmp_path / "none")})
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    for way in ("internet", "--encoder_weights FILE", "--encoder_weights none"):
+        assert way in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,412 @@
+"""Train a road segmentation model on picture and mask pairs.
+
+    python train.py --data ../input/kittiroadsegmentation --out out
+    python train.py --data my_pairs --epochs 20 --encoder resnet50 --batch_size 4
+    python train.py --data my_pairs --max_minutes 60        # the learning-rate schedule fits the hour
+    python train.py --data my_pairs --out out               # again: goes on where out/ was interrupted
+
+Writes model.pt (best weights), last.ckpt, config.json, metrics.csv, metrics.json, curves.png and validation.jpg
+under --out. What to change first: `Config` in utils.py (or its flags), then `augmentation` and `loss` below.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from utils import Config, complain, parse
+
+STARTED = time.monotonic()
+if __name__ == "__main__":  # before the heavy imports: --help and a mistyped flag answer at once
+    sys.excepthook = complain
+    CONFIG = parse(Config, __doc__)
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network
+
+import albumentations as A
+import cv2
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, get_worker_info
+
+import utils
+from infer import predict
+from utils import IGNORE, RoadDataset, Scoreboard, UserError
+
+# =====================================================================================================================
+#  DATA: augmentation and loaders
+# =====================================================================================================================
+
+
+def augmentation(cfg: Config) -> A.Compose:
+    """Random changes that leave a road a road: mirrored, shifted, scaled, lit otherwise; never upside down."""
+    k = cfg.augment
+    steps = [
+        A.HorizontalFlip(p=0.5),
+        A.Affine(scale=(1 - 0.2 * k / (1 + 0.2 * k), 1 + 0.2 * k), translate_percent=(-0.08 * k, 0.08 * k),
+                 rotate=(-3 * k, 3 * k), shear=(-4 * k, 4 * k), balanced_scale=True, p=0.7,
+                 interpolation=cv2.INTER_LINEAR, mask_interpolation=cv2.INTER_NEAREST,
+                 border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=IGNORE),
+        A.RandomBrightnessContrast(0.25 * k, 0.25 * k, p=0.6),
+        A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4),
+        A.RandomShadow(shadow_roi=(0, 0.4, 1, 1), p=0.2),
+    ]  # fmt: skip
+    return A.Compose(steps if k else [], seed=cfg.seed)
+
+
+def seed_worker(_: int) -> None:
+    """Give each worker random changes of its own; without this all of them draw the same (albumentations 2.0.8)."""
+    worker = get_worker_info()
+    worker.dataset.augment.set_random_seed(worker.seed % 2**32)
+
+
+def loaders(samples: pd.DataFrame, pairs: list | None, cfg: Config) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader."""
+    chosen = {part: np.flatnonzero((samples.fold == cfg.fold) == part) for part in (False, True)}
+    train, valid = (samples.iloc[chosen[part]] for part in (False, True))
+    kept = pairs and [pairs[index] for index in chosen[False]]
+    workers = cfg.workers if cfg.workers >= 0 else min(4, os.cpu_count() or 1)
+    batch = min(cfg.batch_size, len(train))
+    usual = {"batch_size": batch, "num_workers": workers, "persistent_workers": workers > 0,
+             "pin_memory": torch.cuda.is_available()}  # fmt: skip
+    return (
+        DataLoader(RoadDataset(train, kept, cfg, augmentation(cfg)), shuffle=True, drop_last=True,
+                   worker_init_fn=seed_worker, generator=torch.Generator().manual_seed(cfg.seed), **usual),
+        DataLoader(RoadDataset(valid, None, cfg), collate_fn=utils.collate, **usual),
+    )  # fmt: skip
+
+
+# =====================================================================================================================
+#  MODEL: loss, optimiser, what an epoch measures
+# =====================================================================================================================
+
+
+def loss(logits: torch.Tensor, mask: torch.Tensor, dice: float) -> torch.Tensor:
+    """BCE + dice x Dice over the valid pixels alone.
+
+    `logits` (N, 1, H, W), `mask` (N, 1, H, W) float32 of 0, 1 and 255 (not valid). Returns a float32 scalar; Dice
+    (Milletari et al., 3DV 2016) is taken over the whole batch, so that a picture without road does no harm.
+    """
+    logits, valid = logits.float(), (mask != IGNORE).float()  # float32: Dice overflows in 16 bits
+    truth = mask * valid
+    bce = (F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * valid).sum() / valid.sum().clamp(min=1)
+    p = logits.sigmoid() * valid
+    return bce + dice * (1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1))
+
+
+class RoadModel(pl.LightningModule):
+    """The network, its moving average (which is validated and kept), AdamW."""
+
+    def __init__(self, cfg: Config, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.cfg, self.lr = cfg, cfg.lr if cfg.lr != "auto" else 1e-3  # `lr` is where Lightning's finder looks
+        self.network = network.to(memory_format=torch.channels_last)  # up to five times faster, on a CPU too
+        average = get_ema_multi_avg_fn(cfg.ema)
+        self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+        self.scoreboard = Scoreboard()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.cfg.weight_decay)
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        value = loss(self.network(batch["image"].to(memory_format=torch.channels_last)), batch["mask"], self.cfg.dice)
+        self.log("train_loss", value, on_step=False, on_epoch=True, batch_size=len(batch["image"]), prog_bar=True)
+        return value
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.average.update_parameters(self.network)
+
+    def on_validation_epoch_start(self) -> None:
+        self.scoreboard = Scoreboard()
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        logits = self.average(batch["image"].to(memory_format=torch.channels_last))
+        value = loss(logits, batch["mask"], self.cfg.dice)
+        self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
+        for probability, truth in zip(logits.float().sigmoid()[:, 0].cpu().numpy(), batch["truth"], strict=True):
+            restored = utils.to_8bit(utils.restore(probability, truth.shape, self.cfg))
+            self.scoreboard.add("", utils.pixel_counts(restored, truth))
+
+    def on_validation_epoch_end(self) -> None:
+        score = self.scoreboard.report()["all"]
+        for name in ("MaxF", "AP", "IoU50"):
+            self.log(name, score[name], prog_bar=name == "MaxF", rank_zero_only=True)
+
+
+# =====================================================================================================================
+#  TRAINER: the clock, the schedule, what is kept
+# =====================================================================================================================
+
+
+def schedule(progress: float) -> float:
+    """The learning rate's factor at 0..1 of the training: a short warm-up, then a cosine down to 1 %."""
+    return min(1.0, 0.1 + progress / 0.05) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1))) / 2)
+
+
+class Keeper(pl.Callback):
+    """Sets the learning rate by the clock, stops in time, keeps model.pt, last.ckpt and metrics.csv whole on disk."""
+
+    def __init__(self, cfg: Config, identity: str, started: float) -> None:
+        self.cfg, self.out, self.identity = cfg, Path(cfg.out), identity
+        self.started, self.earlier = started, 0.0  # monotonic seconds; seconds of the resumed parts
+        self.best, self.rows = -1.0, []
+        self.saved = self.reserve = 0.0  # seconds: when last.ckpt was written; what the end of the run will take
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "rows": self.rows, "seconds": self.seconds(), "reserve": self.reserve,
+                "identity": self.identity}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.rows = state["best"], state["rows"]
+        self.earlier, self.reserve = state["seconds"], state["reserve"]
+
+    def finished(self) -> bool:
+        """Whether the resumed run has used up the epochs or the minutes that are set now."""
+        epochs = self.rows[-1]["epoch"] if self.rows else 0
+        in_time = 60 * self.cfg.max_minutes - self.reserve > self.earlier or not self.cfg.max_minutes
+        return not in_time or 0 < self.cfg.epochs <= epochs
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.started
+
+    def progress(self, trainer: pl.Trainer) -> float:
+        """0 at the start, 1 at the last step that epochs or minutes allow."""
+        last_step = self.cfg.epochs * trainer.num_training_batches - 1
+        by_steps = trainer.global_step / max(1, last_step) if self.cfg.epochs else 0.0
+        by_time = self.seconds() / max(60 * self.cfg.max_minutes - self.reserve, 1e-9) if self.cfg.max_minutes else 0.0
+        return max(by_steps, by_time)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, *_: Any) -> None:
+        progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
+        trainer.optimizers[0].param_groups[0]["lr"] = module.lr * schedule(progress)
+        trainer.should_stop = self.cfg.max_minutes > 0 and progress >= 1  # this step is the last
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.validation_started = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
+        # still to come at the end: a step, this validation, the final one with mirrored pictures, pictures, export
+        self.reserve = 5 + 4 * (time.monotonic() - self.validation_started)
+        score = module.scoreboard.report()["all"]
+        if score["MaxF"] > self.best and trainer.is_global_zero:
+            self.best = score["MaxF"]
+            utils.save_model(self.out / "model.pt", module.average.module, self.cfg, score["threshold"], {})
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
+        measured = {name: float(trainer.callback_metrics[name])
+                    for name in ("train_loss", "val_loss", "MaxF", "AP", "IoU50")}  # fmt: skip
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.rows.append(
+            {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds(), 1), "lr": rate} | measured
+        )
+        if trainer.is_global_zero:
+            utils.write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
+        last = trainer.should_stop or trainer.current_epoch + 1 == self.cfg.epochs
+        if trainer.strategy.broadcast(last or time.monotonic() - self.saved > 60):  # some 400 MB: not every few seconds
+            trainer.save_checkpoint(self.out / ".last.ckpt.part")
+            if trainer.is_global_zero:
+                os.replace(self.out / ".last.ckpt.part", self.out / "last.ckpt")
+            self.saved = time.monotonic()
+
+
+def quiet_trainer(cfg: Config, **options: Any) -> pl.Trainer:
+    """A Trainer that leaves writing and logging to the Keeper."""
+    return pl.Trainer(accelerator="auto", devices=cfg.devices, precision=utils.precision(cfg, utils.best_device()),
+                      logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+                      **options)  # fmt: skip
+
+
+def find_lr(cfg: Config, model: RoadModel, loader: DataLoader) -> float:
+    """Lightning's learning-rate finder, in a Trainer of its own: 50 steps, however short an epoch, no validation."""
+    from pytorch_lightning.tuner import Tuner
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = quiet_trainer(cfg, max_epochs=-1, limit_val_batches=0, default_root_dir=folder)
+        found = Tuner(trainer).lr_find(model, loader, num_training=50, min_lr=1e-6, max_lr=0.1, update_attr=False)
+    lr = found.suggestion()
+    if lr is None:
+        raise UserError("--lr auto: the finder found no learning rate, the loss left the numbers; give --lr 1e-3")
+    print(f"--lr auto: chose {lr:.2e} after {len(found.results['lr'])} steps")
+    return lr
+
+
+# =====================================================================================================================
+#  RUN: from settings to files
+# =====================================================================================================================
+
+PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 96 * 320}  # of a picture; a CPU gains more from more epochs
+FREE = {"data", "out", "epochs", "max_minutes", "precision", "devices", "workers", "resume", "tta"}  # when resuming
+
+
+def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Config:
+    """Fill in what the settings leave to the device, the pictures and the encoder. Raises UserError for a bad size."""
+    mean, std = utils.input_normalisation(cfg)
+    height, width = utils.median_size(samples)
+    scale = min(1.0, math.sqrt(PIXELS[utils.best_device()] / (height * width)))
+    size = [given or max(32, 32 * round(own * scale / 32))
+            for given, own in ((cfg.height, height), (cfg.width, width))]  # fmt: skip
+    step = network.encoder.output_stride if network.requires_divisible_input_shape else 1
+    for flag, value in zip(("height", "width"), size, strict=True):
+        if value % step:
+            near = " or ".join(str(n) for n in (value // step * step, -(-value // step) * step) if n)
+            raise UserError(f"--{flag} {value}: {cfg.arch} with {cfg.encoder} takes multiples of {step}; take {near}")
+    try:
+        network.eval()(torch.zeros(1, 3, *size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--height {size[0]} --width {size[1]}: not possible with {cfg.arch} and {cfg.encoder} "
+                        f"({utils.reason_of(error)}); take a larger size") from None  # fmt: skip
+    network.train()
+    if cfg.precision == "16-mixed" and utils.best_device() == "cpu":
+        raise UserError("--precision 16-mixed: needs a GPU; take auto")
+    epochs = cfg.epochs or (0 if cfg.max_minutes else 40)
+    return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs,
+                               height=size[0], width=size[1])  # fmt: skip
+
+
+def identity_of(cfg: Config, samples: pd.DataFrame) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: the settings, and the samples with their folds."""
+    names = [[Path(row.image).name, Path(row.mask).name, int(row.fold)] for row in samples.itertuples()]
+    data = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in FREE} | {"data": data}
+
+
+def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
+    """The last.ckpt to go on from, read into the keeper. Raises UserError where it belongs to another run."""
+    path = Path(cfg.out) / "last.ckpt" if cfg.resume == "auto" else Path(cfg.resume)
+    if cfg.resume == "none" or (cfg.resume == "auto" and not path.exists()):
+        return None
+    content = utils.read_checkpoint(path, "--resume")
+    state = content.get("callbacks", {}).get("Keeper")
+    if not state:
+        raise UserError(f"--resume {path}: not a last.ckpt of train.py; give another, or none")
+    other = [key for key, value in keeper.identity.items() if state["identity"].get(key) != value]
+    if other:
+        raise UserError(f"--resume {path}: a run with other {', '.join('--' + key for key in other)}; "
+                        "choose another --out, or --resume none to start over")  # fmt: skip
+    keeper.load_state_dict(state)
+    return path
+
+
+def train(cfg: Config, started: float | None = None) -> Path:
+    """Train, keep the best weights, validate them. Returns the path of model.pt. Raises UserError.
+
+    `started`: the time.monotonic() from which max_minutes counts; None is now.
+    """
+    samples = utils.find_samples(cfg.data, cfg.target, training=True)
+    samples["fold"] = utils.assign_folds(samples, cfg.folds, cfg.seed)
+    if cfg.fold not in set(samples.fold):
+        raise UserError(f"--fold {cfg.fold}: the {len(samples)} pairs make folds 0 to {samples.fold.max()}")
+    pl.seed_everything(cfg.seed, verbose=False)
+    network = utils.build_model(cfg, cfg.encoder_weights)
+    cfg = resolve(cfg, samples, network)
+    keeper = Keeper(cfg, identity_of(cfg, samples), time.monotonic() if started is None else started)
+    checkpoint = find_checkpoint(cfg, keeper)
+    pairs = utils.read_all(samples, cfg)
+    out = utils.writable_folder(cfg.out)
+    valid = samples[samples.fold == cfg.fold]
+    device = utils.best_device()
+    print(f"data: {len(samples)} pairs used, {len(samples) - len(valid)} to train and {len(valid)} to validate on\n"
+          f"model: {cfg.arch} {cfg.encoder}, weights {cfg.encoder_weights}, input {cfg.height}x{cfg.width}, "
+          f"batch {cfg.batch_size}, {device} in {utils.precision(cfg, device)}", flush=True)  # fmt: skip
+    model = RoadModel(cfg, network)
+    train_loader, valid_loader = loaders(samples, pairs, cfg)
+    if cfg.lr == "auto":
+        model.lr = find_lr(cfg, model, train_loader)
+    if keeper.finished():
+        print(
+            f"resume: {checkpoint} is finished; for more raise --epochs or --max_minutes, to start over --resume none"
+        )
+    else:
+        trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=[keeper], gradient_clip_val=1.0)
+        trainer.fit(model, train_loader, valid_loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        if not trainer.is_global_zero:
+            return out / "model.pt"
+    finish(out, valid, keeper.rows)
+    return out / "model.pt"
+
+
+def finish(out: Path, valid: pd.DataFrame, rows: list[dict[str, float]]) -> None:
+    """Validate the best weights just as infer.py will use them; write the scores, the pictures, the threshold."""
+    trained = utils.load_model(out / "model.pt", utils.best_device())
+    board, results = Scoreboard(), []
+    for row, picture, probability in predict([trained], valid, trained.cfg.batch_size):
+        truth = utils.read_truth(row.mask, row.layout, picture.shape[:2])
+        counts = utils.pixel_counts(probability, truth)
+        board.add(row.category, counts)
+        results.append((row, probability, counts))
+    report = board.report()
+    threshold = report["all"]["threshold"]
+    utils.save_model(out / "model.pt", trained.model, trained.cfg, threshold, report)
+    utils.write_file(out / "config.json", json.dumps(dataclasses.asdict(trained.cfg), indent=2) + "\n")
+    utils.write_file(out / "metrics.json", utils.metrics_json(report, threshold))
+    utils.write_image(out / "validation.jpg", validation_picture(results, threshold))
+    utils.write_file(out / "curves.png", lambda part: draw_curves(rows, part))
+    print(f"validation: {utils.score_line(report)}, threshold {threshold:.3f}\n"
+          f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")  # fmt: skip
+
+
+def validation_picture(results: list[tuple], threshold: float) -> np.ndarray:
+    """The worst, the median and the best sample by IoU, one above the other."""
+    cut = math.ceil(threshold * 255)
+
+    def iou(result: tuple) -> float:
+        no, yes = result[2][0, cut:].sum(), result[2][1, cut:].sum()
+        return float(yes / max(1, no + result[2][1].sum()))
+
+    order = sorted(results, key=iou)
+    chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
+    pictures = []
+    for name, result in chosen.items():
+        row, probability, _ = result
+        picture, truth = utils.read_sample(row)
+        title = f"{name}: {Path(row.image).stem}, IoU {100 * iou(result):.1f} %"
+        pictures.append(utils.comparison(picture, truth, probability >= threshold * 255, title))
+    return np.vstack(pictures)
+
+
+def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
+    """Loss and scores over the epochs, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = pd.DataFrame(rows)
+    best = table.loc[table.MaxF.idxmax()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(table.epoch, table.train_loss, label="training")
+    left.plot(table.epoch, table.val_loss, label="validation")
+    left.set(title="Loss (BCE + Dice)", xlabel="epoch", ylim=(0, None))
+    right.plot(table.epoch, table.MaxF, color="tab:green", label="MaxF")
+    right.plot(table.epoch, table.IoU50, color="tab:gray", label="IoU at 0.5")
+    right.plot(
+        best.epoch, best.MaxF, "o", color="tab:green", label=f"kept: {best.MaxF:.1f} % in epoch {best.epoch:.0f}"
+    )
+    right.set(title="Validation scores, %", xlabel="epoch", ylim=(max(0, table.MaxF.max() - 40), 100))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    train(CONFIG, STARTED)
