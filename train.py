@@ -80,7 +80,8 @@ def loaders(samples: pd.DataFrame, pairs: list | None, cfg: Config) -> tuple[Dat
     chosen = {part: np.flatnonzero((samples.fold == cfg.fold) == part) for part in (False, True)}
     train, valid = (samples.iloc[chosen[part]] for part in (False, True))
     kept = pairs and [pairs[index] for index in chosen[False]]
-    workers = cfg.workers if cfg.workers >= 0 else min(4, os.cpu_count() or 1)
+    spare = min(4, os.cpu_count() or 1) if utils.best_device() != "cpu" else 0  # a CPU's cores are the model's
+    workers = cfg.workers if cfg.workers >= 0 else spare
     batch = min(cfg.batch_size, len(train))
     usual = {"batch_size": batch, "num_workers": workers, "persistent_workers": workers > 0,
              "pin_memory": torch.cuda.is_available()}  # fmt: skip
@@ -143,6 +144,8 @@ class RoadModel(pl.LightningModule):
             self.scoreboard.add("", utils.pixel_counts(restored, truth))
 
     def on_validation_epoch_end(self) -> None:
+        counts = torch.from_numpy(self.scoreboard.counts["all"]).to(self.device)  # of this process
+        self.scoreboard.counts["all"] = self.trainer.strategy.reduce(counts, reduce_op="sum").cpu().numpy()
         score = self.scoreboard.report()["all"]
         for name in ("MaxF", "AP", "IoU50"):
             self.log(name, score[name], prog_bar=name == "MaxF", rank_zero_only=True)
@@ -161,7 +164,7 @@ def schedule(progress: float) -> float:
 class Keeper(pl.Callback):
     """Sets the learning rate by the clock, stops in time, keeps model.pt, last.ckpt and metrics.csv whole on disk."""
 
-    def __init__(self, cfg: Config, identity: str, started: float) -> None:
+    def __init__(self, cfg: Config, identity: dict[str, Any], started: float) -> None:
         self.cfg, self.out, self.identity = cfg, Path(cfg.out), identity
         self.started, self.earlier = started, 0.0  # monotonic seconds; seconds of the resumed parts
         self.best, self.rows = -1.0, []
@@ -211,9 +214,8 @@ class Keeper(pl.Callback):
         measured = {name: float(trainer.callback_metrics[name])
                     for name in ("train_loss", "val_loss", "MaxF", "AP", "IoU50")}  # fmt: skip
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.rows.append(
-            {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds(), 1), "lr": rate} | measured
-        )
+        when = {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds(), 1)}
+        self.rows.append(when | {"lr": rate} | measured)
         if trainer.is_global_zero:
             utils.write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
         last = trainer.should_stop or trainer.current_epoch + 1 == self.cfg.epochs
@@ -266,7 +268,8 @@ def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Con
             near = " or ".join(str(n) for n in (value // step * step, -(-value // step) * step) if n)
             raise UserError(f"--{flag} {value}: {cfg.arch} with {cfg.encoder} takes multiples of {step}; take {near}")
     try:
-        network.eval()(torch.zeros(1, 3, *size))
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, *size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--height {size[0]} --width {size[1]}: not possible with {cfg.arch} and {cfg.encoder} "
                         f"({utils.reason_of(error)}); take a larger size") from None  # fmt: skip
@@ -299,6 +302,13 @@ def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
         raise UserError(f"--resume {path}: a run with other {', '.join('--' + key for key in other)}; "
                         "choose another --out, or --resume none to start over")  # fmt: skip
     keeper.load_state_dict(state)
+    best, beside, table = Path(cfg.out) / "model.pt", path.with_name("model.pt"), Path(cfg.out) / "metrics.csv"
+    if not best.exists() and beside.exists():
+        utils.write_file(utils.writable_folder(cfg.out) / "model.pt", beside.read_bytes())
+    if not best.exists():
+        keeper.best = -1.0
+    elif table.exists():  # model.pt may be newer than last.ckpt
+        keeper.best = max(keeper.best, pd.read_csv(table).MaxF.max())
     return path
 
 
@@ -327,7 +337,7 @@ def train(cfg: Config, started: float | None = None) -> Path:
     train_loader, valid_loader = loaders(samples, pairs, cfg)
     if cfg.lr == "auto":
         model.lr = find_lr(cfg, model, train_loader)
-    if keeper.finished():
+    if keeper.finished() and (out / "model.pt").exists():
         print(
             f"resume: {checkpoint} is finished; for more raise --epochs or --max_minutes, to start over --resume none"
         )

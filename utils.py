@@ -71,7 +71,7 @@ class Config:
     # machine
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"  # auto: the quickest that the device does well
     devices: int = 1  # GPUs (or CPU processes) to train on
-    workers: int = -1  # processes that prepare the pictures; -1: as many as there are cores, 4 at most
+    workers: int = -1  # processes that prepare the pictures; -1: one a core, 4 at most, beside a GPU; 0 on a CPU
     resume: str = "auto"  # auto: go on where --out has an unfinished run; none: start over; or a last.ckpt
     # fmt: on
 
@@ -172,7 +172,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], Any]) -> None
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 KAGGLE_DATASET = "sakshaymahna/kittiroadsegmentation"
-BLOCK = 8  # consecutive frames show the same street: they are validated on, or trained on, together
+BLOCK = 8  # consecutive frames show one street: they validate, or train, together (fewer where pictures are few)
 
 
 def find_data(data: str) -> Path:
@@ -240,7 +240,7 @@ def find_samples(data: str, target: str = "road", training: bool = False) -> pd.
     if not images:
         raise UserError(f"--data {data}: no pictures in it; expected training/image_2 and training/gt_image_2 (KITTI), "
                         "images and masks, or pictures")  # fmt: skip
-    if target == "lane" and layout != "kitti":
+    if training and target == "lane" and layout != "kitti":
         raise UserError(f"--target lane: {data} is not in the KITTI layout, which alone has lanes; leave the flag out")
     rows = []
     for stem, image in images.items():
@@ -268,16 +268,17 @@ def assign_folds(samples: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
+    sizes = samples.category.value_counts()
+    length = max(1, min(BLOCK, sizes.min() // folds))
     names = [re.fullmatch(r"(.*?)(\d*)", Path(image).stem) for image in samples.image]
-    blocks = [f"{m[1]}{int(m[2]) // BLOCK}" if m[2] else m[1] for m in names]
-    if len(set(blocks)) < 2:  # a handful of neighbouring frames: then each stands alone
-        blocks = list(samples.image)
-    largest = samples.category.value_counts().max()
-    splitter = StratifiedGroupKFold(min(folds, len(set(blocks)), largest), shuffle=True, random_state=seed)
+    blocks = [f"{name[1]}{int(name[2] or 0) // length}" for name in names]
+    strata = samples.category if sizes.max() > 1 else [0] * len(samples)
+    count = max(2, min(folds, len(set(blocks)), sizes.max()))
     fold = np.zeros(len(samples), int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "least populated class": few pictures of a category are fine
-        for number, (_, part) in enumerate(splitter.split(samples, samples.category, blocks)):
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+        for number, (_, part) in enumerate(splitter.split(samples, strata, blocks)):
             fold[part] = number
     return fold
 
@@ -564,20 +565,19 @@ def input_normalisation(cfg: Config) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(own["mean"]), tuple(own["std"])
 
 
-def best_precision(device: str) -> str:
-    """The quickest precision that a device ("cpu", "cuda", "mps") computes natively, in Lightning's words."""
+def precision(cfg: Config, device: str) -> str:
+    """The precision to compute in on a device ("cpu", "cuda", "mps"), in Lightning's words; auto: quickest natively.
+
+    What a GPU was told to train in, a CPU that only predicts may do better in another.
+    """
     import torch
 
+    if cfg.precision == "32" or (cfg.precision != "auto" and device == "cuda"):
+        return cfg.precision
     if device == "cuda":  # a T4 only imitates bf16
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # imitated, it is fifty times slower than float32
     return "bf16-mixed" if device == "cpu" and native else "32"
-
-
-def precision(cfg: Config, device: str) -> str:
-    """The precision to compute in; what a GPU was told to train in, a CPU may do better in another."""
-    fixed = cfg.precision == "32" or (cfg.precision != "auto" and device == "cuda")
-    return cfg.precision if fixed else best_precision(device)
 
 
 def best_device() -> str:

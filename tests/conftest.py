@@ -12,8 +12,7 @@ sys.path.insert(0, str(KIT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
 
-TINY = ("--encoder", "resnet18", "--encoder_weights", "none", "--height", "64", "--width", "192", "--batch_size", "4",
-        "--workers", "1")  # fmt: skip
+TINY = ("--encoder", "resnet18", "--encoder_weights", "none", "--height", "64", "--width", "192", "--batch_size", "4")
 
 
 def run(script, *flags, kit=KIT, cwd=None, env=None):

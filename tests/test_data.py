@@ -70,11 +70,16 @@ def test_folds_follow_the_seed():
     assert (same != other).any()
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_handful_of_neighbours_still_splits(count):
-    samples = kitti_names(count)
-    samples = samples[samples.category == "um"]
+@pytest.mark.parametrize("names", [["um_000000", "um_000001"], ["um_000000", "uu_000000"], ["a", "b"], ["7", "8", "9"]])
+def test_a_handful_still_splits(names):
+    samples = pd.DataFrame({"image": names, "category": [name.rpartition("_")[0] for name in names]})
     assert set(utils.assign_folds(samples, 10, 0)) >= {0, 1}
+
+
+def test_a_small_set_validates_on_every_category():
+    samples = kitti_names(20)
+    samples["fold"] = utils.assign_folds(samples, 10, 0)
+    assert samples[samples.fold == 0].category.value_counts().to_dict() == {"um": 2, "umm": 2, "uu": 2}
 
 
 def test_kitti_truth_is_read_by_channel(tmp_path):
