@@ -12,7 +12,7 @@ demo: .venv/kit
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --durations 5
 
 format: .venv/dev
 	$(PY) -m ruff check --fix .

@@ -11,6 +11,7 @@ KIT = Path(__file__).parents[1]
 sys.path.insert(0, str(KIT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
 
 TINY = ("--encoder", "resnet18", "--encoder_weights", "none", "--height", "64", "--width", "192", "--batch_size", "4")
 
@@ -39,6 +40,6 @@ def roads(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(roads, tmp_path_factory):
     """The --out of a small training on the roads."""
-    out = tmp_path_factory.mktemp("trained")
+    out = tmp_path_factory.mktemp("out")
     succeed("train.py", "--data", roads, "--out", out, "--epochs", 16, *TINY)
     return out

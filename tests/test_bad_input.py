@@ -44,6 +44,15 @@ def broken(pairs, tmp_path):
     return shutil.copytree(pairs, tmp_path / "data")
 
 
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory):
+    """The --out of a training that ended well."""
+    out = tmp_path_factory.mktemp("out")
+    done = run("train.py", "--data", pairs, "--out", out, *TINY, "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 def train_refuses(data, tmp_path, *flags, names=()):
     return refuse("train.py", "--data", data, "--out", tmp_path / "out", *TINY, "--epochs", "1", *flags, names=names,
                   out=tmp_path / "out")  # fmt: skip
