@@ -28,7 +28,7 @@ class Options:
     out: str = "predictions"  # folder for everything that is written
     threshold: float | Literal["auto"] = "auto"  # probability from which a pixel is road; auto: the model's own
     tta: Literal["auto", "true", "false"] = "auto"  # average with the mirrored picture; auto: as trained
-    batch_size: int = 8  # pictures at a time
+    batch_size: int = 8  # pictures at a time; 0: 8
     comparisons: bool = True  # write comparisons/STEM.jpg
     save_probs: bool = False  # write probs/STEM.png, 8-bit probabilities, too
     # fmt: on
@@ -133,7 +133,7 @@ def write_outputs(out: Path, row: Any, picture: np.ndarray, probability: np.ndar
     """Write one picture's files. Returns its pixel counts (2, 256) where there is a truth. Raises UserError."""
     name = Path(row.image).stem
     truth = utils.read_truth(row.mask, row.layout, picture.shape[:2]) if row.mask else None
-    mask = probability >= threshold * 255
+    mask = utils.to_mask(probability, threshold)
     utils.write_image(out / "masks" / f"{name}.png", mask.astype(np.uint8) * 255)
     if options.save_probs:
         utils.write_image(out / "probs" / f"{name}.png", probability)
@@ -152,6 +152,9 @@ def infer(options: Options) -> Path:
         threshold = float(np.mean([model.threshold for model in models]))
     print(f"data: {len(samples)} pictures, {(samples['mask'] != '').sum()} with truth · {len(models)} model(s) on "
           f"{device} · threshold {threshold:.3f}")  # fmt: skip
+    sources = {Path(path).resolve().parent for column in ("image", "mask") for path in samples[column] if path}
+    if sources & {(Path(options.out) / name).resolve() for name in ("masks", "comparisons", "probs")}:
+        raise UserError(f"--out {options.out}: would overwrite files of --data; name another folder")
     out = utils.writable_folder(options.out)
     wanted = {"masks": True, "comparisons": options.comparisons, "probs": options.save_probs}
     for folder in (name for name, yes in wanted.items() if yes):
@@ -172,11 +175,11 @@ def infer(options: Options) -> Path:
                     if counts is not None:
                         board.add(row.category, counts)
 
-        bar = tqdm(predict(models, samples, options.batch_size, options.tta, bad), total=len(samples), unit="picture")
-        for row, picture, probability in bar:
+        results = predict(models, samples, options.batch_size or 8, options.tta, bad)
+        for row, picture, probability in tqdm(results, total=len(samples), unit="picture"):
             arguments = (out, row, picture, probability, threshold, options)
             pending.append((row, writers.submit(write_outputs, *arguments)))
-            collect(2 * options.batch_size)
+            collect(16)
         collect(0)
     seconds = time.monotonic() - started
     print(f"{len(samples) - len(bad)} pictures in {seconds:.1f} s, {(len(samples) - len(bad)) / seconds:.1f} a second; "

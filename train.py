@@ -41,6 +41,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -211,7 +212,7 @@ class Keeper(pl.Callback):
             utils.save_model(self.out / "model.pt", module.average.module, self.cfg, score["threshold"], {})
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
-        measured = {name: float(trainer.callback_metrics[name])
+        measured = {name: round(float(trainer.callback_metrics[name]), 4)
                     for name in ("train_loss", "val_loss", "MaxF", "AP", "IoU50")}  # fmt: skip
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         when = {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds(), 1)}
@@ -224,6 +225,15 @@ class Keeper(pl.Callback):
             if trainer.is_global_zero:
                 os.replace(self.out / ".last.ckpt.part", self.out / "last.ckpt")
             self.saved = time.monotonic()
+
+
+class EpochBar(TQDMProgressBar):
+    """Lightning's progress bar, one line an epoch; the short validation has none of its own."""
+
+    def init_validation_tqdm(self) -> Tqdm:
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
 
 
 def quiet_trainer(cfg: Config, **options: Any) -> pl.Trainer:
@@ -276,8 +286,9 @@ def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Con
     network.train()
     if cfg.precision == "16-mixed" and utils.best_device() == "cpu":
         raise UserError("--precision 16-mixed: needs a GPU; take auto")
+    batch = cfg.batch_size or (4 if utils.best_device() == "cpu" else 8)
     epochs = cfg.epochs or (0 if cfg.max_minutes else 40)
-    return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs,
+    return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs, batch_size=batch,
                                height=size[0], width=size[1])  # fmt: skip
 
 
@@ -342,7 +353,8 @@ def train(cfg: Config, started: float | None = None) -> Path:
             f"resume: {checkpoint} is finished; for more raise --epochs or --max_minutes, to start over --resume none"
         )
     else:
-        trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=[keeper], gradient_clip_val=1.0)
+        bar = EpochBar(refresh_rate=1 if sys.stdout.isatty() else 20, leave=True)
+        trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=[keeper, bar], gradient_clip_val=1.0)
         trainer.fit(model, train_loader, valid_loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         if not trainer.is_global_zero:
             return out / "model.pt"
@@ -354,7 +366,7 @@ def finish(out: Path, valid: pd.DataFrame, rows: list[dict[str, float]]) -> None
     """Validate the best weights just as infer.py will use them; write the scores, the pictures, the threshold."""
     trained = utils.load_model(out / "model.pt", utils.best_device())
     board, results = Scoreboard(), []
-    for row, picture, probability in predict([trained], valid, trained.cfg.batch_size):
+    for row, picture, probability in predict([trained], valid):
         truth = utils.read_truth(row.mask, row.layout, picture.shape[:2])
         counts = utils.pixel_counts(probability, truth)
         board.add(row.category, counts)
@@ -372,11 +384,10 @@ def finish(out: Path, valid: pd.DataFrame, rows: list[dict[str, float]]) -> None
 
 def validation_picture(results: list[tuple], threshold: float) -> np.ndarray:
     """The worst, the median and the best sample by IoU, one above the other."""
-    cut = math.ceil(threshold * 255)
 
     def iou(result: tuple) -> float:
-        no, yes = result[2][0, cut:].sum(), result[2][1, cut:].sum()
-        return float(yes / max(1, no + result[2][1].sum()))
+        not_road, road = result[2][:, utils.to_mask(np.arange(256), threshold)].sum(1)
+        return float(road / max(1, not_road + result[2][1].sum()))
 
     order = sorted(results, key=iou)
     chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
@@ -385,7 +396,7 @@ def validation_picture(results: list[tuple], threshold: float) -> np.ndarray:
         row, probability, _ = result
         picture, truth = utils.read_sample(row)
         title = f"{name}: {Path(row.image).stem}, IoU {100 * iou(result):.1f} %"
-        pictures.append(utils.comparison(picture, truth, probability >= threshold * 255, title))
+        pictures.append(utils.comparison(picture, truth, utils.to_mask(probability, threshold), title))
     return np.vstack(pictures)
 
 

@@ -61,7 +61,7 @@ class Config:
     # training
     epochs: int = 0  # passes over the data; 0: as many as max_minutes allows, or 40 where no time is set
     max_minutes: float = 0  # of the whole training, resumed parts included; the schedule fits it; 0: no limit
-    batch_size: int = 8  # pictures a step; halve it when the GPU's memory runs out
+    batch_size: int = 0  # pictures a step; halve it when the GPU's memory runs out; 0: 8, on a CPU 4 (more steps)
     lr: float | Literal["auto"] = 1e-3  # AdamW's highest learning rate; auto: Lightning's finder picks it
     weight_decay: float = 1e-2  # AdamW's; keeps the weights small
     dice: float = 1.0  # weight of the Dice loss beside BCE: counts the road as a whole, small or large
@@ -78,7 +78,7 @@ class Config:
 
 LIMITS = {  # flag: smallest and largest value allowed
     "folds": (2, 1000), "fold": (0, 999), "seed": (0, 2**31), "height": (0, 16384), "width": (0, 16384),
-    "epochs": (0, 10**6), "max_minutes": (0, 10**6), "batch_size": (1, 65536), "lr": (1e-9, 10),
+    "epochs": (0, 10**6), "max_minutes": (0, 10**6), "batch_size": (0, 65536), "lr": (1e-9, 10),
     "weight_decay": (0, 10), "dice": (0, 1000), "augment": (0, 3), "ema": (0, 0.99999), "devices": (1, 1024),
     "workers": (-1, 256), "threshold": (0, 1), "mean": (-1, 2), "std": (1e-3, 10),
 }  # fmt: skip
@@ -377,6 +377,11 @@ def restore(probabilities: np.ndarray, size: tuple[int, int], cfg: Config) -> np
 def to_8bit(probability: np.ndarray) -> np.ndarray:
     """Probabilities 0..1 as the official benchmark takes them: uint8, 0..255, rounded."""
     return np.rint(probability * 255).astype(np.uint8)
+
+
+def to_mask(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """The road at a threshold 0..1, bool (h, w), from 8-bit probabilities; k/255 takes in k, whatever rounding does."""
+    return probability >= np.ceil(threshold * 255 - 1e-6)
 
 
 def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -64,7 +64,7 @@ FLAGS = [
     (("--epochs", "two"), ["--epochs", "whole number"]),
     (("--lr", "fast"), ["--lr", "auto"]),
     (("--lr", "nan"), ["--lr"]),
-    (("--batch_size", "0"), ["--batch_size"]),
+    (("--batch_size", "-4"), ["--batch_size"]),
     (("--precision", "8"), ["--precision", "bf16-mixed"]),
     (("--target", "sidewalk"), ["--target", "road", "lane"]),
     (("--tta", "maybe"), ["--tta", "true"]),
@@ -184,6 +184,12 @@ def test_infer_data(trained, roads, broken, tmp_path):
     infer_refuses(trained, roads, tmp_path, names=["training", "testing"])
     (tmp_path / "notes.txt").write_text("x")
     infer_refuses(trained, tmp_path / "notes.txt", tmp_path, names=["notes.txt"])
+
+
+def test_infer_never_overwrites_its_own_data(trained, broken):
+    before = {path: path.read_bytes() for path in broken.rglob("*.png")}
+    refuse("infer.py", "--model", trained, "--data", broken, "--out", broken, names=["--out", "overwrite"])
+    assert {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()} == before
 
 
 def test_infer_does_the_good_pictures_and_names_the_bad(trained, broken, tmp_path):

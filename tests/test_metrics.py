@@ -62,6 +62,11 @@ def test_counts_pool_over_pictures():
     assert report["all"]["MaxF"] == utils.scores(joined)["MaxF"]
 
 
+def test_every_threshold_takes_its_own_level_in():
+    levels = np.arange(256)
+    assert all((utils.to_mask(levels, k / 255) == (levels >= k)).all() for k in range(256))
+
+
 @pytest.mark.parametrize(("probability", "truth", "expected"), [
     (0, 0, {"MaxF": 0, "AP": 0, "threshold": 128 / 255}),  # no road at all
     (200, 0, {"MaxF": 0, "IoU": 0, "threshold": 128 / 255}),
