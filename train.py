@@ -116,7 +116,7 @@ class RoadModel(pl.LightningModule):
 
     def __init__(self, cfg: Config, network: torch.nn.Module) -> None:
         super().__init__()
-        self.cfg, self.lr = cfg, cfg.lr if cfg.lr != "auto" else 1e-3  # `lr` is where Lightning's finder looks
+        self.cfg, self.lr = cfg, 0.0  # the Keeper sets the optimiser's rate; `lr` is where Lightning's finder looks
         self.network = network.to(memory_format=torch.channels_last)  # up to five times faster, on a CPU too
         average = get_ema_multi_avg_fn(cfg.ema)
         self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
@@ -168,15 +168,15 @@ class Keeper(pl.Callback):
     def __init__(self, cfg: Config, identity: dict[str, Any], started: float) -> None:
         self.cfg, self.out, self.identity = cfg, Path(cfg.out), identity
         self.started, self.earlier = started, 0.0  # monotonic seconds; seconds of the resumed parts
-        self.best, self.rows = -1.0, []
+        self.lr, self.best, self.rows = cfg.lr, -1.0, []
         self.saved = self.reserve = 0.0  # seconds: when last.ckpt was written; what the end of the run will take
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "rows": self.rows, "seconds": self.seconds(), "reserve": self.reserve,
+        return {"lr": self.lr, "best": self.best, "rows": self.rows, "seconds": self.seconds(), "reserve": self.reserve,
                 "identity": self.identity}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.rows = state["best"], state["rows"]
+        self.lr, self.best, self.rows = state["lr"], state["best"], state["rows"]
         self.earlier, self.reserve = state["seconds"], state["reserve"]
 
     def finished(self) -> bool:
@@ -197,7 +197,7 @@ class Keeper(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, *_: Any) -> None:
         progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
-        trainer.optimizers[0].param_groups[0]["lr"] = module.lr * schedule(progress)
+        trainer.optimizers[0].param_groups[0]["lr"] = self.lr * schedule(progress)
         trainer.should_stop = self.cfg.max_minutes > 0 and progress >= 1  # this step is the last
 
     def on_validation_start(self, *_: Any) -> None:
@@ -231,9 +231,7 @@ class EpochBar(TQDMProgressBar):
     """Lightning's progress bar, one line an epoch; the short validation has none of its own."""
 
     def init_validation_tqdm(self) -> Tqdm:
-        bar = super().init_validation_tqdm()
-        bar.disable = True
-        return bar
+        return Tqdm(disable=True)
 
 
 def quiet_trainer(cfg: Config, **options: Any) -> pl.Trainer:
@@ -252,7 +250,7 @@ def find_lr(cfg: Config, model: RoadModel, loader: DataLoader) -> float:
         found = Tuner(trainer).lr_find(model, loader, num_training=50, min_lr=1e-6, max_lr=0.1, update_attr=False)
     lr = found.suggestion()
     if lr is None:
-        raise UserError("--lr auto: the finder found no learning rate, the loss left the numbers; give --lr 1e-3")
+        raise UserError("--lr auto: the finder found no learning rate, the loss left the numbers; give --lr 5e-4")
     print(f"--lr auto: chose {lr:.2e} after {len(found.results['lr'])} steps")
     return lr
 
@@ -346,15 +344,17 @@ def train(cfg: Config, started: float | None = None) -> Path:
           f"batch {cfg.batch_size}, {device} in {utils.precision(cfg, device)}", flush=True)  # fmt: skip
     model = RoadModel(cfg, network)
     train_loader, valid_loader = loaders(samples, pairs, cfg)
-    if cfg.lr == "auto":
-        model.lr = find_lr(cfg, model, train_loader)
+    if keeper.lr == "auto":
+        keeper.lr = find_lr(cfg, model, train_loader)
     if keeper.finished() and (out / "model.pt").exists():
         print(
             f"resume: {checkpoint} is finished; for more raise --epochs or --max_minutes, to start over --resume none"
         )
     else:
-        bar = EpochBar(refresh_rate=1 if sys.stdout.isatty() else 20, leave=True)
-        trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=[keeper, bar], gradient_clip_val=1.0)
+        if checkpoint:
+            print(f"resume: going on from {checkpoint}, after epoch {len(keeper.rows)}", flush=True)
+        callbacks = [keeper, EpochBar(leave=True)]
+        trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=callbacks, gradient_clip_val=1.0)
         trainer.fit(model, train_loader, valid_loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         if not trainer.is_global_zero:
             return out / "model.pt"

@@ -62,7 +62,7 @@ class Config:
     epochs: int = 0  # passes over the data; 0: as many as max_minutes allows, or 40 where no time is set
     max_minutes: float = 0  # of the whole training, resumed parts included; the schedule fits it; 0: no limit
     batch_size: int = 0  # pictures a step; halve it when the GPU's memory runs out; 0: 8, on a CPU 4 (more steps)
-    lr: float | Literal["auto"] = 1e-3  # AdamW's highest learning rate; auto: Lightning's finder picks it
+    lr: float | Literal["auto"] = 5e-4  # AdamW's highest learning rate; auto: Lightning's finder picks it
     weight_decay: float = 1e-2  # AdamW's; keeps the weights small
     dice: float = 1.0  # weight of the Dice loss beside BCE: counts the road as a whole, small or large
     augment: float = 1.0  # strength of the augmentation; 0: none
