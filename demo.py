@@ -20,7 +20,7 @@ import numpy as np
 from utils import write_image
 
 TRAINING, TESTING = 60, 6  # scenes
-MINUTES = 2.3  # of training
+MINUTES = 2.6  # of training
 SIZES = ((375, 1242), (370, 1226), (376, 1241), (374, 1238))  # those of KITTI Road, (height, width)
 FOCAL, HORIZON, CAMERA_HEIGHT = 721.5, 172.9, 1.65  # KITTI's camera: pixels, pixels, metres
 WIDTHS = {"um": (6.4, 8.0), "umm": (11.0, 14.5), "uu": (4.8, 6.2)}  # metres: two lanes, many lanes, unmarked
