@@ -111,6 +111,11 @@ def test_masks_of_every_usual_kind(tmp_path, kind):
     assert (utils.read_truth(str(tmp_path / "m.png"), "masks", (5, 7)) == road).all()
 
 
+def test_255_beside_1_is_not_valid(tmp_path):
+    Image.fromarray(np.uint8([[0, 1, 255]])).save(tmp_path / "m.png")
+    assert utils.read_truth(str(tmp_path / "m.png"), "masks", (1, 3)).tolist() == [[0, 1, 255]]
+
+
 @pytest.mark.parametrize(("name", "pixels"), [("labels", np.uint8([[0, 1, 5]])), ("red", np.uint8([[[255, 0, 0]]]))])
 def test_masks_that_are_not_binary_are_refused(tmp_path, name, pixels):
     Image.fromarray(pixels).save(tmp_path / f"{name}.png")
