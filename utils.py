@@ -689,11 +689,11 @@ class Scoreboard:
         self.counts: dict[str, np.ndarray] = {"all": np.zeros((2, 256), np.int64)}
         self.images: dict[str, int] = {"all": 0}
 
-    def add(self, category: str, counts: np.ndarray, images: int = 1) -> None:
-        """Add the counts of a picture (or of several) to its category and to all."""
+    def add(self, category: str, counts: np.ndarray) -> None:
+        """Add the counts of a picture to its category and to all."""
         for name in ("all", category) if category else ("all",):
             self.counts[name] = self.counts.get(name, 0) + counts
-            self.images[name] = self.images.get(name, 0) + images
+            self.images[name] = self.images.get(name, 0) + 1
 
     def report(self) -> dict[str, dict[str, float]]:
         """{category: measures}, each with the number of its pictures."""
