@@ -1,10 +1,13 @@
 # make demo   installs, draws synthetic roads, trains, predicts: pictures in demo/
 # make test   installs, lints, tests
+# make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
+# make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test format clean
+.PHONY: demo test kernel push kaggle-test format clean
 
 demo: .venv/kit
 	$(PY) demo.py
@@ -14,12 +17,22 @@ test: .venv/dev
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -n 2 --dist loadfile --durations 5
 
+kernel: .venv/push
+	$(PY) kernel.py build
+
+push: .venv/push
+	$(PY) kernel.py push
+
+kaggle-test: .venv-kaggle/kit
+	.venv-kaggle/bin/python -m pip uninstall --quiet --yes segmentation-models-pytorch
+	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py --durations 5
+
 format: .venv/dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv demo .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .venv-kaggle build demo .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .venv/kit: requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
@@ -27,6 +40,19 @@ clean:
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/dev: requirements-dev.txt .venv/kit
+.venv/push: requirements-push.txt
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements-push.txt
+	@touch $@
+
+.venv-kaggle/kit: requirements-kaggle.txt requirements-push.txt
+	@test -x .venv-kaggle/bin/python || $(PYTHON312) -m venv .venv-kaggle
+	@echo "installing what Kaggle's image has into .venv-kaggle (a few minutes) ..."
+	.venv-kaggle/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kaggle.txt \
+		-r requirements-push.txt pytest pytest-xdist nbclient ipykernel
+	.venv-kaggle/bin/python -m pip download --quiet --no-deps --dest .venv-kaggle/wheels segmentation-models-pytorch
+	@touch $@
+
+.venv/dev: requirements-dev.txt requirements-push.txt .venv/kit
 	$(PIP) -r requirements-dev.txt
 	@touch $@

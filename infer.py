@@ -4,9 +4,12 @@
     python infer.py --model out --data ../input/kittiroadsegmentation/training    # has truth: metrics.json too
     python infer.py --model out --data photo.jpg --out photo --threshold 0.4
     python infer.py --model run1 run2/model.pt --data pictures                    # several models, averaged
+    python infer.py --model out --data ../input/kittiroadsegmentation --submission kitti
+    python infer.py --model out --data ../input/my-competition --submission rle   # submission.csv
+    python infer.py --model out --data drive.mp4                                  # overlay.mp4
 
-Writes masks/STEM.png (0 or 255, the picture's own size), comparisons/STEM.jpg, probs/STEM.png on request, and
-metrics.json where there is truth. Size, encoder and threshold come from model.pt.
+Writes masks/STEM.png (0 or 255, the picture's own size), comparisons/STEM.jpg, on request probs/STEM.png, bev/STEM.jpg
+and the submission; metrics.json and pr_curve.png where there is truth. Size, encoder, threshold come from model.pt.
 """
 
 from __future__ import annotations
@@ -30,7 +33,12 @@ class Options:
     tta: Literal["auto", "true", "false"] = "auto"  # average with the mirrored picture; auto: as trained
     batch_size: int = 8  # pictures at a time; 0: 8
     comparisons: bool = True  # write comparisons/STEM.jpg
+    bev: bool = False  # write bev/STEM.jpg too: the road seen from above, where there is a calibration (KITTI)
     save_probs: bool = False  # write probs/STEM.png, 8-bit probabilities, too
+    min_pixels: int | Literal["auto"] = "auto"  # smaller patches are dropped from a mask; auto: as tuned in training
+    submission: Literal["none", "rle", "kitti", "kitti_partial"] = "none"  # partial: without those that cannot be in it
+    sample_submission: str = "auto"  # csv whose header and ids submission.csv takes; auto: the one beside the data
+    empty: str = "auto"  # how submission.csv writes an empty mask; auto: "-" where the sample does, else nothing
     # fmt: on
 
 
@@ -38,13 +46,17 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     sys.excepthook = complain
     OPTIONS = parse(Options, __doc__)
 
+import csv
+import io
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -72,16 +84,16 @@ def load_models(paths: Iterable[str], device: str) -> list[Trained]:
 
 
 @torch.inference_mode()
-def probabilities(model: torch.nn.Module, images: torch.Tensor, precision: str, tta: bool) -> np.ndarray:
-    """(N, 3, H, W) float32 to road probabilities (N, H, W) float32; with `tta` the mean with the mirrored pictures."""
-    device = next(model.parameters()).device
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+def probabilities(trained: Trained, images: torch.Tensor, mirror: bool) -> torch.Tensor:
+    """(N, 3, H, W) float32 to probabilities (N, H, W) float32; with `mirror` the mean with the mirrored pictures."""
+    device = next(trained.model.parameters()).device
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(utils.precision(trained.cfg, device.type))
     images = images.to(device, memory_format=torch.channels_last)
     with torch.autocast(device.type, half, enabled=half is not None):
-        result = model(images).float().sigmoid()
-        if tta:
-            result = (result + model(images.flip(-1)).float().sigmoid().flip(-1)) / 2
-    return result[:, 0].cpu().numpy()
+        result = trained.model(images).float().sigmoid()
+        if mirror:
+            result = (result + trained.model(images.flip(-1)).float().sigmoid().flip(-1)) / 2
+    return result[:, 0]
 
 
 def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, tta: str = "auto",
@@ -92,6 +104,8 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
     read while the models work; memory does not grow with their number. A picture that cannot be read raises
     UserError, or is noted in `bad` and left out.
     """
+    if any(trained.cfg.tiles == "true" for trained in models):
+        batch_size = 1  # large pictures; their tiles make the batches
     with ThreadPoolExecutor(2) as readers:
         ahead: deque[tuple[Any, Future]] = deque()
         for row in samples.itertuples():
@@ -104,7 +118,7 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
 
 
 def predict_batch(models: list[Trained], batch: list, tta: str, bad: list[str] | None) -> Iterator[tuple]:
-    """One batch of `predict`; its pictures may differ in size."""
+    """One batch of `predict`: what could be read of it."""
     read = []
     for row, future in batch:
         error = future.exception()
@@ -112,15 +126,44 @@ def predict_batch(models: list[Trained], batch: list, tta: str, bad: list[str] |
             bad.append(str(error))
         else:
             read.append((row, future.result()))
-    sums = [np.zeros(picture.shape[:2], np.float32) for _, picture in read]
-    for model, cfg, *_ in models if read else ():
-        precision = utils.precision(cfg, next(model.parameters()).device.type)
-        images = torch.stack([utils.preprocess(picture, cfg) for _, picture in read])
-        outputs = probabilities(model, images, precision, cfg.tta if tta == "auto" else tta == "true")
-        for total, output in zip(sums, outputs, strict=True):
-            total += utils.restore(output, total.shape, cfg)
-    for (row, picture), total in zip(read, sums, strict=True):
-        yield row, picture, utils.to_8bit(total / len(models))
+    predicted = predict_pictures(models, [picture for _, picture in read], tta)
+    for (row, _), (picture, probability) in zip(read, predicted, strict=True):
+        yield row, picture, probability
+
+
+def predict_pictures(models: list[Trained], pictures: list[np.ndarray],
+                     tta: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Predict a batch of pictures (h, w, 3) uint8, which may differ in size; yields each with its probability."""
+    sums: list[Any] = [0] * len(pictures)  # stay on the device until they are 8-bit
+    for trained in models if pictures else ():
+        mirror = trained.cfg.tta if tta == "auto" else tta == "true"
+        if trained.cfg.tiles == "true":
+            restored = [predict_tiles(trained, picture, mirror) for picture in pictures]
+        else:
+            images = torch.stack([utils.preprocess(picture, trained.cfg) for picture in pictures])
+            outputs = zip(probabilities(trained, images, mirror), pictures, strict=True)
+            restored = [utils.restore(output, picture.shape[:2], trained.cfg) for output, picture in outputs]
+        sums = [total + probability for total, probability in zip(sums, restored, strict=True)]
+    for picture, total in zip(pictures, sums, strict=True):
+        yield picture, utils.to_8bit(total / len(models)).cpu().numpy()
+
+
+@torch.inference_mode()
+def predict_tiles(trained: Trained, picture: np.ndarray, mirror: bool) -> torch.Tensor:
+    """A large picture (h, w, 3) uint8 tile by tile, overlapping by a quarter and blended: (h, w) float32."""
+    cfg, size = trained.cfg, picture.shape[:2]
+    total = torch.zeros(size, device=next(trained.model.parameters()).device)
+    weights = torch.zeros_like(total)
+    window = torch.outer(*(torch.hann_window(n + 2)[1:-1].clamp(min=1e-3) for n in (cfg.height, cfg.width))).to(total)
+    places = utils.tile_places(size, cfg, overlap=0.25)
+    for k in range(0, len(places), 8):
+        tiles = torch.stack([utils.normalise(utils.cut(picture, place, cfg), cfg) for place in places[k : k + 8]])
+        for (y, x), output in zip(places[k : k + 8], probabilities(trained, tiles, mirror), strict=True):
+            part = total[y : y + cfg.height, x : x + cfg.width]
+            inside = window[: part.shape[0], : part.shape[1]]
+            part += output[: part.shape[0], : part.shape[1]] * inside
+            weights[y : y + cfg.height, x : x + cfg.width] += inside
+    return total.div_(weights)
 
 
 # =====================================================================================================================
@@ -128,39 +171,132 @@ def predict_batch(models: list[Trained], batch: list, tta: str, bad: list[str] |
 # =====================================================================================================================
 
 
-def write_outputs(out: Path, row: Any, picture: np.ndarray, probability: np.ndarray, threshold: float,
-                  options: Options) -> np.ndarray | None:  # fmt: skip
-    """Write one picture's files. Returns its pixel counts (2, 256) where there is a truth. Raises UserError."""
+def write_outputs(out: Path, row: Any, picture: np.ndarray, probability: np.ndarray, mask: np.ndarray,
+                  options: Options) -> tuple[dict[str, torch.Tensor], tuple[float, float]] | None:  # fmt: skip
+    """Write one picture's files. Returns its `picture_counts` and `mask_scores` where there is a truth, else None."""
     name = Path(row.image).stem
     truth = utils.read_truth(row.mask, row.layout, picture.shape[:2]) if row.mask else None
-    mask = utils.to_mask(probability, threshold)
     utils.write_image(out / "masks" / f"{name}.png", mask.astype(np.uint8) * 255)
     if options.save_probs:
         utils.write_image(out / "probs" / f"{name}.png", probability)
     if options.comparisons:
         utils.write_image(out / "comparisons" / f"{name}.jpg", utils.comparison(picture, truth, mask, name))
-    return None if truth is None else utils.pixel_counts(probability, truth)
+    if options.bev and row.calib:
+        cells = utils.bev_cells(row.calib, picture.shape[:2])
+        above = [None if pixels is None else utils.to_bev(pixels, cells, outside)
+                 for pixels, outside in ((picture, 0), (truth, utils.IGNORE), (mask, 0))]  # fmt: skip
+        utils.write_image(out / "bev" / f"{name}.jpg", utils.comparison(*above[:2], above[2] > 0, name))
+    if truth is None:
+        return None
+    return utils.picture_counts(row, probability, truth), utils.mask_scores(mask, truth)
+
+
+class RleSubmission:
+    """submission.csv: run lengths at each picture's own size, with the header, ids and order of the sample."""
+
+    def __init__(self, path: Path, samples: pd.DataFrame, options: Options) -> None:
+        folder, sample = Path(samples.image[0]).parent, options.sample_submission
+        if sample == "auto":
+            near = [f for up in (folder, *folder.parents[:3]) for f in sorted(up.glob("*sample*submission*.csv"))]
+            sample = str(near[0]) if near else ""
+        stems = [Path(image).stem for image in samples.image]
+        self.path, self.runs, self.column = path, {}, 1
+        self.table = [["id", "rle_mask"], *([stem, ""] for stem in stems)]
+        if sample:
+            self.table = [fields for _, fields in utils.read_table(Path(sample))]
+            names = [name.lower() for name in (self.table or [[]])[0]]
+            self.column = next((names.index(name) for name in utils.RUN_COLUMNS if name in names), 1)
+            if len(names) < 2 or len(self.table) < 2 or any(len(row) != len(names) for row in self.table):
+                raise UserError(f"--sample_submission {sample}: expected a header and rows of ids and run lengths")
+        self.stems = [row[0] if row[0] in stems else Path(row[0]).stem for row in self.table[1:]]
+        repeated = sorted({stem for stem in self.stems if self.stems.count(stem) > 1}) if len(set(self.stems)) < len(
+            self.stems) else []  # fmt: skip
+        unknown = sorted(set(self.stems) - set(stems))
+        for wrong, words in ((unknown, "ids without a picture in --data"), (repeated, "ids that stand twice")):
+            if wrong:
+                raise UserError(f"--sample_submission {sample}: {len(wrong)} {words}: {', '.join(wrong[:20])}")
+        extra = sorted(set(stems) - set(self.stems))
+        if extra:
+            print(f"{sample}: {len(extra)} pictures are not asked for and left out: {', '.join(extra[:5])}")
+        dash = any(row[self.column] == "-" for row in self.table[1:])
+        self.empty = options.empty if options.empty != "auto" else "-" if dash else ""
+
+    def add(self, row: Any, probability: np.ndarray, mask: np.ndarray) -> None:
+        """Keep one picture's runs."""
+        self.runs[Path(row.image).stem] = utils.rle_encode(mask) or self.empty
+
+    def write(self) -> None:
+        """Write the csv whole."""
+        content = io.StringIO()
+        writer = csv.writer(content, lineterminator="\n")
+        writer.writerow(self.table[0])
+        for fields, stem in zip(self.table[1:], self.stems, strict=True):
+            writer.writerow([self.runs[stem] if k == self.column else field for k, field in enumerate(fields)])
+        utils.write_file(self.path, content.getvalue())
+        print(f"wrote {self.path}: {len(self.stems)} rows, {sum(r != self.empty for r in self.runs.values())} masks")
+
+
+class KittiZip:
+    """submission_kitti.zip as the KITTI Road server takes it: an 8-bit bird's-eye probability map for each picture."""
+
+    def __init__(self, path: Path, samples: pd.DataFrame, options: Options) -> None:
+        data, partial = options.data, options.submission == "kitti_partial"
+        self.rows = samples[~samples.category.isin(["", "umm_lane", "uu_lane"])]  # only um has a lane of its own
+        lacking = [Path(row.image).name for row in self.rows.itertuples() if not row.calib]
+        if self.rows.empty or len(lacking) == len(self.rows):
+            raise UserError(f"--submission kitti: {data} is not in the KITTI layout with image_2 and calib beside it")
+        if lacking and not partial:
+            raise UserError(f"--submission kitti: {len(lacking)} of {len(self.rows)} pictures have no calibration in "
+                            f"{data}/calib, the server would refuse the rest: {', '.join(lacking)}; add them, or take "
+                            "--submission kitti_partial")  # fmt: skip
+        self.path, self.maps = path, {}
+
+    def add(self, row: Any, probability: np.ndarray, mask: np.ndarray) -> None:
+        """Keep one picture's map, some 20 kB of PNG."""
+        if row.Index in self.rows.index and row.calib:
+            above = utils.to_bev(probability, utils.bev_cells(row.calib, probability.shape))
+            self.maps[f"{row.category}_{Path(row.image).stem.split('_')[1]}.png"] = utils.encode_image(above, ".png")
+
+    def write(self) -> None:
+        """Write the zip whole; the same maps give the same bytes."""
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:  # PNG is compressed already
+            for name in sorted(self.maps):
+                archive.writestr(zipfile.ZipInfo(name), self.maps[name])
+        utils.write_file(self.path, content.getvalue())
+        print(f"wrote {self.path}: {len(self.maps)} maps")
 
 
 def infer(options: Options) -> Path:
     """Predict `options.data` and write everything under `options.out`. Raises UserError."""
     device = utils.best_device()
     models = load_models(options.model, device)
-    samples = utils.find_samples(options.data, models[0].cfg.target)
-    threshold = options.threshold
+    threshold, min_pixels = options.threshold, options.min_pixels
     if threshold == "auto":
-        threshold = float(np.mean([model.threshold for model in models]))
+        threshold = float(np.mean([trained.threshold for trained in models]))
+    if min_pixels == "auto":
+        min_pixels = round(float(np.mean([max(0, trained.cfg.min_pixels) for trained in models])))
+    if Path(options.data).suffix.lower() in VIDEO_SUFFIXES and Path(options.data).is_file():
+        return overlay_video(models, threshold, min_pixels, options)
+    samples = utils.find_samples(options.data, models[0].cfg.target)
+    utils.check_calibrations(samples)
+    submission: Any = None
+    if options.submission == "rle":
+        submission = RleSubmission(Path(options.out) / "submission.csv", samples, options)
+    elif options.submission != "none":
+        submission = KittiZip(Path(options.out) / "submission_kitti.zip", samples, options)
     print(f"data: {len(samples)} pictures, {(samples['mask'] != '').sum()} with truth · {len(models)} model(s) on "
           f"{device} · threshold {threshold:.3f}")  # fmt: skip
-    sources = {Path(path).resolve().parent for column in ("image", "mask") for path in samples[column] if path}
-    if sources & {(Path(options.out) / name).resolve() for name in ("masks", "comparisons", "probs")}:
+    wanted = {"masks": True, "comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
+    truths = samples["mask"][samples.layout != "rle"]
+    sources = {Path(path).resolve().parent for path in (*samples.image, *truths) if path}
+    if sources & {(Path(options.out) / name).resolve() for name in wanted}:
         raise UserError(f"--out {options.out}: would overwrite files of --data; name another folder")
     out = utils.writable_folder(options.out)
-    wanted = {"masks": True, "comparisons": options.comparisons, "probs": options.save_probs}
     for folder in (name for name, yes in wanted.items() if yes):
         utils.writable_folder(str(out / folder))
 
-    board, bad, started = Scoreboard(), [], time.monotonic()
+    board, masks, bad, started = Scoreboard(), [], [], time.monotonic()
     with ThreadPoolExecutor(2) as writers:
         pending: deque[tuple[Any, Future]] = deque()
 
@@ -168,27 +304,76 @@ def infer(options: Options) -> Path:
             while len(pending) > most:
                 row, future = pending.popleft()
                 try:
-                    counts = future.result()
+                    scored = future.result()
                 except UserError as error:
                     bad.append(str(error))
                 else:
-                    if counts is not None:
-                        board.add(row.category, counts)
+                    if scored is not None:
+                        board.add(row.category, scored[0])
+                        masks.append(scored[1])
 
         results = predict(models, samples, options.batch_size or 8, options.tta, bad)
         for row, picture, probability in tqdm(results, total=len(samples), unit="picture"):
-            arguments = (out, row, picture, probability, threshold, options)
-            pending.append((row, writers.submit(write_outputs, *arguments)))
+            mask = utils.drop_small(utils.to_mask(probability, threshold), min_pixels)
+            pending.append((row, writers.submit(write_outputs, out, row, picture, probability, mask, options)))
+            if submission:
+                submission.add(row, probability, mask)
             collect(16)
         collect(0)
     seconds = time.monotonic() - started
     print(f"{len(samples) - len(bad)} pictures in {seconds:.1f} s, {(len(samples) - len(bad)) / seconds:.1f} a second; "
           f"look at {out / 'comparisons' if options.comparisons else out / 'masks'}")  # fmt: skip
+    if submission and (not bad or options.submission == "kitti_partial"):
+        submission.write()
     if bad:
         raise UserError(f"{len(bad)} of {len(samples)} could not be used, the others are done: " + " | ".join(bad))
-    if board.images["all"]:
-        utils.write_file(out / "metrics.json", utils.metrics_json(board.report(), threshold))
-        print(utils.score_line(board.report()))
+    if masks:
+        utils.write_file(out / "metrics.json", utils.metrics_json(board.report(), masks, threshold))
+        utils.write_file(out / "pr_curve.png", lambda part: utils.draw_pr_curve(board, part))
+        print(utils.score_line(board.report(), masks))
+    return out
+
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
+
+def overlay_video(models: list[Trained], threshold: float, min_pixels: int, options: Options) -> Path:
+    """Lay the road over a video, frame by frame: overlay.mp4. Memory stays flat. Raises UserError for a damaged one."""
+    video = cv2.VideoCapture(options.data)
+    rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    going, frame = video.read()
+    if not going:
+        raise UserError(f"--data {options.data}: not a video, empty or damaged; replace it")
+    out, started, frames = utils.writable_folder(options.out), time.monotonic(), 0
+    part, size = out / ".overlay.part.mp4", (frame.shape[1], frame.shape[0])
+    writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), rate if 0 < rate < 1000 else 25, size)
+    if not writer.isOpened():
+        raise UserError(f"--out {out}: OpenCV cannot write an mp4 here; give single pictures instead")
+    shares = []
+    try:
+        with tqdm(total=max(0, count) or None, unit="frame") as bar:
+            while going:
+                batch = []
+                while going and len(batch) < (options.batch_size or 8):
+                    batch.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                    going, frame = video.read()
+                for picture, probability in predict_pictures(models, batch, options.tta):
+                    mask = utils.drop_small(utils.to_mask(probability, threshold), min_pixels)
+                    writer.write(cv2.cvtColor(utils.tint(picture, mask, utils.GREEN), cv2.COLOR_RGB2BGR))
+                    shares.append(float(mask.mean()))
+                frames += len(batch)
+                bar.update(len(batch))
+        writer.release()
+        part.replace(out / "overlay.mp4")
+    finally:
+        part.unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second, {100 * np.mean(shares):.1f} % road; "
+          f"look at {out / 'overlay.mp4'}")  # fmt: skip
+    if frames < count:
+        raise UserError(
+            f"--data {options.data}: ends after {frames} of {count} frames, damaged there; what came is done"
+        )
     return out
 
 

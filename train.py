@@ -5,8 +5,8 @@
     python train.py --data my_pairs --max_minutes 60        # the learning-rate schedule fits the hour
     python train.py --data my_pairs --out out               # again: goes on where out/ was interrupted
 
-Writes model.pt (best weights), last.ckpt, config.json, metrics.csv, metrics.json, curves.png and validation.jpg
-under --out. What to change first: `Config` in utils.py (or its flags), then `augmentation` and `loss` below.
+Writes model.pt (best weights), last.ckpt, config.json, metrics.csv, metrics.json, curves.png, pr_curve.png and
+validation.jpg under --out. What to change first: `Config` in utils.py (or its flags), then `augmentation` and `loss`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network
 
@@ -57,6 +57,10 @@ from utils import IGNORE, RoadDataset, Scoreboard, UserError
 def augmentation(cfg: Config) -> A.Compose:
     """Random changes that leave a road a road: mirrored, shifted, scaled, lit otherwise; never upside down."""
     k = cfg.augment
+    tile = [
+        A.PadIfNeeded(cfg.height, cfg.width, position="top_left", border_mode=cv2.BORDER_REPLICATE),
+        A.RandomCrop(cfg.height, cfg.width),
+    ]
     steps = [
         A.HorizontalFlip(p=0.5),
         A.Affine(scale=(1 - 0.2 * k / (1 + 0.2 * k), 1 + 0.2 * k), translate_percent=(-0.08 * k, 0.08 * k),
@@ -65,9 +69,9 @@ def augmentation(cfg: Config) -> A.Compose:
                  border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=IGNORE),
         A.RandomBrightnessContrast(0.25 * k, 0.25 * k, p=0.6),
         A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4),
-        A.RandomShadow(shadow_roi=(0, 0.4, 1, 1), p=0.2),
+        A.RandomShadow(shadow_roi=(0, 0, 1, 1), p=0.2),
     ]  # fmt: skip
-    return A.Compose(steps if k else [], seed=cfg.seed)
+    return A.Compose(tile * (cfg.tiles == "true") + steps * (k > 0), seed=cfg.seed)
 
 
 def seed_worker(_: int) -> None:
@@ -111,6 +115,9 @@ def loss(logits: torch.Tensor, mask: torch.Tensor, dice: float) -> torch.Tensor:
     return bce + dice * (1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1))
 
 
+GROW = ((0.35, 0.5), (0.65, 0.75))  # until this part of the training, height and width are this part of the full size
+
+
 class RoadModel(pl.LightningModule):
     """The network, its moving average (which is validated and kept), AdamW."""
 
@@ -118,15 +125,38 @@ class RoadModel(pl.LightningModule):
         super().__init__()
         self.cfg, self.lr = cfg, 0.0  # the Keeper sets the optimiser's rate; `lr` is where Lightning's finder looks
         self.network = network.to(memory_format=torch.channels_last)  # up to five times faster, on a CPU too
-        average = get_ema_multi_avg_fn(cfg.ema)
-        self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+        self.average = AveragedModel(self.network, multi_avg_fn=self.update, use_buffers=True).requires_grad_(False)
         self.scoreboard = Scoreboard()
+        self.progress = 1.0  # of the training; the Keeper sets it
+
+    def update(self, average: list[torch.Tensor], weights: list[torch.Tensor], _: torch.Tensor) -> None:
+        """Move the average towards the weights; at the start faster, so that short runs forget their first steps."""
+        decay = min(self.cfg.ema, (1 + self.global_step) / (10 + self.global_step))
+        get_ema_multi_avg_fn(decay)(average, weights, _)
+
+    def stage(self) -> Config:
+        """The settings at this point of the training: smaller pictures first."""
+        cfg, step = self.cfg, self.network.encoder.output_stride if self.network.requires_divisible_input_shape else 16
+        part = next((part for until, part in GROW if self.progress < until), 1.0)
+        if part == 1 or not cfg.grow or cfg.tiles == "true":
+            return cfg
+        height, width = (max(32, step * round(part * size / step)) for size in (cfg.height, cfg.width))
+        return dataclasses.replace(cfg, height=height, width=width)
+
+    def sized(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pictures and masks of a batch at this stage's size."""
+        image, mask, cfg = batch["image"], batch["mask"], self.stage()
+        if image.shape[2:] != (cfg.height, cfg.width):
+            image = F.interpolate(image, (cfg.height, cfg.width), mode="area")
+            mask = F.interpolate(mask, (cfg.height, cfg.width), mode="nearest-exact")
+        return image.to(memory_format=torch.channels_last), mask
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.cfg.weight_decay)
+        return torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.cfg.weight_decay, fused=True)
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        value = loss(self.network(batch["image"].to(memory_format=torch.channels_last)), batch["mask"], self.cfg.dice)
+        image, mask = self.sized(batch)
+        value = loss(self.network(image), mask, self.cfg.dice)
         self.log("train_loss", value, on_step=False, on_epoch=True, batch_size=len(batch["image"]), prog_bar=True)
         return value
 
@@ -136,18 +166,23 @@ class RoadModel(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.scoreboard = Scoreboard()
 
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        logits = self.average(batch["image"].to(memory_format=torch.channels_last))
-        value = loss(logits, batch["mask"], self.cfg.dice)
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        image, mask = self.sized(batch)
+        logits = self.average(image)
+        value = loss(logits, mask, self.cfg.dice)
         self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
-        for probability, truth in zip(logits.float().sigmoid()[:, 0].cpu().numpy(), batch["truth"], strict=True):
-            restored = utils.to_8bit(utils.restore(probability, truth.shape, self.cfg))
-            self.scoreboard.add("", utils.pixel_counts(restored, truth))
+        pictures = zip(logits.float().sigmoid()[:, 0], batch["truth"], strict=True)
+        first, step = index * self.trainer.val_dataloaders.batch_size, self.trainer.world_size
+        for place, (probability, truth) in enumerate(pictures, first):
+            if place * step + self.global_rank < len(self.trainer.val_dataloaders.dataset):  # the rest is padding
+                restored = utils.to_8bit(utils.restore(probability, truth.shape, self.stage()))
+                self.scoreboard.add("", {"image": utils.pixel_counts(restored, torch.as_tensor(truth).to(self.device))})
 
     def on_validation_epoch_end(self) -> None:
-        counts = torch.from_numpy(self.scoreboard.counts["all"]).to(self.device)  # of this process
-        self.scoreboard.counts["all"] = self.trainer.strategy.reduce(counts, reduce_op="sum").cpu().numpy()
-        score = self.scoreboard.report()["all"]
+        sums = self.scoreboard.counts.setdefault("image", {})
+        mine = sums.get("all", torch.zeros(2, 256, dtype=torch.int64, device=self.device))
+        sums["all"] = self.trainer.strategy.reduce(mine, reduce_op="sum")  # over the processes
+        score = self.scoreboard.report()["image"]["all"]
         for name in ("MaxF", "AP", "IoU50"):
             self.log(name, score[name], prog_bar=name == "MaxF", rank_zero_only=True)
 
@@ -196,7 +231,7 @@ class Keeper(pl.Callback):
         return max(by_steps, by_time)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, *_: Any) -> None:
-        progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
+        module.progress = progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
         trainer.optimizers[0].param_groups[0]["lr"] = self.lr * schedule(progress)
         trainer.should_stop = self.cfg.max_minutes > 0 and progress >= 1  # this step is the last
 
@@ -206,10 +241,10 @@ class Keeper(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
         # still to come at the end: a step, this validation, the final one with mirrored pictures, pictures, export
         self.reserve = 5 + 4 * (time.monotonic() - self.validation_started)
-        score = module.scoreboard.report()["all"]
+        score = module.scoreboard.report()["image"]["all"]
         if score["MaxF"] > self.best and trainer.is_global_zero:
             self.best = score["MaxF"]
-            utils.save_model(self.out / "model.pt", module.average.module, self.cfg, score["threshold"], {})
+            utils.save_model(self.out / "model.pt", module.average.module, module.stage(), score["threshold"], {})
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
         measured = {name: round(float(trainer.callback_metrics[name]), 4)
@@ -259,15 +294,21 @@ def find_lr(cfg: Config, model: RoadModel, loader: DataLoader) -> float:
 #  RUN: from settings to files
 # =====================================================================================================================
 
-PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 96 * 320}  # of a picture; a CPU gains more from more epochs
+PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 96 * 320}  # of an input; a CPU gains more from more epochs
+TILES_FROM = 2e6  # pixels of the median picture from which on it is cut into tiles, not shrunk as a whole
 FREE = {"data", "out", "epochs", "max_minutes", "precision", "devices", "workers", "resume", "tta"}  # when resuming
 
 
-def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Config:
+def resolve(cfg: Config, samples: pd.DataFrame, above: np.ndarray, network: torch.nn.Module) -> Config:
     """Fill in what the settings leave to the device, the pictures and the encoder. Raises UserError for a bad size."""
     mean, std = utils.input_normalisation(cfg)
-    height, width = utils.median_size(samples)
-    scale = min(1.0, math.sqrt(PIXELS[utils.best_device()] / (height * width)))
+    height, width = np.median(utils.picture_sizes(samples), axis=0)
+    highest = float(above[samples.fold != cfg.fold].min())
+    top = cfg.top if cfg.top >= 0 else round(highest - 0.05, 2) if 0.15 < highest < 1 else 0.0  # less is not worth it
+    tiles = cfg.tiles if cfg.tiles != "auto" else str(bool(height * width > TILES_FROM)).lower()
+    top = 0.0 if tiles == "true" else min(top, 0.9)
+    height *= 1 - top
+    scale = min(1.0, math.sqrt(PIXELS[utils.best_device()] * (2 if tiles == "true" else 1) / (height * width)))
     size = [given or max(32, 32 * round(own * scale / 32))
             for given, own in ((cfg.height, height), (cfg.width, width))]  # fmt: skip
     step = network.encoder.output_stride if network.requires_divisible_input_shape else 1
@@ -286,8 +327,9 @@ def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Con
         raise UserError("--precision 16-mixed: needs a GPU; take auto")
     batch = cfg.batch_size or (4 if utils.best_device() == "cpu" else 8)
     epochs = cfg.epochs or (0 if cfg.max_minutes else 40)
+    metric = cfg.metric if cfg.metric != "auto" else "maxf" if samples.category.any() else "dice"
     return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs, batch_size=batch,
-                               height=size[0], width=size[1])  # fmt: skip
+                               height=size[0], width=size[1], top=top, tiles=tiles, metric=metric)  # fmt: skip
 
 
 def identity_of(cfg: Config, samples: pd.DataFrame) -> dict[str, Any]:
@@ -322,25 +364,61 @@ def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
 
 
 def train(cfg: Config, started: float | None = None) -> Path:
-    """Train, keep the best weights, validate them. Returns the path of model.pt. Raises UserError.
+    """Train, keep the best weights, validate them; with --fold all for each fold in turn. Raises UserError.
 
-    `started`: the time.monotonic() from which max_minutes counts; None is now.
+    `started`: the time.monotonic() from which max_minutes counts; None is now. Returns the folder written to.
     """
-    samples = utils.find_samples(cfg.data, cfg.target, training=True)
-    samples["fold"] = utils.assign_folds(samples, cfg.folds, cfg.seed)
-    if cfg.fold not in set(samples.fold):
-        raise UserError(f"--fold {cfg.fold}: the {len(samples)} pairs make folds 0 to {samples.fold.max()}")
+    started, out = time.monotonic() if started is None else started, Path(cfg.out)
+    samples = utils.find_samples(cfg.data, cfg.target, cfg.masks, training=True)
+    shares, above = utils.survey(samples)
+    samples["fold"] = utils.assign_folds(samples, shares, cfg)
+    sizes = [f"{w}x{h}" for h, w in sorted(map(tuple, utils.picture_sizes(samples)))]
+    print(
+        f"data: {utils.LAYOUTS[samples.layout[0]]} · {len(samples)} pairs · {sizes[0]} to {sizes[-1]} · "
+        f"{100 * shares.mean():.1f} % foreground · {100 * (shares == 0).mean():.0f} % masks empty",
+        flush=True,
+    )
+    folds = sorted(set(samples.fold))
+    if cfg.fold != "all":
+        if cfg.fold not in folds:
+            raise UserError(f"--fold {cfg.fold}: the {len(samples)} pairs make folds 0 to {folds[-1]}, or all")
+        train_fold(cfg, samples, above, started)
+        return out
+    if cfg.resume not in ("auto", "none"):
+        raise UserError(f"--resume {cfg.resume}: goes with one --fold; with all take auto")
+    results = []  # of all samples, each predicted by the fold that was not trained on it
+    for fold in folds:
+        print(f"fold {fold} of {len(folds)}", flush=True)
+        share = dataclasses.replace(
+            cfg, fold=fold, out=str(out / f"fold{fold}"), max_minutes=cfg.max_minutes / len(folds)
+        )
+        results += train_fold(share, samples, above, started)
+        started = time.monotonic()
+    if results:
+        trained = utils.load_model(out / "fold0" / "model.pt", "cpu")
+        tuned = write_scores(out, results, trained.cfg, "out of fold")
+        for fold in folds:
+            path = out / f"fold{fold}" / "model.pt"
+            trained = utils.load_model(path, "cpu")
+            config = dataclasses.replace(trained.cfg, min_pixels=tuned[1])
+            utils.save_model(path, trained.model, config, tuned[0], trained.metrics)
+    return out
+
+
+def train_fold(cfg: Config, samples: pd.DataFrame, above: np.ndarray, started: float) -> list[Result]:
+    """Train on all folds but cfg.fold, predict that one. Returns its results; of several processes only the first."""
     pl.seed_everything(cfg.seed, verbose=False)
     network = utils.build_model(cfg, cfg.encoder_weights)
-    cfg = resolve(cfg, samples, network)
-    keeper = Keeper(cfg, identity_of(cfg, samples), time.monotonic() if started is None else started)
+    cfg = resolve(cfg, samples, above, network)
+    keeper = Keeper(cfg, identity_of(cfg, samples), started)
     checkpoint = find_checkpoint(cfg, keeper)
     pairs = utils.read_all(samples, cfg)
     out = utils.writable_folder(cfg.out)
     valid = samples[samples.fold == cfg.fold]
     device = utils.best_device()
-    print(f"data: {len(samples)} pairs used, {len(samples) - len(valid)} to train and {len(valid)} to validate on\n"
-          f"model: {cfg.arch} {cfg.encoder}, weights {cfg.encoder_weights}, input {cfg.height}x{cfg.width}, "
+    print(f"folds: {len(samples) - len(valid)} pairs to train and {len(valid)} to validate on\n"
+          f"model: {cfg.arch} {cfg.encoder}, weights {cfg.encoder_weights}, input {cfg.height}x{cfg.width}"
+          f"{' in tiles' if cfg.tiles == 'true' else f' below the upper {100 * cfg.top:.0f} %' if cfg.top else ''}, "
           f"batch {cfg.batch_size}, {device} in {utils.precision(cfg, device)}", flush=True)  # fmt: skip
     model = RoadModel(cfg, network)
     train_loader, valid_loader = loaders(samples, pairs, cfg)
@@ -357,57 +435,91 @@ def train(cfg: Config, started: float | None = None) -> Path:
         trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=callbacks, gradient_clip_val=1.0)
         trainer.fit(model, train_loader, valid_loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         if not trainer.is_global_zero:
-            return out / "model.pt"
-    finish(out, valid, keeper.rows)
-    return out / "model.pt"
+            return []
+    return finish(out, valid, keeper.rows)
 
 
-def finish(out: Path, valid: pd.DataFrame, rows: list[dict[str, float]]) -> None:
+class Result(NamedTuple):
+    """One validation picture, predicted by a model that was not trained on it."""
+
+    row: Any  # of the samples
+    probability: bytes  # (h, w) uint8 as PNG: many pictures fit into memory
+    counts: dict[str, torch.Tensor]  # utils.picture_counts
+
+
+def finish(out: Path, valid: pd.DataFrame, rows: list[dict[str, float]]) -> list[Result]:
     """Validate the best weights just as infer.py will use them; write the scores, the pictures, the threshold."""
     trained = utils.load_model(out / "model.pt", utils.best_device())
-    board, results = Scoreboard(), []
+    results = []
     for row, picture, probability in predict([trained], valid):
         truth = utils.read_truth(row.mask, row.layout, picture.shape[:2])
-        counts = utils.pixel_counts(probability, truth)
-        board.add(row.category, counts)
-        results.append((row, probability, counts))
-    report = board.report()
-    threshold = report["all"]["threshold"]
-    utils.save_model(out / "model.pt", trained.model, trained.cfg, threshold, report)
-    utils.write_file(out / "config.json", json.dumps(dataclasses.asdict(trained.cfg), indent=2) + "\n")
-    utils.write_file(out / "metrics.json", utils.metrics_json(report, threshold))
-    utils.write_image(out / "validation.jpg", validation_picture(results, threshold))
+        counts = utils.picture_counts(row, probability, truth)
+        results.append(Result(row, utils.encode_image(probability, ".png"), counts))
+    threshold, min_pixels, metrics = write_scores(out, results, trained.cfg, "validation")
+    cfg = dataclasses.replace(trained.cfg, min_pixels=min_pixels)
+    utils.save_model(out / "model.pt", trained.model, cfg, threshold, metrics)
+    utils.write_file(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    utils.write_image(out / "validation.jpg", validation_picture(results, threshold, min_pixels))
     utils.write_file(out / "curves.png", lambda part: draw_curves(rows, part))
-    print(f"validation: {utils.score_line(report)}, threshold {threshold:.3f}\n"
-          f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")  # fmt: skip
+    print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
+    return results
 
 
-def validation_picture(results: list[tuple], threshold: float) -> np.ndarray:
+def write_scores(out: Path, results: list[Result], cfg: Config, title: str) -> tuple[float, int, dict[str, Any]]:
+    """Choose threshold and min_pixels for cfg.metric, write metrics.json and pr_curve.png.
+
+    Returns the threshold, min_pixels and the scores.
+    """
+    board = Scoreboard()
+    for result in results:
+        board.add(result.row.category, result.counts)
+    report = board.report()
+    threshold, sizes = report["image"]["all"]["threshold"], [max(0, cfg.min_pixels)]
+    if cfg.metric != "maxf":
+        by_threshold = utils.mean_by_threshold([result.counts["image"].numpy() for result in results], cfg.metric)
+        threshold = int(by_threshold.argmax()) / 255
+        area = np.median([int(result.counts["image"].sum()) for result in results])
+        sizes = [int(area * part) for part in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)] if cfg.min_pixels < 0 else sizes
+    masks = np.array([[utils.mask_scores(utils.drop_small(mask, size), truth) for size in sizes]
+                      for mask, truth in (final_mask(result, threshold) for result in results)])  # fmt: skip
+    best = int(masks.mean(0)[:, int(cfg.metric == "iou")].argmax())
+    utils.write_file(out / "metrics.json", utils.metrics_json(report, masks[:, best], threshold))
+    utils.write_file(out / "pr_curve.png", lambda part: utils.draw_pr_curve(board, part))
+    print(f"{title}: {utils.score_line(report, masks[:, best])}, threshold {threshold:.3f}, "
+          f"patches from {sizes[best]} pixels")  # fmt: skip
+    return threshold, sizes[best], report
+
+
+def final_mask(result: Result, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """The mask at a threshold, bool (h, w), and the truth of a result."""
+    probability = cv2.imdecode(np.frombuffer(result.probability, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return utils.to_mask(probability, threshold), utils.read_truth(
+        result.row.mask, result.row.layout, probability.shape
+    )
+
+
+def validation_picture(results: list[Result], threshold: float, min_pixels: int) -> np.ndarray:
     """The worst, the median and the best sample by IoU, one above the other."""
 
-    def iou(result: tuple) -> float:
-        not_road, road = result[2][:, utils.to_mask(np.arange(256), threshold)].sum(1)
-        return float(road / max(1, not_road + result[2][1].sum()))
+    def mask_and_truth(result: Result) -> tuple[np.ndarray, np.ndarray]:
+        mask, truth = final_mask(result, threshold)
+        return utils.drop_small(mask, min_pixels), truth
 
-    order = sorted(results, key=iou)
-    chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
+    ious = [utils.mask_scores(*mask_and_truth(result))[1] for result in results]
+    order = np.argsort(ious, kind="stable")
     pictures = []
-    for name, result in chosen.items():
-        row, probability, _ = result
-        picture, truth = utils.read_sample(row)
-        title = f"{name}: {Path(row.image).stem}, IoU {100 * iou(result):.1f} %"
-        pictures.append(utils.comparison(picture, truth, utils.to_mask(probability, threshold), title))
-    return np.vstack(pictures)
+    for name, index in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
+        mask, truth = mask_and_truth(results[index])
+        image = results[index].row.image
+        title = f"{name}: {Path(image).stem[:24]}, IoU {100 * ious[index]:.1f} %"
+        pictures.append(utils.comparison(utils.read_image(image), truth, mask, title))
+    width = max(picture.shape[1] for picture in pictures)  # pictures of different shapes
+    return np.vstack([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures])
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
     """Loss and scores over the epochs, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    table = pd.DataFrame(rows)
+    plt, table = utils.pyplot(), pd.DataFrame(rows)
     best = table.loc[table.MaxF.idxmax()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(table.epoch, table.train_loss, label="training")

@@ -1,6 +1,6 @@
 """What train.py and infer.py share, in the order of the data's way:
 
-    settings · samples · images · model · prediction · metrics · pictures
+    settings · samples · run lengths · images · model · metrics · bird's-eye view · pictures
 
 A new score or another reading of the masks goes in here; a new loss or augmentation goes into train.py.
 torch, smp, pandas and scikit-learn are imported where they are used, so that --help answers at once.
@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import sys
 import textwrap
 import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,9 +47,11 @@ class Config:
     # data
     data: str = "auto"  # folder of the training pairs; auto: look under /kaggle/input, ../input, then ask kagglehub
     out: str = "out"  # folder for everything that is written
+    masks: str = "auto"  # a folder of masks, or a csv of run lengths; auto: what lies beside the pictures
     target: Literal["road", "lane"] = "road"  # KITTI only: the whole road, or the car's own lane (um pictures)
     folds: int = 10  # parts the data is cut into, frames of one street together; one part validates (10: 10 %)
-    fold: int = 0  # which part validates, from 0
+    fold: int | Literal["all"] = 0  # which part validates, from 0; all: a model for each, out/fold0, out/fold1, ...
+    group: str = ""  # column of the csv whose equal values (a patient, a place) stay in one fold
     seed: int = 0  # of the folds, the first weights and the augmentations
     # model
     arch: str = "Unet"  # any smp architecture: Unet, UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
@@ -56,6 +59,8 @@ class Config:
     encoder_weights: str = "imagenet"  # imagenet, none (from scratch), or a .safetensors or .pth file
     height: int = 0  # pixels that the model sees; 0: follows the pictures' shape and what the device can do
     width: int = 0  # as height; finer edges cost time in proportion to height x width
+    top: float = -1  # share of the height that is cut off above: the sky; -1: where no training mask reaches, less 5 %
+    tiles: Literal["auto", "true", "false"] = "auto"  # cut pictures into height x width; auto: those over 2 megapixels
     mean: tuple[float, ...] = ()  # of red,green,blue in 0..1 to subtract; empty: what the encoder was trained with
     std: tuple[float, ...] = ()  # as mean, to divide by
     # training
@@ -64,9 +69,12 @@ class Config:
     batch_size: int = 0  # pictures a step; halve it when the GPU's memory runs out; 0: 8, on a CPU 4 (more steps)
     lr: float | Literal["auto"] = 5e-4  # AdamW's highest learning rate; auto: Lightning's finder picks it
     weight_decay: float = 1e-2  # AdamW's; keeps the weights small
+    grow: bool = True  # train on smaller pictures first, 1/2 then 3/4 of height and width: more epochs in the time
     dice: float = 1.0  # weight of the Dice loss beside BCE: counts the road as a whole, small or large
     augment: float = 1.0  # strength of the augmentation; 0: none
     ema: float = 0.98  # moving average of the weights over about 1 / (1 - ema) steps, which is what is kept; 0: none
+    metric: Literal["auto", "maxf", "dice", "iou"] = "auto"  # that threshold and min_pixels serve; auto: maxf for KITTI
+    min_pixels: int = -1  # smaller patches are dropped from a mask; -1: what serves dice or iou best
     tta: bool = True  # predict the mirrored picture too and average: a little better, twice the time
     # machine
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"  # auto: the quickest that the device does well
@@ -80,7 +88,8 @@ LIMITS = {  # flag: smallest and largest value allowed
     "folds": (2, 1000), "fold": (0, 999), "seed": (0, 2**31), "height": (0, 16384), "width": (0, 16384),
     "epochs": (0, 10**6), "max_minutes": (0, 10**6), "batch_size": (0, 65536), "lr": (1e-9, 10),
     "weight_decay": (0, 10), "dice": (0, 1000), "augment": (0, 3), "ema": (0, 0.99999), "devices": (1, 1024),
-    "workers": (-1, 256), "threshold": (0, 1), "mean": (-1, 2), "std": (1e-3, 10),
+    "workers": (-1, 256), "min_pixels": (-1, 10**9), "top": (-1, 0.9), "threshold": (0, 1), "mean": (-1, 2),
+    "std": (1e-3, 10),
 }  # fmt: skip
 
 
@@ -129,13 +138,13 @@ def convert_flag(name: str, kind: Any, text: str) -> Any:
         return text == "true" if kind is bool else text
     if kind is str or typing.get_origin(kind) is list:
         return text
-    wanted = []
+    wanted, whole = [], int in (kind, *typing.get_args(kind))
     if name in LIMITS:
         count, (low, high) = 3 if typing.get_origin(kind) is tuple else 1, LIMITS[name]
-        number = "three numbers with commas" if count == 3 else "a whole number" if kind is int else "a number"
+        number = "three numbers with commas" if count == 3 else "a whole number" if whole else "a number"
         wanted = [f"{number} from {low} to {high}"]
         with contextlib.suppress(ValueError):  # no number: the same answer as a wrong one, below
-            values = tuple(int(part) if kind is int else float(part) for part in text.split(","))
+            values = tuple(int(part) if whole else float(part) for part in text.split(","))
             if len(values) == count and all(low <= value <= high for value in values):
                 return values if count == 3 else values[0]
     raise UserError(f"--{name} {text}: takes {' or '.join(wanted + words)}")
@@ -170,8 +179,10 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], Any]) -> None
 #  SAMPLES: which picture goes with which mask, and which of them validate
 # =====================================================================================================================
 
+LAYOUTS = {"kitti": "KITTI Road", "masks": "a picture a mask", "rle": "csv of run lengths"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 KAGGLE_DATASET = "sakshaymahna/kittiroadsegmentation"
+MAX_FIELD = 64 << 20  # characters of a csv's field
 BLOCK = 8  # consecutive frames show one street: they validate, or train, together (fewer where pictures are few)
 
 
@@ -214,73 +225,223 @@ def list_images(folder: Path) -> dict[str, Path]:
     return found
 
 
-def find_samples(data: str, target: str = "road", training: bool = False) -> pd.DataFrame:
+def find_samples(data: str, target: str = "road", masks: str = "auto", training: bool = False) -> pd.DataFrame:
     """Pair pictures with masks.
 
-    Returns a DataFrame of strings with a row a picture: `image` and `mask` (paths; the mask is "" where there is
-    none), `layout` ("kitti" or "masks", how to read the mask) and `category` ("um_road", ...; "" outside KITTI).
-    With `training`, every picture must have a mask. Raises UserError, which lists all the pictures that have none.
+    Returns a DataFrame of strings with a row a picture: the paths `image`, `mask` and `calib` ("" where there is none),
+    `layout` ("kitti", "masks" or "rle": how to read the mask; of a csv, `mask` holds the runs), `category`
+    ("um_road", ...; "" outside KITTI) and `group` ("" or what must stay in one fold). With `training`, every picture
+    must have a mask. Raises UserError, which lists all the pictures that have none.
     """
     import pandas as pd
 
+    columns = {"image": "", "mask": "", "calib": "", "layout": "masks", "category": "", "group": ""}
     root = find_data(data)
     if root.is_file():
         if training or root.suffix.lower() not in IMAGE_SUFFIXES:
-            wanted = "a folder of pairs" if training else f"a folder or a picture ({', '.join(IMAGE_SUFFIXES)})"
+            wanted = (
+                "a folder of pairs" if training else f"a folder, a video or a picture ({', '.join(IMAGE_SUFFIXES)})"
+            )
             raise UserError(f"--data {data}: is a file; name {wanted}")
-        return pd.DataFrame([{"image": str(root), "mask": "", "layout": "masks", "category": ""}])
-    splits = [root / split for split in ("training", "testing") if (root / split / "image_2").is_dir()]
-    if len(splits) == 2 and not training:
-        raise UserError(f"--data {data}: holds training and testing; name {splits[0]} (scores) or {splits[1]}")
-    root = splits[0] if splits else root
-    layout = "kitti" if (root / "image_2").is_dir() else "masks"
-    names = ("image_2", "gt_image_2") if layout == "kitti" else ("images", "masks")
-    images = list_images(root / names[0]) or list_images(root)
-    masks = list_images(root / names[1])
-    if not images:
+        return pd.DataFrame([columns | {"image": str(root)}])
+    known = ("training", "images", "train/images", "train_images", "train", ".")
+    asked = ("testing", "test/images", "test_images", "test")
+    folders = [f for f in (known if training else asked + known) for f in (f"{f}/image_2", f) if list_images(root / f)]
+    if not folders:
         raise UserError(f"--data {data}: no pictures in it; expected training/image_2 and training/gt_image_2 (KITTI), "
-                        "images and masks, or pictures")  # fmt: skip
-    if training and target == "lane" and layout != "kitti":
+                        "images and masks, train and train.csv, or pictures")  # fmt: skip
+    folder = (root / folders[0]).resolve()
+    others = [f for f in folders[1:] if f.startswith("train")]
+    if not training and others:
+        print(f"--data {data}: predicts {folders[0]}; name {root / others[0]} for the scores of pictures with truth")
+    images = list_images(folder)
+    kitti = folder.name == "image_2"
+    if target == "lane" and training and not kitti:
         raise UserError(f"--target lane: {data} is not in the KITTI layout, which alone has lanes; leave the flag out")
+    where, truths, groups = find_masks(folder, images, masks, needed=training)
     rows = []
     for stem, image in images.items():
-        kitti = re.fullmatch(r"([a-z]+)_(\d+)", stem) if layout == "kitti" else None
-        if target == "lane" and kitti and kitti[1] != "um" and training:
-            continue  # only um pictures have a truth for the car's own lane
-        mask = masks.get(f"{kitti[1]}_{target}_{kitti[2]}" if kitti else stem, "")
-        category = f"{kitti[1]}_{target}" if kitti else ""
-        rows.append({"image": str(image), "mask": str(mask), "layout": layout, "category": category})
-    samples = pd.DataFrame(rows, columns=["image", "mask", "layout", "category"])
+        row = columns | {"image": str(image), "mask": str(truths.get(stem, "")), "group": groups.get(stem, "")}
+        row["layout"] = "rle" if where.suffix == ".csv" else "masks"
+        name = re.fullmatch(r"([a-z]+)_(\d+)", stem) if kitti else None
+        if name:
+            if target == "lane" and name[1] != "um" and training:
+                continue  # only um pictures have a truth for the car's own lane
+            calib = folder.parent / "calib" / f"{stem}.txt"
+            row |= {"layout": "kitti", "category": f"{name[1]}_{target}", "calib": str(calib) * calib.is_file(),
+                    "mask": str(truths.get(f"{name[1]}_{target}_{name[2]}", ""))}  # fmt: skip
+        rows.append(row)
+    samples = pd.DataFrame(rows, columns=list(columns))
     alone = [Path(image).name for image in samples.image[samples["mask"] == ""]]
     if training and (alone or len(samples) < 2):
         pairs = f"{len(samples) - len(alone)} pairs"
         if not alone:
             raise UserError(f"--data {data}: {pairs}; at least 2 are needed, one to train and one to validate on")
-        raise UserError(f"--data {data}: {len(alone)} of {len(samples)} pictures have no mask in {root / names[1]} "
+        raise UserError(f"--data {data}: {len(alone)} of {len(samples)} pictures have no mask in {where} "
                         f"({pairs} are complete); add the masks or move away: {', '.join(alone)}")  # fmt: skip
     return samples
 
 
-def assign_folds(samples: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
-    """Cut the samples into folds, stratified by category; `BLOCK` consecutive frames stay in one fold.
+def find_masks(folder: Path, images: dict[str, Path], masks: str, needed: bool) -> tuple[Path, dict, dict]:
+    """Where the masks of a folder of pictures are: the folder or csv, {stem: path or runs}, {stem: csv fields}."""
+    above = folder.parent
+    usual = [above / ("gt_image_2" if folder.name == "image_2" else "masks"), above / "train_masks", folder / "masks"]
+    places = [path for path in usual if list_images(path)]
+    if masks != "auto":
+        places = [path for path in (Path(masks), above / masks, above.parent / masks) if path.exists()]
+        if not places:
+            raise UserError(f"--masks {masks}: not found; name a folder of masks or a csv of run lengths")
+    elif not {folder.name, above.name if folder.name == "images" else ""} & {"test", "test_images"}:
+        roots = [folder, above, above.parent] if folder.name == "images" else [folder, above]
+        tables = [path for root in roots for path in sorted(root.glob("*.csv")) if run_columns(path)]
+        places = [path for path in tables if path.name == "train.csv"][:1] or places or tables
+        if len(places) > 1 and needed:
+            raise UserError(f"--data: {' and '.join(map(str, places))} hold masks; choose one with --masks")
+    where = places[0] if places else usual[0]
+    if where.suffix == ".csv":
+        return where, *read_runs(where, images)
+    return where, list_images(where), {}
 
-    Returns int array (n,), the fold of each sample. With few samples there are fewer folds, never less than two.
+
+ID_COLUMNS = ("id", "imageid", "image_id", "img", "record_id", "image", "filename", "file_name")
+RUN_COLUMNS = ("rle_mask", "encodedpixels", "encoded_pixels", "pixels", "rle", "mask", "segmentation")
+EMPTY = ("", "-", "nan", "none", "-1")  # how competitions write a mask without a pixel
+
+
+def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv with their numbers, the header first. Raises UserError, with the row, for a damaged one."""
+    import csv
+
+    csv.field_size_limit(MAX_FIELD)
+    line = 0
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            head = file.readline(MAX_FIELD)
+            file.seek(0)
+            separator = max(",;\t", key=head.count)
+            for fields in csv.reader(file, delimiter=separator, strict=True):
+                line += 1
+                if fields:
+                    yield line, [field.strip() for field in fields]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: row {line + 1} cannot be read ({reason_of(error)}); mend the csv") from None
+
+
+def run_columns(path: Path) -> tuple[int, int] | None:
+    """Which columns of a csv hold ids and run lengths, by the usual names or, if they look like it, the first two."""
+    if "submission" in path.name.lower():
+        return None
+    rows = [fields for _, fields in itertools.islice(read_table(path), 200)]
+    if not rows or len(rows[0]) < 2:
+        return None
+    header = [name.lower() for name in rows[0]]
+    ids, runs = ([header.index(name) for name in names if name in header] for names in (ID_COLUMNS, RUN_COLUMNS))
+    if runs:
+        return (ids or [0])[0], runs[0]
+    values = [row[1] for row in rows[1:] if len(row) > 1 and row[1].lower() not in EMPTY]
+    runs = values and all(re.fullmatch(r"\d+ \d+( \d+ \d+)*", value) for value in values)
+    return (0, 1) if runs else None
+
+
+def read_runs(path: Path, images: dict[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Read a csv of run-length masks, one row a picture or one an object; a picture without a row has an empty mask.
+
+    Returns {stem: "csv row 2: 1 4;csv row 7: 9 2" or "-" for empty} and {stem: {column: value}}. Raises UserError.
     """
+    columns = run_columns(path)
+    if columns is None:
+        raise UserError(f"--masks {path}: expected a csv with a column of ids and one of run lengths (start, length)")
+    rows = read_table(path)
+    _, header = next(rows)
+    found, fields_of, unknown = {stem: [] for stem in images}, {}, []
+    for line, fields in rows:
+        if len(fields) != len(header):
+            raise UserError(f"{path}: row {line} has {len(fields)} fields, the header {len(header)}; mend the csv")
+        name, runs = (fields[column] for column in columns)
+        stem = name if name in images else Path(name).stem
+        if stem not in images:
+            unknown.append(name)
+            continue
+        fields_of[stem] = dict(zip(header, fields, strict=True))
+        if runs.lower() not in EMPTY:
+            found[stem].append(f"{path.name} row {line}: {runs}")
+    if unknown:
+        if len(fields_of) == 0:
+            raise UserError(f"{path}: none of its ids is a picture, such as {unknown[0]}; expected names of pictures")
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        print(f"{path.name}: {len(unknown)} rows name no picture and are left out: {shown}")
+    return {stem: ";".join(parts) or "-" for stem, parts in found.items()}, fields_of
+
+
+def assign_folds(samples: pd.DataFrame, shares: np.ndarray, cfg: Config) -> np.ndarray:
+    """Cut the samples into cfg.folds parts, reproducible from cfg.seed; what belongs together stays in one part.
+
+    Stratified by category, or where there is none by the foreground's share of each picture (`shares`, 0..1): empty,
+    little, more, much. Together stay a csv's --group, otherwise `BLOCK` consecutive frames. Returns int (n,), the fold
+    of each sample. With few samples there are fewer folds, never less than two.
+    """
+    import pandas as pd
     from sklearn.model_selection import StratifiedGroupKFold
 
     sizes = samples.category.value_counts()
-    length = max(1, min(BLOCK, sizes.min() // folds))
+    length = max(1, min(BLOCK, sizes.min() // cfg.folds))
     names = [re.fullmatch(r"(.*?)(\d*)", Path(image).stem) for image in samples.image]
     blocks = [f"{name[1]}{int(name[2] or 0) // length}" for name in names]
-    strata = samples.category if sizes.max() > 1 else [0] * len(samples)
-    count = max(2, min(folds, len(set(blocks)), sizes.max()))
+    if cfg.group:
+        header = next((list(group) for group in samples.group if group), [])
+        if cfg.group not in header:
+            raise UserError(f"--group {cfg.group}: no such column{closest(cfg.group, header)}")
+        blocks = [
+            group[cfg.group] if group else image for group, image in zip(samples.group, samples.image, strict=True)
+        ]
+    count = max(2, min(cfg.folds, len(set(blocks)), sizes.max()))
+    strata = samples.category
+    if not strata.any():
+        strata = pd.Series(np.where(shares > 0, pd.Series(shares).rank(pct=True).mul(3).round(), -1))
+    if strata.value_counts().max() < count:  # a handful of pictures
+        strata = pd.Series(0, samples.index)
     fold = np.zeros(len(samples), int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "least populated class": few pictures of a category are fine
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=cfg.seed)
         for number, (_, part) in enumerate(splitter.split(samples, strata, blocks)):
             fold[part] = number
     return fold
+
+
+# =====================================================================================================================
+#  RUN LENGTHS: masks as text, "start length start length ...", down the columns, counted from 1
+# =====================================================================================================================
+
+
+def rle_encode(mask: np.ndarray) -> str:
+    """(h, w) bool to run lengths; "" where it is empty. A 2x2 mask of ones is "1 4"."""
+    flat = cv2.transpose(np.ascontiguousarray(mask, np.uint8)).ravel()
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 2
+    edges = np.r_[[1] * int(flat[0]), edges, [flat.size + 1] * int(flat[-1])].astype(np.int64)
+    edges[1::2] -= edges[::2]
+    return " ".join(map(str, edges.tolist()))
+
+
+def rle_decode(runs: str, size: tuple[int, int], where: str = "run lengths") -> np.ndarray:
+    """Run lengths to (h, w) uint8 of 0 and 1. Raises UserError, which names `where`, for runs that cannot be."""
+    height, width = size
+    try:
+        numbers = np.array(runs.split(), dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: holds what is no whole number; expected start and length, in turn") from None
+    if len(numbers) % 2:
+        raise UserError(f"{where}: an odd count of numbers, {len(numbers)}; expected start and length, in turn")
+    order = np.argsort(numbers[::2], kind="stable")
+    starts, lengths = numbers[::2][order] - 1, numbers[1::2][order]
+    if len(starts) and (starts[0] < 0 or lengths.min() < 1 or (lengths > height * width - starts).any()):
+        raise UserError(f"{where}: a run leaves the picture of {width}x{height} (starts count from 1)")
+    if (starts[:-1] + lengths[:-1] > starts[1:]).any():
+        raise UserError(f"{where}: runs overlap")
+    steps = np.zeros(height * width + 1, np.int8)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, starts + lengths, -1)
+    return np.ascontiguousarray(steps[:-1].cumsum(dtype=np.int8).view(np.uint8).reshape(width, height).T)
 
 
 # =====================================================================================================================
@@ -324,8 +485,14 @@ def read_truth(path: str, layout: str, size: tuple[int, int]) -> np.ndarray:
 
     KITTI codes by channel, as its devkit reads them: blue > 0 is road, red > 0 is valid. Other masks hold 0 and 1
     (with 255 beside them for not valid), or 0 and the type's largest value (JPEG's noise is cut at half). Raises
-    UserError for anything else.
+    UserError for anything else. Of a csv, `path` is what `read_runs` made of its rows.
     """
+    if layout == "rle":
+        truth = np.zeros(size, np.uint8)
+        for part in path.split(";") if path != "-" else ():
+            where, _, runs = part.partition(": ")
+            truth |= rle_decode(runs, size, where)
+        return truth
     image = open_picture(path)
     if image.size != size[::-1]:
         mask, picture = ("x".join(map(str, s)) for s in (image.size, size[::-1]))
@@ -351,40 +518,62 @@ def read_truth(path: str, layout: str, size: tuple[int, int]) -> np.ndarray:
 
 def preprocess(image: np.ndarray, cfg: Config) -> torch.Tensor:
     """The one way from pixels to the model: (h, w, 3) uint8 RGB to (3, height, width) float32, normalised."""
+    return normalise(shrink(image, cfg), cfg)
+
+
+def normalise(pixels: np.ndarray, cfg: Config) -> torch.Tensor:
+    """(height, width, 3) uint8 to (3, height, width) float32, less the mean, over the std."""
     import torch
 
-    pixels = shrink(image, cfg).astype(np.float32)
+    pixels = pixels.astype(np.float32)
     pixels = (pixels - np.float32(255) * np.float32(cfg.mean)) / (np.float32(255) * np.float32(cfg.std))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def shrink(image: np.ndarray, cfg: Config) -> np.ndarray:
-    """Resize a picture to the model's size, (height, width, 3) uint8; one of that size already stays as it is."""
+    """Cut off the top and resize the rest to the model's size, (height, width, 3) uint8."""
+    image = image[round(cfg.top * image.shape[0]) :]
     smaller = image.shape[0] > cfg.height and image.shape[1] > cfg.width
-    same = image.shape[:2] == (cfg.height, cfg.width)
     way = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR  # area: every pixel counts, thin lines stay
-    return image if same else cv2.resize(image, (cfg.width, cfg.height), interpolation=way)
+    return cv2.resize(image, (cfg.width, cfg.height), interpolation=way)
 
 
 def shrink_truth(truth: np.ndarray, cfg: Config) -> np.ndarray:
     """Resize a truth to the model's size, (height, width) uint8, by the nearest pixel: never a mixture of labels."""
+    truth = truth[round(cfg.top * truth.shape[0]) :]
     return cv2.resize(truth, (cfg.width, cfg.height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def restore(probabilities: np.ndarray, size: tuple[int, int], cfg: Config) -> np.ndarray:
-    """The one way back: (height, width) float32 probabilities to the picture's own (h, w), interpolated linearly."""
+def restore(probabilities: torch.Tensor, size: tuple[int, int], cfg: Config) -> torch.Tensor:
+    """The one way back: (height, width) float32 probabilities to the picture's own (h, w), interpolated linearly.
+
+    What was cut off above is 0.
+    """
+    import torch.nn.functional as F
+
     assert probabilities.shape == (cfg.height, cfg.width), (probabilities.shape, cfg.height, cfg.width)
-    return cv2.resize(probabilities, size[::-1], interpolation=cv2.INTER_LINEAR)
+    top = round(cfg.top * size[0])
+    seen = F.interpolate(probabilities[None, None], (size[0] - top, size[1]), mode="bilinear")[0, 0]
+    return F.pad(seen, (0, 0, top, 0))
 
 
-def to_8bit(probability: np.ndarray) -> np.ndarray:
+def to_8bit(probability: torch.Tensor) -> torch.Tensor:
     """Probabilities 0..1 as the official benchmark takes them: uint8, 0..255, rounded."""
-    return np.rint(probability * 255).astype(np.uint8)
+    return (probability * 255).round().byte()
 
 
 def to_mask(probability: np.ndarray, threshold: float) -> np.ndarray:
     """The road at a threshold 0..1, bool (h, w), from 8-bit probabilities; k/255 takes in k, whatever rounding does."""
     return probability >= np.ceil(threshold * 255 - 1e-6)
+
+
+def drop_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
+    """A mask, bool (h, w), without its connected patches of fewer than `min_pixels` pixels."""
+    if min_pixels < 2 or not mask.any():
+        return mask
+    _, patches, table, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    large = table[:, cv2.CC_STAT_AREA] >= min_pixels
+    return mask & large[patches]
 
 
 def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -393,29 +582,73 @@ def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
     return image, read_truth(sample.mask, sample.layout, image.shape[:2])
 
 
-def median_size(samples: pd.DataFrame) -> tuple[float, float]:
-    """The pictures' median (height, width), from their headers; files without one are for `read_all` to name."""
-    sizes = []
-    for path in samples.image:
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
-            sizes.append((image.height, image.width))
-    height, width = np.median(sizes or [(1, 1)], axis=0)
-    return float(height), float(width)
+def picture_sizes(samples: pd.DataFrame) -> np.ndarray:
+    """The pictures' (height, width) from their headers, int (n, 2); 1x1 for the damaged, which `read_all` names."""
+
+    def size(path: str) -> tuple[int, int]:
+        try:
+            with Image.open(path) as image:
+                return (image.height, image.width)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return (1, 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # large but allowed pictures
+        return np.array([size(path) for path in samples.image])
+
+
+def tile_places(size: Iterable[int], cfg: Config, overlap: float = 0.0) -> list[tuple[int, int]]:
+    """The upper left corners (y, x) of the tiles of height x width that cover a picture of `size` (h, w)."""
+    starts = []
+    for whole, tile in zip(size, (cfg.height, cfg.width), strict=True):
+        count = max(1, -int(-(whole - overlap * tile) // (tile * (1 - overlap))))
+        starts.append(np.linspace(0, max(0, whole - tile), count).round().astype(int).tolist())
+    return [(y, x) for y in starts[0] for x in starts[1]]
+
+
+def cut(pixels: np.ndarray, place: tuple[int, int], cfg: Config, outside: int | None = None) -> np.ndarray:
+    """The tile at `place`, (height, width, ...); beyond a small picture's edge its last pixels again, or `outside`."""
+    tile = pixels[place[0] : place[0] + cfg.height, place[1] : place[1] + cfg.width]
+    missing = (0, cfg.height - tile.shape[0], 0, cfg.width - tile.shape[1])
+    way = cv2.BORDER_REPLICATE if outside is None else cv2.BORDER_CONSTANT
+    return cv2.copyMakeBorder(tile, *missing, way, value=outside) if any(missing) else tile
+
+
+def survey(samples: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Look through the masks: the foreground's share of each, and how much of the height is above it, float (n,) each.
+
+    An empty mask is 0 and 1, and so is one that cannot be read, which `read_all` names.
+    """
+
+    def look(sample: Any, size: np.ndarray) -> tuple[float, float]:
+        try:
+            road = read_truth(sample.mask, sample.layout, tuple(size)) == 1
+        except UserError:
+            return 0.0, 1.0
+        return float(road.mean()), float(road.any(1).argmax() / len(road)) if road.any() else 1.0
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = np.array(list(pool.map(look, samples.itertuples(), picture_sizes(samples))))
+    return found[:, 0], found[:, 1]
 
 
 def read_all(samples: pd.DataFrame, cfg: Config) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Decode every pair once and keep it at the model's size; None where that would take over `KEEP_BYTES`.
+    """Decode every pair once and keep it at the size that training takes it; None where that is over `KEEP_BYTES`.
 
     Raises one UserError that lists every bad file.
     """
-    keep = len(samples) * cfg.height * cfg.width * 4 <= KEEP_BYTES
+    tiled = cfg.tiles == "true"
+    pixels = picture_sizes(samples).prod(1).sum() if tiled else len(samples) * cfg.height * cfg.width
+    keep = 4 * pixels <= KEEP_BYTES
 
     def read(sample: Any) -> tuple[np.ndarray, np.ndarray] | UserError | None:
         try:
             image, truth = read_sample(sample)
+            read_calibration(sample.calib)
         except UserError as error:
             return error
-        return (shrink(image, cfg), shrink_truth(truth, cfg)) if keep else None
+        pair = (image, truth) if tiled else (shrink(image, cfg), shrink_truth(truth, cfg))
+        return pair if keep else None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         pairs = list(pool.map(read, samples.itertuples()))
@@ -428,27 +661,35 @@ def read_all(samples: pd.DataFrame, cfg: Config) -> list[tuple[np.ndarray, np.nd
 class RoadDataset:
     """The samples as the loader takes them: a dict with `image` (3, H, W) and `mask` (1, H, W), both float32.
 
-    The mask holds 0, 1 and 255 (not valid). Without `augment` (validation) the item also has `truth`, (h, w) uint8
-    at the picture's own size. `pairs` are the pixels of `read_all`; None reads the files anew each time.
+    The mask holds 0, 1 and 255 (not valid). Without `augment` (validation) the item also has `truth`, uint8 at the
+    picture's own size. With tiles an item is a tile, in training one cut at random by `augment`; there are as many of a
+    picture as cover it. `pairs` are the pixels of `read_all`; None reads the files anew each time.
     """
 
     def __init__(self, samples: pd.DataFrame, pairs: list | None, cfg: Config, augment: Any = None) -> None:
         self.rows, self.pairs, self.cfg, self.augment = list(samples.itertuples()), pairs, cfg, augment
+        self.tiled = cfg.tiles == "true"
+        sizes = picture_sizes(samples) if self.tiled else []
+        self.places = [(index, place) for index, size in enumerate(sizes) for place in tile_places(size, cfg)]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.places) if self.tiled else len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         import torch
 
+        index, place = self.places[index] if self.tiled else (index, None)
         image, truth = self.pairs[index] if self.pairs else read_sample(self.rows[index])
         item = {} if self.augment else {"truth": truth}
-        mask = shrink_truth(truth, self.cfg)
+        if self.tiled and not self.augment:
+            image, truth = cut(image, place, self.cfg), cut(truth, place, self.cfg, IGNORE)
+            item = {"truth": truth}
+        elif not self.tiled and not self.pairs:
+            image, truth = shrink(image, self.cfg), shrink_truth(truth, self.cfg)
         if self.augment:
-            pair = self.augment(image=shrink(image, self.cfg), mask=mask)
-            image, mask = pair["image"], pair["mask"]
-        mask = torch.from_numpy(mask[None].astype(np.float32))
-        return item | {"image": preprocess(image, self.cfg), "mask": mask}
+            pair = self.augment(image=image, mask=truth)
+            image, truth = pair["image"], pair["mask"]
+        return item | {"image": normalise(image, self.cfg), "mask": torch.from_numpy(truth[None].astype(np.float32))}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -647,14 +888,36 @@ def load_model(path: Path, device: str) -> Trained:
 # =====================================================================================================================
 
 
-def pixel_counts(probability: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Count the valid pixels by truth and probability: int64 (2, 256), row 0 not road, row 1 road.
+def pixel_counts(probability: np.ndarray | torch.Tensor, truth: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Count the valid pixels by truth and probability: int64 (2, 256), row 0 not road, row 1 road, on their device.
 
     `probability` is (h, w) uint8, `truth` (h, w) uint8 of 0, 1 and 255 (not valid, not counted). Counts of several
     pictures add up; every measure follows from the sum.
     """
-    cells = np.bincount((truth.astype(np.uint16) << 8 | probability).ravel(), minlength=512)
-    return cells[:512].reshape(2, 256)
+    import torch
+
+    cells = torch.as_tensor(truth, dtype=torch.int64) << 8 | torch.as_tensor(probability, dtype=torch.int64)
+    return torch.bincount(cells.flatten(), minlength=512)[:512].reshape(2, 256)
+
+
+def picture_counts(sample: Any, probability: np.ndarray, truth: np.ndarray) -> dict[str, torch.Tensor]:
+    """The `pixel_counts` of one picture at its own size: {"image": ...}, with a calibration {"bev": ...} too."""
+    counts = {"image": pixel_counts(probability, truth)}
+    if sample.calib:
+        cells = bev_cells(sample.calib, truth.shape)
+        counts["bev"] = pixel_counts(to_bev(probability, cells), to_bev(truth, cells, IGNORE))
+    return counts
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, where nothing to nothing is 0."""
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+
+
+def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """True positives, false positives, precision and recall at each of the 256 thresholds, float (256,) each."""
+    fp, tp = counts[:, ::-1].cumsum(1)[:, ::-1].astype(float)
+    return tp, fp, ratio(tp, tp + fp), ratio(tp, tp[:1])
 
 
 def scores(counts: np.ndarray) -> dict[str, float]:
@@ -665,50 +928,175 @@ def scores(counts: np.ndarray) -> dict[str, float]:
     11-point Pascal VOC average precision; IoU50 is taken at 0.5. A ratio of nothing to nothing is 0; without a single
     road pixel MaxF is 0 and the threshold 0.5.
     """
-    negative, positive = counts[:, ::-1].cumsum(1)[:, ::-1].astype(float)  # predicted as road at each threshold
-    tp, fp, fn = positive, negative, positive[0] - positive
-
-    def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
-
-    precision, recall = ratio(tp, tp + fp), ratio(tp, np.full_like(tp, positive[0]))
-    f1, iou = ratio(2 * tp, 2 * tp + fp + fn), ratio(tp, tp + fp + fn)
-    fpr = ratio(fp, np.full_like(fp, negative[0]))
+    tp, fp, precision, recall = precision_recall(counts)
+    fn = tp[0] - tp
+    f1, iou, fpr = ratio(2 * tp, 2 * tp + fp + fn), ratio(tp, tp + fp + fn), ratio(fp, fp[:1])
     best = int(f1.argmax()) if f1.any() else 128
     ap = np.mean([precision[(recall >= level) & (tp > 0)].max(initial=0) for level in np.arange(0, 1.1, 0.1)])
-    fnr = 1 - recall[best] if positive[0] else 0.0
+    fnr = 1 - recall[best] if tp[0] else 0.0
     found = {"MaxF": f1[best], "AP": ap, "PRE": precision[best], "REC": recall[best], "FPR": fpr[best], "FNR": fnr,
              "IoU": iou[best], "F1": f1[best], "IoU50": iou[128]}  # fmt: skip
     return {name: round(100 * float(value), 4) for name, value in found.items()} | {"threshold": best / 255}
 
 
+def mean_by_threshold(counts: list[np.ndarray], metric: str) -> np.ndarray:
+    """The mean "dice" or "iou" of pictures at each of the 256 thresholds, 0..1, from the `pixel_counts` of each.
+
+    A picture without foreground counts 1 where none is found in it, else 0.
+    """
+    fp, tp = np.stack(counts)[:, :, ::-1].cumsum(2)[:, :, ::-1].transpose(1, 0, 2).astype(float)
+    weight, union = (2 if metric == "dice" else 1), fp + tp[:, :1]
+    below = union + tp if metric == "dice" else union
+    return np.where(below > 0, ratio(weight * tp, below), 1.0).mean(0)
+
+
+def mask_scores(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """(Dice, IoU) of one picture's final mask in its valid pixels, 0..1; 1 where both are empty."""
+    road = truth == 1
+    both, either = int((mask & road).sum()), int(((mask & (truth != IGNORE)) | road).sum())
+    return (2 * both / (both + either), both / either) if either else (1.0, 1.0)
+
+
 class Scoreboard:
-    """Adds up pixel counts by category and pooled ("all")."""
+    """Adds up pixel counts by space ("image", "bev") and category, and pooled ("all")."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, np.ndarray] = {"all": np.zeros((2, 256), np.int64)}
-        self.images: dict[str, int] = {"all": 0}
+        self.counts: dict[str, dict[str, torch.Tensor]] = {}
+        self.images: dict[tuple[str, str], int] = {}
 
-    def add(self, category: str, counts: np.ndarray) -> None:
+    def add(self, category: str, counts: dict[str, torch.Tensor]) -> None:
         """Add the counts of a picture to its category and to all."""
-        for name in ("all", category) if category else ("all",):
-            self.counts[name] = self.counts.get(name, 0) + counts
-            self.images[name] = self.images.get(name, 0) + 1
+        for space, cells in counts.items():
+            sums = self.counts.setdefault(space, {})
+            for name in ("all", category) if category else ("all",):
+                sums[name] = sums.get(name, 0) + cells
+                self.images[space, name] = self.images.get((space, name), 0) + 1
 
-    def report(self) -> dict[str, dict[str, float]]:
-        """{category: measures}, each with the number of its pictures."""
-        return {name: scores(self.counts[name]) | {"images": self.images[name]} for name in self.counts}
-
-
-def metrics_json(report: dict[str, dict[str, float]], threshold: float) -> str:
-    """The text of metrics.json. `threshold` is the one that the masks were made with."""
-    return json.dumps({"threshold": threshold, "image": report}, indent=2) + "\n"
+    def report(self) -> dict[str, dict[str, dict[str, float]]]:
+        """{space: {category: measures}}, each with the number of its pictures."""
+        return {space: {name: scores(cells.cpu().numpy()) | {"images": self.images.get((space, name), 0)}
+                        for name, cells in sums.items()} for space, sums in self.counts.items()}  # fmt: skip
 
 
-def score_line(report: dict[str, dict[str, float]]) -> str:
+def metrics_json(report: dict[str, Any], masks: list[tuple[float, float]], threshold: float) -> str:
+    """The text of metrics.json; `threshold` is the one that the masks were made with, `masks` their `mask_scores`."""
+    mean = dict(zip(("Dice", "IoU"), (100 * np.mean(masks, axis=0)).round(4).tolist(), strict=True))
+    return json.dumps({"threshold": threshold, "mean": mean} | report, indent=2) + "\n"
+
+
+def score_line(report: dict[str, Any], masks: list[tuple[float, float]]) -> str:
     """The pooled scores in one line for people."""
-    s = report["all"]
-    return f"MaxF {s['MaxF']:.2f} %  AP {s['AP']:.2f} %  IoU {s['IoU']:.2f} %  ({s['images']} pictures)"
+    words = {"image": "", "bev": "from above: "}
+    parts = [f"{words[space]}MaxF {s['MaxF']:.2f} %  AP {s['AP']:.2f} %  IoU {s['IoU']:.2f} %  ({s['images']} pictures)"
+             for space, s in ((space, part["all"]) for space, part in report.items())]  # fmt: skip
+    return "; ".join([*parts, f"mean Dice of the masks {100 * np.mean(masks, axis=0)[0]:.2f} %"])
+
+
+def draw_pr_curve(board: Scoreboard, path: Path) -> None:
+    """Precision over recall in the camera's view, a line a category, the point of MaxF marked, as PNG."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    report, low = board.report()["image"], 0.9
+    for name, cells in board.counts["image"].items():
+        tp, _, precision, recall = precision_recall(cells.cpu().numpy())
+        best = report[name]
+        low = min(low, best["PRE"] / 100, best["REC"] / 100)
+        [line] = axes.plot(recall[tp > 0], precision[tp > 0], linewidth=2.5 if name == "all" else 1.2,
+                           label=f"{name}: MaxF {best['MaxF']:.1f} %, AP {best['AP']:.1f} %")  # fmt: skip
+        axes.plot(best["REC"] / 100, best["PRE"] / 100, "o", color=line.get_color())
+    floor = max(0.0, low - 0.1)
+    axes.set(title="Precision and recall; o: where F1 is largest", xlabel="recall", ylabel="precision",
+             xlim=(floor, 1.005), ylim=(floor, 1.005))  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# =====================================================================================================================
+#  BIRD'S-EYE VIEW: the ground as the KITTI Road server scores it
+# =====================================================================================================================
+
+BEV_SIZE = (800, 400)  # rows from 46 m to 6 m ahead, columns from 10 m on the left to 10 m on the right
+BEV_CELL = 0.05  # metres
+
+
+@functools.lru_cache(maxsize=512)
+def read_calibration(path: str) -> np.ndarray | None:
+    """The projection of ground points (x, y, z, 1) in metres to the picture, float64 (3, 4); None for the path "".
+
+    P2 R0_rect Tr_cam_to_road^-1 of a KITTI calibration file. Raises UserError where one is missing or damaged.
+    """
+    if not path:
+        return None
+    shapes = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_cam_to_road": (3, 4)}
+    found = {}
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            name, _, numbers = line.partition(":")
+            if name in shapes:
+                whole = np.eye(4)
+                rows, columns = shapes[name]
+                whole[:rows, :columns] = np.array(numbers.split(), float).reshape(shapes[name])
+                found[name] = whole
+        missing = [name for name in shapes if name not in found]
+        if missing:
+            raise ValueError(f"has no {', '.join(missing)}")
+        projection = (found["P2"] @ found["R0_rect"] @ np.linalg.inv(found["Tr_cam_to_road"]))[:3]
+        if not np.isfinite(projection).all() or np.linalg.matrix_rank(projection) < 3:
+            raise ValueError("projects nothing")
+    except (OSError, ValueError, np.linalg.LinAlgError) as error:
+        raise UserError(f"{path}: not a KITTI calibration ({reason_of(error)}); replace it or move it away") from None
+    return projection
+
+
+def check_calibrations(samples: pd.DataFrame) -> None:
+    """Raise one UserError that lists every damaged calibration."""
+    bad = []
+    for path in samples.calib:
+        try:
+            read_calibration(path)
+        except UserError as error:
+            bad.append(str(error))
+    if bad:
+        raise UserError(" | ".join(bad))
+
+
+def bev_cells(calib: str, size: tuple[int, int]) -> np.ndarray:
+    """Which pixel of a picture of `size` (h, w) each cell of the ground shows: its flat index, -1 outside.
+
+    Returns int32 (800, 400); row 0 is 46 m ahead, column 0 is 10 m to the left. Fritsch, Kuehnl, Geiger, ITSC 2013.
+    """
+    return _bev_cells(read_calibration(calib).tobytes(), size)
+
+
+@functools.lru_cache(maxsize=32)  # 1.3 MB each
+def _bev_cells(projection: bytes, size: tuple[int, int]) -> np.ndarray:
+    a = np.frombuffer(projection).reshape(3, 4)
+    x = BEV_CELL * (np.arange(BEV_SIZE[1]) + 0.5) - 10
+    z = 46 - BEV_CELL * (np.arange(BEV_SIZE[0]) + 0.5)[:, None]
+    u, v, depth = (a[i, 0] * x + a[i, 2] * z + a[i, 3] for i in range(3))  # the ground: y = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        column, row = np.floor(u / depth) - 1, np.floor(v / depth) - 1  # KITTI counts pixels from 1
+    inside = (depth > 0) & (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
+    return np.where(inside, row * size[1] + column, -1).astype(np.int32)
+
+
+def to_bev(pixels: np.ndarray, cells: np.ndarray, outside: int = 0) -> np.ndarray:
+    """Look at the ground from above: (h, w) or (h, w, 3) uint8 to (800, 400) or (800, 400, 3), never interpolated."""
+    flat = pixels.reshape(-1, *pixels.shape[2:])
+    outer = (cells < 0).reshape(*cells.shape, *[1] * (pixels.ndim - 2))
+    return np.where(outer, np.uint8(outside), flat[cells])
 
 
 # =====================================================================================================================
@@ -716,17 +1104,21 @@ def score_line(report: dict[str, dict[str, float]]) -> str:
 # =====================================================================================================================
 
 GREEN, BLUE, RED = (46, 204, 64), (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
-PANEL_WIDTH = 620  # pixels of one panel; a comparison has two side by side
+PANEL_WIDTH = 620  # pixels of one panel; two stand side by side
+
+
+def encode_image(pixels: np.ndarray, suffix: str) -> bytes:
+    """(h, w) or (h, w, 3) RGB uint8 as the bytes of a PNG or JPEG."""
+    bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    done, content = cv2.imencode(suffix, bgr, options)
+    assert done, suffix
+    return content.tobytes()
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
     """Write (h, w) or (h, w, 3) RGB uint8 as PNG or JPEG, by the suffix, whole or not at all."""
-    bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    jpeg = path.suffix == ".jpg"
-    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if jpeg else [cv2.IMWRITE_PNG_COMPRESSION, 1]
-    done, content = cv2.imencode(path.suffix, bgr, options)
-    assert done, path
-    write_file(path, content.tobytes())
+    write_file(path, encode_image(pixels, path.suffix))
 
 
 def tint(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = 0.5) -> np.ndarray:
@@ -740,7 +1132,9 @@ def comparison(picture: np.ndarray, truth: np.ndarray | None, mask: np.ndarray, 
 
     `picture` (h, w, 3) uint8, `truth` (h, w) uint8 of 0, 1, 255 or None, `mask` (h, w) bool. Returns RGB uint8.
     """
-    size = (PANEL_WIDTH, max(1, round(PANEL_WIDTH * picture.shape[0] / picture.shape[1])))
+    columns = 2 if picture.shape[1] >= picture.shape[0] else 4  # upright pictures stand in a row
+    width = 2 * PANEL_WIDTH // columns
+    size = (width, max(1, round(width * picture.shape[0] / picture.shape[1])))
     labels = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT) > 0
     small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     road = tint(small, labels, GREEN)
@@ -760,9 +1154,10 @@ def comparison(picture: np.ndarray, truth: np.ndarray | None, mask: np.ndarray, 
         legend = [("hit", GREEN), ("miss", BLUE), ("false alarm", RED)]
         ignored = [("not valid", (0, 0, 0))] if (truth == IGNORE).any() else []
         panels += [panel(known, "truth", [("road", GREEN), *ignored]), panel(errors, "errors", legend)]
-    rows = [np.hstack([left, np.full((left.shape[0], 6, 3), 255, np.uint8), right])
-            for left, right in zip(panels[::2], panels[1::2], strict=True)]  # fmt: skip
-    return np.vstack(rows)
+    gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
+    spaced = [part for picture in panels for part in (picture, gap)]
+    columns = min(columns, len(panels))
+    return np.vstack([np.hstack(spaced[k : k + 2 * columns - 1]) for k in range(0, len(spaced), 2 * columns)])
 
 
 def panel(picture: np.ndarray, title: str, legend: Iterable[tuple[str, tuple[int, int, int]]] = ()) -> np.ndarray:

@@ -179,9 +179,8 @@ def test_models(trained, pairs, tmp_path):
     )
 
 
-def test_infer_data(trained, roads, broken, tmp_path):
+def test_infer_data(trained, broken, tmp_path):
     infer_refuses(trained, tmp_path / "nowhere", tmp_path, names=["nowhere"])
-    infer_refuses(trained, roads, tmp_path, names=["training", "testing"])
     (tmp_path / "notes.txt").write_text("x")
     infer_refuses(trained, tmp_path / "notes.txt", tmp_path, names=["notes.txt"])
 

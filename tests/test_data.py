@@ -1,5 +1,6 @@
 """From files to tensors and back: pairs, folds, truths, sizes, augmentations."""
 
+import dataclasses
 import re
 import shutil
 import warnings
@@ -14,7 +15,7 @@ from PIL import Image
 import utils
 from utils import Config, UserError
 
-CFG = Config(height=64, width=192, mean=utils.IMAGENET_MEAN, std=utils.IMAGENET_STD)
+CFG = Config(height=64, width=192, top=0, tiles="false", mean=utils.IMAGENET_MEAN, std=utils.IMAGENET_STD)
 
 
 def numbers(path):
@@ -51,9 +52,13 @@ def kitti_names(count):
     return pd.DataFrame({"image": names, "mask": names, "category": [name.split("_")[0] for name in names]})
 
 
+def folds_of(samples, shares=None, **settings):
+    return utils.assign_folds(samples, np.zeros(len(samples)) if shares is None else shares, Config(**settings))
+
+
 def test_folds_keep_streets_together_and_categories_even():
     samples = kitti_names(96)
-    samples["fold"] = utils.assign_folds(samples, 10, seed=0)
+    samples["fold"] = folds_of(samples)
     valid = samples[samples.fold == 0]
     assert 0.07 < len(valid) / len(samples) < 0.13
     assert set(valid.category.value_counts()) <= {utils.BLOCK, 2 * utils.BLOCK}
@@ -65,7 +70,7 @@ def test_folds_keep_streets_together_and_categories_even():
 
 def test_folds_follow_the_seed():
     samples = kitti_names(96)
-    same, again, other = (utils.assign_folds(samples, 10, seed) for seed in (3, 3, 4))
+    same, again, other = (folds_of(samples, seed=seed) for seed in (3, 3, 4))
     assert (same == again).all()
     assert (same != other).any()
 
@@ -73,12 +78,12 @@ def test_folds_follow_the_seed():
 @pytest.mark.parametrize("names", [["um_000000", "um_000001"], ["um_000000", "uu_000000"], ["a", "b"], ["7", "8", "9"]])
 def test_a_handful_still_splits(names):
     samples = pd.DataFrame({"image": names, "category": [name.rpartition("_")[0] for name in names]})
-    assert set(utils.assign_folds(samples, 10, 0)) >= {0, 1}
+    assert set(folds_of(samples)) >= {0, 1}
 
 
 def test_a_small_set_validates_on_every_category():
     samples = kitti_names(20)
-    samples["fold"] = utils.assign_folds(samples, 10, 0)
+    samples["fold"] = folds_of(samples)
     assert samples[samples.fold == 0].category.value_counts().to_dict() == {"um": 2, "umm": 2, "uu": 2}
 
 
@@ -159,8 +164,7 @@ def test_restore_inverts_preprocess(size):
     tensor = utils.preprocess(image, CFG)
     assert tensor.shape == (3, 64, 192)
     assert str(tensor.dtype) == "torch.float32"
-    small = tensor[0].numpy() * CFG.std[0] + CFG.mean[0]
-    back = utils.restore(small, size, CFG)
+    back = utils.restore(tensor[0] * CFG.std[0] + CFG.mean[0], size, CFG).numpy()
     assert back.shape == size
     assert back.dtype == np.float32
     weight = back.clip(0) ** 2
@@ -228,7 +232,7 @@ def test_workers_and_epochs_draw_different_augmentations(roads):
 
     samples = utils.find_samples(str(roads), training=True).iloc[[0] * 8].copy()
     samples["fold"] = [0] + [1] * 7
-    cfg = Config(height=64, width=192, mean=CFG.mean, std=CFG.std, batch_size=1, workers=2)
+    cfg = dataclasses.replace(CFG, batch_size=1, workers=2)
     loader, _ = train.loaders(samples, utils.read_all(samples, cfg), cfg)
     drawn = [batch["image"] for _ in range(2) for batch in loader]  # the same picture 14 times
     assert len(drawn) == 14

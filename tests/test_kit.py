@@ -1,5 +1,6 @@
 """The real commands from scenes to scores: what a user gets."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,6 +36,7 @@ def test_training_learns_and_writes_what_it_promises(trained):
         "metrics.csv",
         "metrics.json",
         "curves.png",
+        "pr_curve.png",
         "validation.jpg",
     }
     rows = pd.read_csv(trained / "metrics.csv")
@@ -40,7 +44,7 @@ def test_training_learns_and_writes_what_it_promises(trained):
     assert rows.train_loss.iloc[-1] < 0.5 * rows.train_loss.iloc[0]
     assert rows.lr.iloc[-1] == pytest.approx(0.01 * Config.lr, rel=0.01), "the schedule ends at its floor"
     assert {"val_loss", "MaxF"} <= set(rows)
-    for picture in ("curves.png", "validation.jpg"):
+    for picture in ("curves.png", "pr_curve.png", "validation.jpg"):
         assert np.asarray(Image.open(trained / picture)).std() > 20
     assert read_json(trained / "config.json")["encoder"] == "resnet18"
 
@@ -50,16 +54,18 @@ def test_model_file_holds_plain_types_alone(trained):
 
     content = torch.load(trained / "model.pt", weights_only=True)
     assert set(content) == {"format", "config", "state_dict", "threshold", "metrics"}
-    assert content["metrics"] == read_json(trained / "metrics.json")["image"]
+    metrics = read_json(trained / "metrics.json")
+    assert content["metrics"] == {space: metrics[space] for space in ("image", "bev")}
+    assert content["threshold"] == metrics["threshold"]
 
 
 @pytest.fixture(scope="session")
 def validation_folder(trained, roads, tmp_path_factory):
     """The validation pictures of `trained` with their truths, as a KITTI folder of their own."""
     samples = utils.find_samples(str(roads), training=True)
-    samples = samples[utils.assign_folds(samples, Config.folds, Config.seed) == Config.fold]
+    samples = samples[utils.assign_folds(samples, np.zeros(len(samples)), Config()) == Config.fold]
     root = tmp_path_factory.mktemp("validation")
-    for column, folder in (("image", "image_2"), ("mask", "gt_image_2")):
+    for column, folder in (("image", "image_2"), ("mask", "gt_image_2"), ("calib", "calib")):
         (root / folder).mkdir()
         for path in samples[column]:
             shutil.copy(path, root / folder)
@@ -93,6 +99,67 @@ def test_scores_are_those_of_the_files(trained, validation_folder, tmp_path):
     cuts = [probability >= level for level in range(256)]
     f1 = [200 * (cut & road).sum() / (cut.sum() + road.sum()) for cut in cuts]
     assert metrics["image"]["all"]["MaxF"] == pytest.approx(max(f1), abs=1e-3)
+
+
+def test_scores_from_above_are_those_of_the_submitted_maps(trained, validation_folder, tmp_path):
+    """The maps in the zip, scored beside truths seen from above: the bev block; without calibration, fewer pictures."""
+    data = tmp_path / "data"
+    shutil.copytree(validation_folder, data)
+    (data / "calib" / sorted(os.listdir(data / "calib"))[0]).unlink()
+    flags = ("--model", trained, "--data", data, "--bev", "true")
+    succeed("infer.py", *flags, "--out", tmp_path, "--submission", "kitti_partial")
+    metrics = read_json(tmp_path / "metrics.json")
+    board = utils.Scoreboard()
+    samples = utils.find_samples(str(data))
+    with zipfile.ZipFile(tmp_path / "submission_kitti.zip") as archive:
+        maps = {name: np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()}
+    assert set(maps) == {Path(row.mask).name for row in samples.itertuples() if row.calib}
+    for row in samples[samples.calib != ""].itertuples():
+        truth = utils.read_sample(row)[1]
+        above = utils.to_bev(truth, utils.bev_cells(row.calib, truth.shape), utils.IGNORE)
+        board.add(row.category, {"bev": utils.pixel_counts(maps[Path(row.mask).name], above)})
+    assert metrics["bev"] == board.report()["bev"]
+    assert metrics["bev"]["all"]["images"] == len(samples) - 1
+    assert metrics["image"]["all"]["images"] == len(samples)
+    assert {path.stem for path in (tmp_path / "bev").iterdir()} == {Path(path).stem for path in samples.calib if path}
+
+
+def test_kitti_submission_is_whole_or_not_at_all(trained, roads, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(roads / "testing", data)
+    flags = ("--model", trained, "--data", data, "--comparisons", "false", "--submission", "kitti")
+    for out in ("a", "b"):
+        succeed("infer.py", *flags, "--out", tmp_path / out)
+    content = [(tmp_path / out / "submission_kitti.zip").read_bytes() for out in ("a", "b")]
+    assert content[0] == content[1]
+    with zipfile.ZipFile(tmp_path / "a" / "submission_kitti.zip") as archive:
+        names = archive.namelist()
+        pixels = [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names]
+    stems = [path.stem for path in sorted((data / "image_2").iterdir())]
+    assert names == sorted(stem.replace("_", "_road_", 1) + ".png" for stem in stems)
+    assert {(p.shape, p.dtype.name) for p in pixels} == {((800, 400), "uint8")}
+    for stem in stems[:2]:
+        (data / "calib" / f"{stem}.txt").unlink()
+    refused = run("infer.py", *flags, "--out", tmp_path / "c")
+    assert refused.returncode == 2
+    assert all(stem in refused.stderr for stem in stems[:2])
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+    (data / "calib" / f"{stems[2]}.txt").write_text("P2: nonsense")
+    refused = run("infer.py", *flags, "--out", tmp_path / "c")
+    assert refused.returncode == 2
+    assert f"{stems[2]}.txt" in refused.stderr
+
+
+def test_lane_submission_holds_um_pictures_alone(roads, tmp_path):
+    flags = ("--epochs", 1, "--target", "lane", *TINY)
+    succeed("train.py", "--data", roads, "--out", tmp_path, *flags)
+    assert set(read_json(tmp_path / "metrics.json")["image"]) == {"all", "um_lane"}
+    flags = ("--model", tmp_path, "--data", roads / "training", "--out", tmp_path / "p", "--submission", "kitti")
+    succeed("infer.py", *flags, "--comparisons", "false")
+    with zipfile.ZipFile(tmp_path / "p" / "submission_kitti.zip") as archive:
+        names = set(archive.namelist())
+    assert names == {path.name for path in (roads / "training" / "gt_image_2").glob("um_lane_*.png")}
 
 
 def test_new_defaults_change_no_prediction(trained, roads, tmp_path):
@@ -203,11 +270,6 @@ def test_lr_finder_ends_and_says_what_it_chose(roads, tmp_path):
     last = pd.read_csv(tmp_path / "metrics.csv").lr.iloc[-1]
     assert last == pytest.approx(0.01 * float(found[1]), rel=0.01)
     assert {path.suffix for path in tmp_path.iterdir()} == {".pt", ".ckpt", ".json", ".csv", ".png", ".jpg"}
-
-
-def test_lane_model(roads, tmp_path):
-    succeed("train.py", "--data", roads, "--out", tmp_path, "--epochs", 1, "--target", "lane", *TINY)
-    assert set(read_json(tmp_path / "metrics.json")["image"]) == {"all", "um_lane"}
 
 
 def encoder_file(folder, name="weights.safetensors", **extra):
