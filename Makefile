@@ -2,12 +2,13 @@
 # make test   installs, lints, tests
 # make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
+# make faults       kills, starves and damages a hundred times each (an hour)
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test kernel push kaggle-test format clean
+.PHONY: demo test kernel push kaggle-test faults format clean
 
 demo: .venv/kit
 	$(PY) demo.py
@@ -26,6 +27,9 @@ push: .venv/push
 kaggle-test: .venv-kaggle/kit
 	.venv-kaggle/bin/python -m pip uninstall --quiet --yes segmentation-models-pytorch
 	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py --durations 5
+
+faults: .venv/dev
+	FAULTS=100 $(PY) -m pytest -s tests/test_faults.py
 
 format: .venv/dev
 	$(PY) -m ruff check --fix .

@@ -7,6 +7,7 @@
     python infer.py --model out --data ../input/kittiroadsegmentation --submission kitti
     python infer.py --model out --data ../input/my-competition --submission rle   # submission.csv
     python infer.py --model out --data drive.mp4                                  # overlay.mp4
+    torchrun --nproc_per_node 2 infer.py --model out --data pictures              # shared between two GPUs
 
 Writes masks/STEM.png (0 or 255, the picture's own size), comparisons/STEM.jpg, on request probs/STEM.png, bev/STEM.jpg
 and the submission; metrics.json and pr_curve.png where there is truth. Size, encoder, threshold come from model.pt.
@@ -48,6 +49,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
 
 import csv
 import io
+import os
 import time
 import zipfile
 from collections import deque
@@ -200,7 +202,7 @@ class RleSubmission:
             near = [f for up in (folder, *folder.parents[:3]) for f in sorted(up.glob("*sample*submission*.csv"))]
             sample = str(near[0]) if near else ""
         stems = [Path(image).stem for image in samples.image]
-        self.path, self.runs, self.column = path, {}, 1
+        self.path, self.found, self.column = path, {}, 1
         self.table = [["id", "rle_mask"], *([stem, ""] for stem in stems)]
         if sample:
             self.table = [fields for _, fields in utils.read_table(Path(sample))]
@@ -223,7 +225,7 @@ class RleSubmission:
 
     def add(self, row: Any, probability: np.ndarray, mask: np.ndarray) -> None:
         """Keep one picture's runs."""
-        self.runs[Path(row.image).stem] = utils.rle_encode(mask) or self.empty
+        self.found[Path(row.image).stem] = utils.rle_encode(mask) or self.empty
 
     def write(self) -> None:
         """Write the csv whole."""
@@ -231,9 +233,9 @@ class RleSubmission:
         writer = csv.writer(content, lineterminator="\n")
         writer.writerow(self.table[0])
         for fields, stem in zip(self.table[1:], self.stems, strict=True):
-            writer.writerow([self.runs[stem] if k == self.column else field for k, field in enumerate(fields)])
+            writer.writerow([self.found[stem] if k == self.column else field for k, field in enumerate(fields)])
         utils.write_file(self.path, content.getvalue())
-        print(f"wrote {self.path}: {len(self.stems)} rows, {sum(r != self.empty for r in self.runs.values())} masks")
+        print(f"wrote {self.path}: {len(self.stems)} rows, {sum(r != self.empty for r in self.found.values())} masks")
 
 
 class KittiZip:
@@ -249,27 +251,30 @@ class KittiZip:
             raise UserError(f"--submission kitti: {len(lacking)} of {len(self.rows)} pictures have no calibration in "
                             f"{data}/calib, the server would refuse the rest: {', '.join(lacking)}; add them, or take "
                             "--submission kitti_partial")  # fmt: skip
-        self.path, self.maps = path, {}
+        self.path, self.found = path, {}
 
     def add(self, row: Any, probability: np.ndarray, mask: np.ndarray) -> None:
         """Keep one picture's map, some 20 kB of PNG."""
         if row.Index in self.rows.index and row.calib:
             above = utils.to_bev(probability, utils.bev_cells(row.calib, probability.shape))
-            self.maps[f"{row.category}_{Path(row.image).stem.split('_')[1]}.png"] = utils.encode_image(above, ".png")
+            self.found[f"{row.category}_{Path(row.image).stem.split('_')[1]}.png"] = utils.encode_image(above, ".png")
 
     def write(self) -> None:
         """Write the zip whole; the same maps give the same bytes."""
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w") as archive:  # PNG is compressed already
-            for name in sorted(self.maps):
-                archive.writestr(zipfile.ZipInfo(name), self.maps[name])
+            for name in sorted(self.found):
+                archive.writestr(zipfile.ZipInfo(name), self.found[name])
         utils.write_file(self.path, content.getvalue())
-        print(f"wrote {self.path}: {len(self.maps)} maps")
+        print(f"wrote {self.path}: {len(self.found)} maps")
 
 
 def infer(options: Options) -> Path:
     """Predict `options.data` and write everything under `options.out`. Raises UserError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
     device = utils.best_device()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     models = load_models(options.model, device)
     threshold, min_pixels = options.threshold, options.min_pixels
     if threshold == "auto":
@@ -285,8 +290,9 @@ def infer(options: Options) -> Path:
         submission = RleSubmission(Path(options.out) / "submission.csv", samples, options)
     elif options.submission != "none":
         submission = KittiZip(Path(options.out) / "submission_kitti.zip", samples, options)
-    print(f"data: {len(samples)} pictures, {(samples['mask'] != '').sum()} with truth · {len(models)} model(s) on "
-          f"{device} · threshold {threshold:.3f}")  # fmt: skip
+    if rank == 0:
+        print(f"data: {len(samples)} pictures, {(samples['mask'] != '').sum()} with truth · {len(models)} model(s) on "
+              f"{device} · threshold {threshold:.3f}")  # fmt: skip
     wanted = {"masks": True, "comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
     truths = samples["mask"][samples.layout != "rle"]
     sources = {Path(path).resolve().parent for path in (*samples.image, *truths) if path}
@@ -296,6 +302,7 @@ def infer(options: Options) -> Path:
     for folder in (name for name, yes in wanted.items() if yes):
         utils.writable_folder(str(out / folder))
 
+    everything, samples = len(samples), samples.iloc[rank::world]
     board, masks, bad, started = Scoreboard(), [], [], time.monotonic()
     with ThreadPoolExecutor(2) as writers:
         pending: deque[tuple[Any, Future]] = deque()
@@ -313,20 +320,33 @@ def infer(options: Options) -> Path:
                         masks.append(scored[1])
 
         results = predict(models, samples, options.batch_size or 8, options.tta, bad)
-        for row, picture, probability in tqdm(results, total=len(samples), unit="picture"):
+        for row, picture, probability in tqdm(results, total=len(samples), unit="picture", disable=rank > 0):
             mask = utils.drop_small(utils.to_mask(probability, threshold), min_pixels)
             pending.append((row, writers.submit(write_outputs, out, row, picture, probability, mask, options)))
             if submission:
                 submission.add(row, probability, mask)
             collect(16)
         collect(0)
-    seconds = time.monotonic() - started
-    print(f"{len(samples) - len(bad)} pictures in {seconds:.1f} s, {(len(samples) - len(bad)) / seconds:.1f} a second; "
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        parts: list[Any] = [None] * world
+        torch.distributed.all_gather_object(parts, (board, masks, bad, submission.found if submission else {}))
+        torch.distributed.destroy_process_group()
+        if rank:
+            return out  # the first process goes on with all of it
+        for other, more_masks, more_bad, found in parts[1:]:
+            board.merge(other)
+            masks += more_masks
+            bad += more_bad
+            if submission:
+                submission.found |= found
+    seconds, done = time.monotonic() - started, everything - len(bad)
+    print(f"{done} pictures in {seconds:.1f} s, {done / seconds:.1f} a second; "
           f"look at {out / 'comparisons' if options.comparisons else out / 'masks'}")  # fmt: skip
     if submission and (not bad or options.submission == "kitti_partial"):
         submission.write()
     if bad:
-        raise UserError(f"{len(bad)} of {len(samples)} could not be used, the others are done: " + " | ".join(bad))
+        raise UserError(f"{len(bad)} of {everything} could not be used, the others are done: " + " | ".join(bad))
     if masks:
         utils.write_file(out / "metrics.json", utils.metrics_json(board.report(), masks, threshold))
         utils.write_file(out / "pr_curve.png", lambda part: utils.draw_pr_curve(board, part))

@@ -21,14 +21,17 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     sys.excepthook = complain
     CONFIG = parse(Config, __doc__)
 
+import copy
 import dataclasses
 import hashlib
 import json
 import logging
 import math
 import os
+import signal
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
 import utils
 from infer import predict
@@ -71,30 +74,53 @@ def augmentation(cfg: Config) -> A.Compose:
         A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4),
         A.RandomShadow(shadow_roi=(0, 0, 1, 1), p=0.2),
     ]  # fmt: skip
-    return A.Compose(tile * (cfg.tiles == "true") + steps * (k > 0), seed=cfg.seed)
+    return A.Compose(tile * (cfg.tiles == "true") + steps * (k > 0))
 
 
-def seed_worker(_: int) -> None:
-    """Give each worker random changes of its own; without this all of them draw the same (albumentations 2.0.8)."""
-    worker = get_worker_info()
-    worker.dataset.augment.set_random_seed(worker.seed % 2**32)
+class Share(Sampler):
+    """This process's share of the items: in an order that follows from seed and epoch alone, or as they stand.
+
+    A resumed run so draws what the whole one would have drawn, and several processes see no item twice.
+    """
+
+    def __init__(self, dataset: RoadDataset, cfg: Config, shuffle: bool) -> None:
+        self.dataset, self.seed, self.shuffle, self.epoch = dataset, cfg.seed, shuffle, 0
+        self.world = max(cfg.devices, processes()[0])
+
+    def set_epoch(self, epoch: int) -> None:  # Lightning calls it
+        self.epoch = epoch
+        self.dataset.epoch.fill_(epoch)
+
+    def share(self) -> list[int]:
+        order = np.arange(len(self.dataset))
+        if self.shuffle:  # every process gets as many, or one would wait for ever for the others
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+            order = order[: len(order) // self.world * self.world]
+        return order[torch.distributed.get_rank() :: self.world].tolist() if self.world > 1 else order.tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share())
+
+    def __len__(self) -> int:
+        return len(self.share())
 
 
-def loaders(samples: pd.DataFrame, pairs: list | None, cfg: Config) -> tuple[DataLoader, DataLoader]:
-    """The training and the validation loader."""
+def loaders(samples: pd.DataFrame, pairs: list | None, cfg: Config, parts: int = 1) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader; a batch comes in `parts`, and each process takes its share."""
     chosen = {part: np.flatnonzero((samples.fold == cfg.fold) == part) for part in (False, True)}
     train, valid = (samples.iloc[chosen[part]] for part in (False, True))
     kept = pairs and [pairs[index] for index in chosen[False]]
     spare = min(4, os.cpu_count() or 1) if utils.best_device() != "cpu" else 0  # a CPU's cores are the model's
     workers = cfg.workers if cfg.workers >= 0 else spare
-    batch = min(cfg.batch_size, len(train))
-    usual = {"batch_size": batch, "num_workers": workers, "persistent_workers": workers > 0,
-             "pin_memory": torch.cuda.is_available()}  # fmt: skip
+    usual = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
+             "collate_fn": utils.collate}  # fmt: skip
+    learned, checked = RoadDataset(train, kept, cfg, augmentation(cfg)), RoadDataset(valid, None, cfg)
+    world = max(cfg.devices, processes()[0])
+    batch = max(1, min(-(-cfg.batch_size // (parts * world)), len(learned) // world))
     return (
-        DataLoader(RoadDataset(train, kept, cfg, augmentation(cfg)), shuffle=True, drop_last=True,
-                   worker_init_fn=seed_worker, generator=torch.Generator().manual_seed(cfg.seed), **usual),
-        DataLoader(RoadDataset(valid, None, cfg), collate_fn=utils.collate, **usual),
-    )  # fmt: skip
+        DataLoader(learned, batch, sampler=Share(learned, cfg, shuffle=True), drop_last=True, **usual),
+        DataLoader(checked, batch, sampler=Share(checked, cfg, shuffle=False), **usual),
+    )
 
 
 # =====================================================================================================================
@@ -127,7 +153,9 @@ class RoadModel(pl.LightningModule):
         self.network = network.to(memory_format=torch.channels_last)  # up to five times faster, on a CPU too
         self.average = AveragedModel(self.network, multi_avg_fn=self.update, use_buffers=True).requires_grad_(False)
         self.scoreboard = Scoreboard()
-        self.progress = 1.0  # of the training; the Keeper sets it
+        self.progress, self.averaged = 1.0, 0  # of the training, set by the Keeper; steps that the average has seen
+        if cfg.compile:
+            self.network.compile()
 
     def update(self, average: list[torch.Tensor], weights: list[torch.Tensor], _: torch.Tensor) -> None:
         """Move the average towards the weights; at the start faster, so that short runs forget their first steps."""
@@ -157,26 +185,29 @@ class RoadModel(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         image, mask = self.sized(batch)
         value = loss(self.network(image), mask, self.cfg.dice)
+        if not torch.isfinite(value):
+            raise UserError(f"the loss is {value.item()} in epoch {self.current_epoch + 1}, pictures "
+                            f"{', '.join(batch['name'])}; the best weights so far are kept. Try a smaller --lr, "
+                            "--precision 32, or look at these pictures")  # fmt: skip
         self.log("train_loss", value, on_step=False, on_epoch=True, batch_size=len(batch["image"]), prog_bar=True)
         return value
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.average.update_parameters(self.network)
+        if self.global_step != self.averaged:  # a batch may come in parts
+            self.average.update_parameters(self.network)
+            self.averaged = self.global_step
 
     def on_validation_epoch_start(self) -> None:
         self.scoreboard = Scoreboard()
 
-    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
         image, mask = self.sized(batch)
         logits = self.average(image)
         value = loss(logits, mask, self.cfg.dice)
         self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
-        pictures = zip(logits.float().sigmoid()[:, 0], batch["truth"], strict=True)
-        first, step = index * self.trainer.val_dataloaders.batch_size, self.trainer.world_size
-        for place, (probability, truth) in enumerate(pictures, first):
-            if place * step + self.global_rank < len(self.trainer.val_dataloaders.dataset):  # the rest is padding
-                restored = utils.to_8bit(utils.restore(probability, truth.shape, self.stage()))
-                self.scoreboard.add("", {"image": utils.pixel_counts(restored, torch.as_tensor(truth).to(self.device))})
+        for probability, truth in zip(logits.float().sigmoid()[:, 0], batch["truth"], strict=True):
+            restored = utils.to_8bit(utils.restore(probability, truth.shape, self.stage()))
+            self.scoreboard.add("", {"image": utils.pixel_counts(restored, torch.as_tensor(truth).to(self.device))})
 
     def on_validation_epoch_end(self) -> None:
         sums = self.scoreboard.counts.setdefault("image", {})
@@ -211,7 +242,7 @@ class Keeper(pl.Callback):
                 "identity": self.identity}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lr, self.best, self.rows = state["lr"], state["best"], state["rows"]
+        self.lr, self.rows = state["lr"], state["rows"]  # `best` is what model.pt holds, which may be newer
         self.earlier, self.reserve = state["seconds"], state["reserve"]
 
     def finished(self) -> bool:
@@ -225,12 +256,14 @@ class Keeper(pl.Callback):
 
     def progress(self, trainer: pl.Trainer) -> float:
         """0 at the start, 1 at the last step that epochs or minutes allow."""
-        last_step = self.cfg.epochs * trainer.num_training_batches - 1
+        last_step = self.cfg.epochs * -(-trainer.num_training_batches // trainer.accumulate_grad_batches) - 1
         by_steps = trainer.global_step / max(1, last_step) if self.cfg.epochs else 0.0
         by_time = self.seconds() / max(60 * self.cfg.max_minutes - self.reserve, 1e-9) if self.cfg.max_minutes else 0.0
         return max(by_steps, by_time)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, batch: Any, index: int) -> None:
+        if index == 0:
+            torch.manual_seed(self.cfg.seed + trainer.current_epoch)  # of dropout: the same in a resumed run
         module.progress = progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
         trainer.optimizers[0].param_groups[0]["lr"] = self.lr * schedule(progress)
         trainer.should_stop = self.cfg.max_minutes > 0 and progress >= 1  # this step is the last
@@ -244,7 +277,8 @@ class Keeper(pl.Callback):
         score = module.scoreboard.report()["image"]["all"]
         if score["MaxF"] > self.best and trainer.is_global_zero:
             self.best = score["MaxF"]
-            utils.save_model(self.out / "model.pt", module.average.module, module.stage(), score["threshold"], {})
+            utils.save_model(self.out / "model.pt", module.average.module, module.stage(), score["threshold"],
+                             {"epoch": score})  # fmt: skip
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
         measured = {name: round(float(trainer.callback_metrics[name]), 4)
@@ -256,9 +290,10 @@ class Keeper(pl.Callback):
             utils.write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
         last = trainer.should_stop or trainer.current_epoch + 1 == self.cfg.epochs
         if trainer.strategy.broadcast(last or time.monotonic() - self.saved > 60):  # some 400 MB: not every few seconds
-            trainer.save_checkpoint(self.out / ".last.ckpt.part")
             if trainer.is_global_zero:
-                os.replace(self.out / ".last.ckpt.part", self.out / "last.ckpt")
+                utils.write_file(self.out / "last.ckpt", trainer.save_checkpoint)
+            else:  # all processes take part, the first writes
+                trainer.save_checkpoint(self.out / "last.ckpt")
             self.saved = time.monotonic()
 
 
@@ -269,10 +304,19 @@ class EpochBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
 
+def processes() -> tuple[int, int]:
+    """How many processes torchrun (or a Trainer before) has started for this training, in all and on this host."""
+    return int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+
+
 def quiet_trainer(cfg: Config, **options: Any) -> pl.Trainer:
     """A Trainer that leaves writing and logging to the Keeper."""
-    return pl.Trainer(accelerator="auto", devices=cfg.devices, precision=utils.precision(cfg, utils.best_device()),
-                      logger=False, enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+    world, local = processes()
+    devices, hosts = (local, world // local) if local else (cfg.devices, 1)  # as torchrun says, or as we do
+    precision = utils.precision(cfg, utils.best_device())
+    return pl.Trainer(accelerator="auto", devices=devices, num_nodes=hosts, precision=precision, logger=False,
+                      use_distributed_sampler=False,
+                      enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                       **options)  # fmt: skip
 
 
@@ -294,7 +338,7 @@ def find_lr(cfg: Config, model: RoadModel, loader: DataLoader) -> float:
 #  RUN: from settings to files
 # =====================================================================================================================
 
-PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 96 * 320}  # of an input; a CPU gains more from more epochs
+PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320}  # of an input; a CPU gains more from more epochs
 TILES_FROM = 2e6  # pixels of the median picture from which on it is cut into tiles, not shrunk as a whole
 FREE = {"data", "out", "epochs", "max_minutes", "precision", "devices", "workers", "resume", "tta"}  # when resuming
 
@@ -341,7 +385,8 @@ def identity_of(cfg: Config, samples: pd.DataFrame) -> dict[str, Any]:
 
 def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
     """The last.ckpt to go on from, read into the keeper. Raises UserError where it belongs to another run."""
-    path = Path(cfg.out) / "last.ckpt" if cfg.resume == "auto" else Path(cfg.resume)
+    out = Path(cfg.out)
+    path = out / "last.ckpt" if cfg.resume == "auto" else Path(cfg.resume)
     if cfg.resume == "none" or (cfg.resume == "auto" and not path.exists()):
         return None
     content = utils.read_checkpoint(path, "--resume")
@@ -353,13 +398,9 @@ def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
         raise UserError(f"--resume {path}: a run with other {', '.join('--' + key for key in other)}; "
                         "choose another --out, or --resume none to start over")  # fmt: skip
     keeper.load_state_dict(state)
-    best, beside, table = Path(cfg.out) / "model.pt", path.with_name("model.pt"), Path(cfg.out) / "metrics.csv"
-    if not best.exists() and beside.exists():
-        utils.write_file(utils.writable_folder(cfg.out) / "model.pt", beside.read_bytes())
-    if not best.exists():
-        keeper.best = -1.0
-    elif table.exists():  # model.pt may be newer than last.ckpt
-        keeper.best = max(keeper.best, pd.read_csv(table).MaxF.max())
+    model = path.with_name("model.pt")
+    metrics = utils.read_checkpoint(model, "--resume").get("metrics", {}) if model.exists() else {}
+    keeper.best = max(state["best"] if metrics else -1.0, metrics.get("epoch", {}).get("MaxF", -1.0))
     return path
 
 
@@ -414,29 +455,78 @@ def train_fold(cfg: Config, samples: pd.DataFrame, above: np.ndarray, started: f
     checkpoint = find_checkpoint(cfg, keeper)
     pairs = utils.read_all(samples, cfg)
     out = utils.writable_folder(cfg.out)
+    if checkpoint and checkpoint.parent.resolve() != out.resolve() and checkpoint.with_name("model.pt").exists():
+        utils.write_file(out / "model.pt", checkpoint.with_name("model.pt").read_bytes())
+    if not checkpoint:
+        (out / "last.ckpt").unlink(missing_ok=True)  # of a run that is started over
     valid = samples[samples.fold == cfg.fold]
     device = utils.best_device()
     print(f"folds: {len(samples) - len(valid)} pairs to train and {len(valid)} to validate on\n"
           f"model: {cfg.arch} {cfg.encoder}, weights {cfg.encoder_weights}, input {cfg.height}x{cfg.width}"
           f"{' in tiles' if cfg.tiles == 'true' else f' below the upper {100 * cfg.top:.0f} %' if cfg.top else ''}, "
           f"batch {cfg.batch_size}, {device} in {utils.precision(cfg, device)}", flush=True)  # fmt: skip
-    model = RoadModel(cfg, network)
-    train_loader, valid_loader = loaders(samples, pairs, cfg)
     if keeper.lr == "auto":
-        keeper.lr = find_lr(cfg, model, train_loader)
+        keeper.lr = find_lr(cfg, RoadModel(cfg, network), loaders(samples, pairs, cfg)[0])
     if keeper.finished() and (out / "model.pt").exists():
         print(
             f"resume: {checkpoint} is finished; for more raise --epochs or --max_minutes, to start over --resume none"
         )
-    else:
-        if checkpoint:
-            print(f"resume: going on from {checkpoint}, after epoch {len(keeper.rows)}", flush=True)
-        callbacks = [keeper, EpochBar(leave=True)]
-        trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=callbacks, gradient_clip_val=1.0)
-        trainer.fit(model, train_loader, valid_loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-        if not trainer.is_global_zero:
-            return []
-    return finish(out, valid, keeper.rows)
+        return finish(out, valid, keeper.rows)
+    first = fit(cfg, samples, pairs, network, keeper, checkpoint)
+    return finish(out, valid, keeper.rows) if first else []
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, with its number."""
+
+
+def interrupt(number: int, _: Any) -> None:
+    """Handle a signal: leave the training, once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(number)
+
+
+def fit(cfg: Config, samples: pd.DataFrame, pairs: list | None, network: torch.nn.Module, keeper: Keeper,
+        checkpoint: Path | None) -> bool:  # fmt: skip
+    """Run the training. Returns whether this process is the first of several.
+
+    Where the device's memory runs out, each batch is taken in twice as many parts. Ctrl-C and SIGTERM export the best
+    so far, then end the process as they would have.
+    """
+    out, parts, start = Path(cfg.out), 1, copy.deepcopy(network.state_dict())
+    usual = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while True:
+            if checkpoint:
+                print(f"resume: going on from {checkpoint}, after epoch {len(keeper.rows)}", flush=True)
+            trainer = quiet_trainer(cfg, max_epochs=cfg.epochs or -1, callbacks=[keeper, EpochBar(leave=True)],
+                                    gradient_clip_val=1.0, accumulate_grad_batches=parts)  # fmt: skip
+            try:
+                trainer.fit(RoadModel(cfg, network), *loaders(samples, pairs, cfg, parts), ckpt_path=checkpoint,
+                            weights_only=True if checkpoint else None)  # fmt: skip
+                return trainer.is_global_zero
+            except torch.OutOfMemoryError:
+                parts *= 2
+                if parts > cfg.batch_size:
+                    raise UserError(f"the {utils.best_device()}'s memory holds no picture of {cfg.height}x{cfg.width}; "
+                                    "take smaller --height and --width, or a smaller --encoder") from None  # fmt: skip
+            print(f"memory ran out: goes on with batches of {cfg.batch_size} in {parts} parts", flush=True)
+            network.load_state_dict(start)
+            keeper.started = time.monotonic() if (out / "last.ckpt").exists() else keeper.started  # it has the rest
+            checkpoint = out / "last.ckpt" if (out / "last.ckpt").exists() else None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    except Interrupted as signalled:
+        [number] = signalled.args
+        if trainer.is_global_zero and keeper.rows:
+            print("\ninterrupted: exports the best so far; the same command goes on", flush=True)
+            finish(out, samples[samples.fold == cfg.fold], keeper.rows)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        raise
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 class Result(NamedTuple):

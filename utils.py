@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import sys
 import textwrap
 import typing
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +80,7 @@ class Config:
     tta: bool = True  # predict the mirrored picture too and average: a little better, twice the time
     # machine
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"  # auto: the quickest that the device does well
+    compile: bool = False  # torch.compile: slow to start, then up to a third quicker on a GPU
     devices: int = 1  # GPUs (or CPU processes) to train on
     workers: int = -1  # processes that prepare the pictures; -1: one a core, 4 at most, beside a GPU; 0 on a CPU
     resume: str = "auto"  # auto: go on where --out has an unfinished run; none: start over; or a last.ckpt
@@ -155,7 +158,7 @@ def writable_folder(out: str) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / ".write_test", b"")
+        (folder / ".write_test").write_bytes(b"")
         (folder / ".write_test").unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
@@ -163,7 +166,10 @@ def writable_folder(out: str) -> Path:
 
 
 def write_file(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a file under its final name is always whole."""
+    """Write under a temporary name, then rename: a file under its final name is always whole.
+
+    Raises UserError where the disk is full or the folder is gone or read-only; the earlier file is unharmed.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         if callable(content):
@@ -171,8 +177,12 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], Any]) -> None
         else:
             part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or reason_of(error)
+        raise UserError(f"{path}: cannot be written ({reason}); free space there or name another --out") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone with its folder
+            part.unlink(missing_ok=True)
 
 
 # =====================================================================================================================
@@ -667,7 +677,10 @@ class RoadDataset:
     """
 
     def __init__(self, samples: pd.DataFrame, pairs: list | None, cfg: Config, augment: Any = None) -> None:
+        import torch
+
         self.rows, self.pairs, self.cfg, self.augment = list(samples.itertuples()), pairs, cfg, augment
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers, too
         self.tiled = cfg.tiles == "true"
         sizes = picture_sizes(samples) if self.tiled else []
         self.places = [(index, place) for index, size in enumerate(sizes) for place in tile_places(size, cfg)]
@@ -678,6 +691,7 @@ class RoadDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         import torch
 
+        chance = np.random.SeedSequence([self.cfg.seed, int(self.epoch), index])  # whichever worker draws it
         index, place = self.places[index] if self.tiled else (index, None)
         image, truth = self.pairs[index] if self.pairs else read_sample(self.rows[index])
         item = {} if self.augment else {"truth": truth}
@@ -687,8 +701,10 @@ class RoadDataset:
         elif not self.tiled and not self.pairs:
             image, truth = shrink(image, self.cfg), shrink_truth(truth, self.cfg)
         if self.augment:
+            self.augment.set_random_seed(int(chance.generate_state(1)[0]))
             pair = self.augment(image=image, mask=truth)
             image, truth = pair["image"], pair["mask"]
+        item["name"] = Path(self.rows[index].image).name
         return item | {"image": normalise(image, self.cfg), "mask": torch.from_numpy(truth[None].astype(np.float32))}
 
 
@@ -843,7 +859,9 @@ def save_model(path: Path, model: torch.nn.Module, cfg: Config, threshold: float
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = {"format": FORMAT, "config": dataclasses.asdict(cfg), "state_dict": state,
                "threshold": float(threshold), "metrics": metrics}  # fmt: skip
-    write_file(path, lambda part: torch.save(content, part))
+    buffer = io.BytesIO()  # where the disk is full, torch's own writing ends in no clear error
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
@@ -853,8 +871,11 @@ def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; train.py writes it")
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch itself does not look at the checksums
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises anything on a damaged file
+    except Exception as error:  # the readers raise anything on a damaged file
         raise UserError(f"{flag} {path}: damaged or not a model ({reason_of(error)}); train again") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag} {path}: holds no model; train.py writes model.pt")
@@ -967,10 +988,19 @@ class Scoreboard:
     def add(self, category: str, counts: dict[str, torch.Tensor]) -> None:
         """Add the counts of a picture to its category and to all."""
         for space, cells in counts.items():
-            sums = self.counts.setdefault(space, {})
             for name in ("all", category) if category else ("all",):
-                sums[name] = sums.get(name, 0) + cells
-                self.images[space, name] = self.images.get((space, name), 0) + 1
+                self._add(space, name, cells, 1)
+
+    def merge(self, other: Scoreboard) -> None:
+        """Add what another process has counted."""
+        for space, sums in other.counts.items():
+            for name, cells in sums.items():
+                self._add(space, name, cells, other.images[space, name])
+
+    def _add(self, space: str, name: str, cells: torch.Tensor, images: int) -> None:
+        sums = self.counts.setdefault(space, {})
+        sums[name] = sums.get(name, 0) + cells
+        self.images[space, name] = self.images.get((space, name), 0) + images
 
     def report(self) -> dict[str, dict[str, dict[str, float]]]:
         """{space: {category: measures}}, each with the number of its pictures."""
