@@ -4,7 +4,7 @@
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
 # make faults       kills, starves and damages a hundred times each (an hour)
 PYTHON ?= python3
-PYTHON312 ?= python3.12
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 

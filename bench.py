@@ -113,11 +113,11 @@ class Clock:
                 self.waited += time.perf_counter() - before
                 self.pictures += len(batch["image"] if isinstance(batch, dict) else batch[0])
             yield batch
-        self.seconds = time.perf_counter() - self.started
 
     def numbers(self) -> dict[str, float]:
         """Pictures a second, and the share of the time that was waited."""
-        return {"images/s": self.pictures / self.seconds, "waiting": self.waited / self.seconds}
+        seconds = time.perf_counter() - self.started
+        return {"images/s": self.pictures / seconds, "waiting": self.waited / seconds}
 
 
 def repeated(samples: Any, count: int) -> Any:
@@ -213,7 +213,7 @@ def infer_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     if name == "bare":
         return bare_passes(options, training=False)
-    samples = utils.find_samples(options.data)
+    samples = utils.find_samples(options.data, training=True)
     cfg = settings(options)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -39,6 +39,7 @@ class Options:
     min_pixels: int | Literal["auto"] = "auto"  # smaller patches are dropped from a mask; auto: as tuned in training
     submission: Literal["none", "rle", "kitti", "kitti_partial"] = "none"  # partial: without those that cannot be in it
     sample_submission: str = "auto"  # csv whose header and ids submission.csv takes; auto: the one beside the data
+    profile: bool = False  # print how the time is shared between reading, the model and writing
     empty: str = "auto"  # how submission.csv writes an empty mask; auto: "-" where the sample does, else nothing
     # fmt: on
 
@@ -52,7 +53,7 @@ import io
 import os
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -99,13 +100,15 @@ def probabilities(trained: Trained, images: torch.Tensor, mirror: bool) -> torch
 
 
 def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, tta: str = "auto",
-            bad: list[str] | None = None) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:  # fmt: skip
+            bad: list[str] | None = None, seconds: Counter | None = None,
+            ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:  # fmt: skip
     """Predict the samples in order; with several models the mean of their probabilities at each picture's own size.
 
     Yields (sample, picture (h, w, 3) uint8, probability (h, w) uint8; 255 is certain road). The next pictures are
     read while the models work; memory does not grow with their number. A picture that cannot be read raises
-    UserError, or is noted in `bad` and left out.
+    UserError, or is noted in `bad` and left out. `seconds` counts what was waited for pictures and for the models.
     """
+    seconds = Counter() if seconds is None else seconds
     if any(trained.cfg.tiles == "true" for trained in models):
         batch_size = 1  # large pictures; their tiles make the batches
     with ThreadPoolExecutor(2) as readers:
@@ -113,22 +116,25 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
         for row in samples.itertuples():
             ahead.append((row, readers.submit(utils.read_image, row.image)))
             if len(ahead) == 2 * batch_size:
-                yield from predict_batch(models, [ahead.popleft() for _ in range(batch_size)], tta, bad)
+                yield from predict_batch(models, [ahead.popleft() for _ in range(batch_size)], tta, bad, seconds)
         while ahead:
             batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
-            yield from predict_batch(models, batch, tta, bad)
+            yield from predict_batch(models, batch, tta, bad, seconds)
 
 
-def predict_batch(models: list[Trained], batch: list, tta: str, bad: list[str] | None) -> Iterator[tuple]:
+def predict_batch(models: list[Trained], batch: list, tta: str, bad: list[str] | None,
+                  seconds: Counter) -> Iterator[tuple]:  # fmt: skip
     """One batch of `predict`: what could be read of it."""
-    read = []
+    read, started = [], time.perf_counter()
     for row, future in batch:
         error = future.exception()
         if isinstance(error, UserError) and bad is not None:
             bad.append(str(error))
         else:
             read.append((row, future.result()))
-    predicted = predict_pictures(models, [picture for _, picture in read], tta)
+    seconds["waiting for pictures"] += (now := time.perf_counter()) - started
+    predicted = list(predict_pictures(models, [picture for _, picture in read], tta))
+    seconds["models"] += time.perf_counter() - now
     for (row, _), (picture, probability) in zip(read, predicted, strict=True):
         yield row, picture, probability
 
@@ -182,12 +188,14 @@ def write_outputs(out: Path, row: Any, picture: np.ndarray, probability: np.ndar
     if options.save_probs:
         utils.write_image(out / "probs" / f"{name}.png", probability)
     if options.comparisons:
-        utils.write_image(out / "comparisons" / f"{name}.jpg", utils.comparison(picture, truth, mask, name))
+        utils.write_image(
+            out / "comparisons" / f"{name}.jpg", utils.comparison(picture, truth, mask, name, row.category)
+        )
     if options.bev and row.calib:
         cells = utils.bev_cells(row.calib, picture.shape[:2])
         above = [None if pixels is None else utils.to_bev(pixels, cells, outside)
                  for pixels, outside in ((picture, 0), (truth, utils.IGNORE), (mask, 0))]  # fmt: skip
-        utils.write_image(out / "bev" / f"{name}.jpg", utils.comparison(*above[:2], above[2] > 0, name))
+        utils.write_image(out / "bev" / f"{name}.jpg", utils.comparison(*above[:2], above[2] > 0, name, row.category))
     if truth is None:
         return None
     return utils.picture_counts(row, probability, truth), utils.mask_scores(mask, truth)
@@ -319,7 +327,8 @@ def infer(options: Options) -> Path:
                         board.add(row.category, scored[0])
                         masks.append(scored[1])
 
-        results = predict(models, samples, options.batch_size or 8, options.tta, bad)
+        seconds: Counter = Counter()
+        results = predict(models, samples, options.batch_size or 8, options.tta, bad, seconds)
         for row, picture, probability in tqdm(results, total=len(samples), unit="picture", disable=rank > 0):
             mask = utils.drop_small(utils.to_mask(probability, threshold), min_pixels)
             pending.append((row, writers.submit(write_outputs, out, row, picture, probability, mask, options)))
@@ -340,8 +349,11 @@ def infer(options: Options) -> Path:
             bad += more_bad
             if submission:
                 submission.found |= found
-    seconds, done = time.monotonic() - started, everything - len(bad)
-    print(f"{done} pictures in {seconds:.1f} s, {done / seconds:.1f} a second; "
+    whole, done = time.monotonic() - started, everything - len(bad)
+    if options.profile:
+        seconds["masks, writing and waiting for it"] = whole - sum(seconds.values())
+        print("  ".join(f"{stage}: {100 * part / whole:.0f} %" for stage, part in seconds.items()))
+    print(f"{done} pictures in {whole:.1f} s, {done / whole:.1f} a second; "
           f"look at {out / 'comparisons' if options.comparisons else out / 'masks'}")  # fmt: skip
     if submission and (not bad or options.submission == "kitti_partial"):
         submission.write()

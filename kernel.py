@@ -61,7 +61,7 @@ FOLD = 0  # which part validates; "all": a model for each part, whose prediction
 DEVICES = 1  # 2: both T4s
 RESUME = "auto"  # auto: go on where an attached earlier version of this notebook stopped; none: start over
 PREDICT = "auto"  # pictures to predict; auto: the test pictures beside the training data
-SUBMISSION = "none"  # kitti: submission_kitti.zip for the KITTI Road server
+SUBMISSION = "none"  # rle: submission.csv as a competition's sample wants it; kitti: the KITTI Road server's zip
 MORE_TRAIN = ""  # further flags of train.py, such as "--augment 1.5 --ema 0.99" (all: Config in utils.py)
 MORE_INFER = ""  # further flags of infer.py, such as "--threshold 0.4 --save_probs true"
 """
@@ -132,6 +132,8 @@ if not models:
     raise FileNotFoundError(f"TRAIN is False and {INPUT} holds no model.pt: attach a notebook or data set with one")
 run("infer.py", "--model", *models, "--data", DATA if PREDICT == "auto" else PREDICT, "--out", "predictions",
     "--submission", SUBMISSION, *shlex.split(MORE_INFER))
+for path in Path("predictions").glob("submission*"):
+    shutil.copy(path, path.name)  # Kaggle looks for it here
 """
 
 LOOK = """\

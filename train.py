@@ -273,7 +273,7 @@ class Keeper(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
         # still to come at the end: a step, this validation, the final one with mirrored pictures, pictures, export
-        self.reserve = 5 + 4 * (time.monotonic() - self.validation_started)
+        self.reserve = 6 + 5 * (time.monotonic() - self.validation_started)
         score = module.scoreboard.report()["image"]["all"]
         if score["MaxF"] > self.best and trainer.is_global_zero:
             self.best = score["MaxF"]
@@ -600,9 +600,9 @@ def validation_picture(results: list[Result], threshold: float, min_pixels: int)
     pictures = []
     for name, index in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
         mask, truth = mask_and_truth(results[index])
-        image = results[index].row.image
-        title = f"{name}: {Path(image).stem[:24]}, IoU {100 * ious[index]:.1f} %"
-        pictures.append(utils.comparison(utils.read_image(image), truth, mask, title))
+        row = results[index].row
+        title = f"{name}: {Path(row.image).stem[:24]}, IoU {100 * ious[index]:.1f} %"
+        pictures.append(utils.comparison(utils.read_image(row.image), truth, mask, title, row.category))
     width = max(picture.shape[1] for picture in pictures)  # pictures of different shapes
     return np.vstack([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures])
 

@@ -1157,11 +1157,14 @@ def tint(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], st
     return np.where(mask[..., None], layer, picture)
 
 
-def comparison(picture: np.ndarray, truth: np.ndarray | None, mask: np.ndarray, title: str) -> np.ndarray:
+def comparison(
+    picture: np.ndarray, truth: np.ndarray | None, mask: np.ndarray, title: str, category: str
+) -> np.ndarray:
     """Picture beside prediction and, with a truth, truth beside errors: hit green, miss blue, false alarm red.
 
     `picture` (h, w, 3) uint8, `truth` (h, w) uint8 of 0, 1, 255 or None, `mask` (h, w) bool. Returns RGB uint8.
     """
+    what = category.rpartition("_")[2] or "mask"  # road, lane
     columns = 2 if picture.shape[1] >= picture.shape[0] else 4  # upright pictures stand in a row
     width = 2 * PANEL_WIDTH // columns
     size = (width, max(1, round(width * picture.shape[0] / picture.shape[1])))
@@ -1170,7 +1173,7 @@ def comparison(picture: np.ndarray, truth: np.ndarray | None, mask: np.ndarray, 
     road = tint(small, labels, GREEN)
     edge = cv2.findContours(labels.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[-2]
     road = cv2.drawContours(np.ascontiguousarray(road), edge, -1, GREEN, 2, cv2.LINE_AA)
-    panels = [panel(small, title), panel(road, "prediction", [("road", GREEN)])]
+    panels = [panel(small, title), panel(road, "prediction", [(what, GREEN)])]
     if truth is not None:
         truth = cv2.resize(truth, size, interpolation=cv2.INTER_NEAREST_EXACT)
         errors = cv2.cvtColor(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -1183,7 +1186,7 @@ def comparison(picture: np.ndarray, truth: np.ndarray | None, mask: np.ndarray, 
         known = tint(tint(small, truth == 1, GREEN), truth == IGNORE, (0, 0, 0), 0.7)
         legend = [("hit", GREEN), ("miss", BLUE), ("false alarm", RED)]
         ignored = [("not valid", (0, 0, 0))] if (truth == IGNORE).any() else []
-        panels += [panel(known, "truth", [("road", GREEN), *ignored]), panel(errors, "errors", legend)]
+        panels += [panel(known, "truth", [(what, GREEN), *ignored]), panel(errors, "errors", legend)]
     gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
     spaced = [part for picture in panels for part in (picture, gap)]
     columns = min(columns, len(panels))

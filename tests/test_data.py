@@ -278,7 +278,7 @@ def test_comparison_shows_each_error_in_its_colour():
     picture = np.full((100, 620, 3), 90, np.uint8)
     truth, mask = np.zeros((100, 620), np.uint8), np.zeros((100, 620), bool)
     truth[:, :400], mask[:, 200:500] = 1, True
-    drawn = utils.comparison(picture, truth, mask, "street")
+    drawn = utils.comparison(picture, truth, mask, "street", "um_road")
     errors = drawn[130 + 30 + 50, 626:].astype(int)
     for column, colour in ((100, utils.BLUE), (300, utils.GREEN), (450, utils.RED)):
         assert np.abs(errors[column] - (0.6 * np.array(colour) + 0.4 * 90)).max() < 3

@@ -228,6 +228,24 @@ def test_several_models_are_averaged(trained, roads, tmp_path):
         assert np.abs(both - (a + b) / 2).max() <= 1
 
 
+def test_all_folds_score_every_pair_by_the_model_that_did_not_see_it(roads, tmp_path):
+    flags = ("--data", roads, "--out", tmp_path, "--epochs", 2, "--folds", 2, "--fold", "all", *TINY)
+    assert "out of fold" in succeed("train.py", *flags)
+    metrics = read_json(tmp_path / "metrics.json")
+    assert metrics["image"]["all"]["images"] == 24
+    assert metrics["image"]["um_road"]["images"] == 8
+    models = [utils.load_model(tmp_path / f"fold{fold}" / "model.pt", "cpu") for fold in (0, 1)]
+    assert {model.threshold for model in models} == {metrics["threshold"]}
+    assert [model.cfg.fold for model in models] == [0, 1]
+    data = ("--data", roads / "testing", "--out", tmp_path / "p", "--profile", "true")
+    printed = succeed("infer.py", "--model", tmp_path, *data)
+    assert "2 model(s)" in printed
+    assert "models: " in printed
+    before = (tmp_path / "metrics.json").read_bytes()
+    assert "finished" in succeed("train.py", *flags)
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
 def test_killed_training_goes_on_where_it_was(roads, tmp_path):
     flags = ("--data", roads, "--out", tmp_path, "--epochs", 6, *TINY)
     process = subprocess.Popen([sys.executable, str(KIT / "train.py"), *map(str, flags)], start_new_session=True,
