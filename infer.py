@@ -207,7 +207,8 @@ class RleSubmission:
     def __init__(self, path: Path, samples: pd.DataFrame, options: Options) -> None:
         folder, sample = Path(samples.image[0]).parent, options.sample_submission
         if sample == "auto":
-            near = [f for up in (folder, *folder.parents[:3]) for f in sorted(up.glob("*sample*submission*.csv"))]
+            above = folder.parents[: 2 if folder.name == "images" else 1]  # test/images, test
+            near = [path for up in (folder, *above) for path in sorted(up.glob("*sample*submission*.csv"))]
             sample = str(near[0]) if near else ""
         stems = [Path(image).stem for image in samples.image]
         self.path, self.found, self.column = path, {}, 1
@@ -218,14 +219,14 @@ class RleSubmission:
             self.column = next((names.index(name) for name in utils.RUN_COLUMNS if name in names), 1)
             if len(names) < 2 or len(self.table) < 2 or any(len(row) != len(names) for row in self.table):
                 raise UserError(f"--sample_submission {sample}: expected a header and rows of ids and run lengths")
-        self.stems = [row[0] if row[0] in stems else Path(row[0]).stem for row in self.table[1:]]
-        repeated = sorted({stem for stem in self.stems if self.stems.count(stem) > 1}) if len(set(self.stems)) < len(
-            self.stems) else []  # fmt: skip
-        unknown = sorted(set(self.stems) - set(stems))
+        known = set(stems)
+        self.stems = [row[0] if row[0] in known else Path(row[0]).stem for row in self.table[1:]]
+        repeated = sorted(stem for stem, times in Counter(self.stems).items() if times > 1)
+        unknown = sorted(set(self.stems) - known)
         for wrong, words in ((unknown, "ids without a picture in --data"), (repeated, "ids that stand twice")):
             if wrong:
                 raise UserError(f"--sample_submission {sample}: {len(wrong)} {words}: {', '.join(wrong[:20])}")
-        extra = sorted(set(stems) - set(self.stems))
+        extra = sorted(known - set(self.stems))
         if extra:
             print(f"{sample}: {len(extra)} pictures are not asked for and left out: {', '.join(extra[:5])}")
         dash = any(row[self.column] == "-" for row in self.table[1:])

@@ -315,9 +315,8 @@ def quiet_trainer(cfg: Config, **options: Any) -> pl.Trainer:
     devices, hosts = (local, world // local) if local else (cfg.devices, 1)  # as torchrun says, or as we do
     precision = utils.precision(cfg, utils.best_device())
     return pl.Trainer(accelerator="auto", devices=devices, num_nodes=hosts, precision=precision, logger=False,
-                      use_distributed_sampler=False,
                       enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
-                      **options)  # fmt: skip
+                      use_distributed_sampler=False, **options)  # fmt: skip
 
 
 def find_lr(cfg: Config, model: RoadModel, loader: DataLoader) -> float:
@@ -340,7 +339,7 @@ def find_lr(cfg: Config, model: RoadModel, loader: DataLoader) -> float:
 
 PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320}  # of an input; a CPU gains more from more epochs
 TILES_FROM = 2e6  # pixels of the median picture from which on it is cut into tiles, not shrunk as a whole
-FREE = {"data", "out", "epochs", "max_minutes", "precision", "devices", "workers", "resume", "tta"}  # when resuming
+FREE = {"data", "masks", "out", "epochs", "max_minutes", "precision", "devices", "workers", "resume", "tta", "compile"}
 
 
 def resolve(cfg: Config, samples: pd.DataFrame, above: np.ndarray, network: torch.nn.Module) -> Config:

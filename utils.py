@@ -249,9 +249,8 @@ def find_samples(data: str, target: str = "road", masks: str = "auto", training:
     root = find_data(data)
     if root.is_file():
         if training or root.suffix.lower() not in IMAGE_SUFFIXES:
-            wanted = (
-                "a folder of pairs" if training else f"a folder, a video or a picture ({', '.join(IMAGE_SUFFIXES)})"
-            )
+            kinds = f"a folder, a video or a picture ({', '.join(IMAGE_SUFFIXES)})"
+            wanted = "a folder of pairs" if training else kinds
             raise UserError(f"--data {data}: is a file; name {wanted}")
         return pd.DataFrame([columns | {"image": str(root)}])
     known = ("training", "images", "train/images", "train_images", "train", ".")
@@ -260,10 +259,11 @@ def find_samples(data: str, target: str = "road", masks: str = "auto", training:
     if not folders:
         raise UserError(f"--data {data}: no pictures in it; expected training/image_2 and training/gt_image_2 (KITTI), "
                         "images and masks, train and train.csv, or pictures")  # fmt: skip
-    folder = (root / folders[0]).resolve()
+    folder = Path(os.path.abspath(root / folders[0]))  # not resolved: a link may be named otherwise than its target
     others = [f for f in folders[1:] if f.startswith("train")]
-    if not training and others:
-        print(f"--data {data}: predicts {folders[0]}; name {root / others[0]} for the scores of pictures with truth")
+    if not training and folders[0].startswith("test"):
+        hint = f"; name {root / others[0]} for the scores of pictures with truth" if others else ""
+        print(f"--data {data}: predicts {folders[0]}{hint}")
     images = list_images(folder)
     kitti = folder.name == "image_2"
     if target == "lane" and training and not kitti:
@@ -303,8 +303,9 @@ def find_masks(folder: Path, images: dict[str, Path], masks: str, needed: bool) 
             raise UserError(f"--masks {masks}: not found; name a folder of masks or a csv of run lengths")
     elif not {folder.name, above.name if folder.name == "images" else ""} & {"test", "test_images"}:
         roots = [folder, above, above.parent] if folder.name == "images" else [folder, above]
-        tables = [path for root in roots for path in sorted(root.glob("*.csv")) if run_columns(path)]
-        places = [path for path in tables if path.name == "train.csv"][:1] or places or tables
+        named = [root / "train.csv" for root in roots if (root / "train.csv").is_file()]
+        places = [path for path in named if run_columns(path)][:1] or places
+        places = places or [path for root in roots for path in sorted(root.glob("*.csv")) if run_columns(path)]
         if len(places) > 1 and needed:
             raise UserError(f"--data: {' and '.join(map(str, places))} hold masks; choose one with --masks")
     where = places[0] if places else usual[0]
