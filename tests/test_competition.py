@@ -175,8 +175,9 @@ def test_faults_of_the_csv_are_named_by_row(competition, tmp_path):
 
     def refuse(rows, *names):
         write_csv(tmp_path / "train.csv", header, rows)
-        message = refused_training(tmp_path, tmp_path)
-        assert all(name in message for name in names), message
+        with pytest.raises(UserError) as refused:
+            utils.read_all(utils.find_samples(str(tmp_path), training=True), TILED)
+        assert all(name in str(refused.value) for name in names), refused.value
 
     refuse([*good[:5], [stems[5], "1 4 3 2"], *good[6:]], "row 7", "overlap")
     refuse([*good[:5], [stems[5], "5000 4000"], [stems[6], "x"], *good[7:]], "row 7", "row 8")

@@ -74,7 +74,7 @@ def test_killed_at_random_moments_nothing_is_lost(roads, tmp_path):
 
 
 def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(roads, tmp_path):
-    flags = ("--data", roads, "--epochs", 4, *TINY)
+    flags = ("--data", roads, "--epochs", 3, *TINY)
     succeed("train.py", *flags, "--out", tmp_path / "whole")
     succeed("train.py", *flags, "--out", tmp_path / "again")
     process = start(*flags, "--out", tmp_path / "cut")

@@ -112,7 +112,7 @@ def test_scores_from_above_are_those_of_the_submitted_maps(trained, validation_f
     board = utils.Scoreboard()
     samples = utils.find_samples(str(data))
     with zipfile.ZipFile(tmp_path / "submission_kitti.zip") as archive:
-        maps = {name: np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()}
+        maps = {name: np.array(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()}
     assert set(maps) == {Path(row.mask).name for row in samples.itertuples() if row.calib}
     for row in samples[samples.calib != ""].itertuples():
         truth = utils.read_sample(row)[1]
