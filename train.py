@@ -273,7 +273,7 @@ class Keeper(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
         # still to come at the end: a step, this validation, the final one with mirrored pictures, pictures, export
-        self.reserve = 6 + 5 * (time.monotonic() - self.validation_started)
+        self.reserve = 8 + 5 * (time.monotonic() - self.validation_started)
         score = module.scoreboard.report()["image"]["all"]
         if score["MaxF"] > self.best and trainer.is_global_zero:
             self.best = score["MaxF"]

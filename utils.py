@@ -159,7 +159,7 @@ def writable_folder(out: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".write_test").write_bytes(b"")
-        (folder / ".write_test").unlink()
+        (folder / ".write_test").unlink(missing_ok=True)  # another process may have been quicker
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
     return folder

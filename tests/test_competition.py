@@ -281,7 +281,7 @@ def test_training_and_prediction_in_tiles(tmp_path):
     rng = np.random.default_rng(0)
     masks = blobs(tmp_path / "train", 6, size=(150, 200))
     write_csv(tmp_path / "train.csv", ["id", "rle_mask"], [[stem, plain_encode(mask)] for stem, mask in masks.items()])
-    flags = ("--tiles", "true", "--height", 64, "--width", 64, "--epochs", 6, "--lr", 2e-3, *SMALL)
+    flags = ("--tiles", "true", "--height", 64, "--width", 64, "--epochs", 4, "--lr", 2e-3, *SMALL)
     succeed("train.py", "--data", tmp_path, "--out", tmp_path / "out", *flags)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["image"]["all"]["MaxF"] > 70
     large = tmp_path / "large.png"

@@ -247,7 +247,7 @@ def test_all_folds_score_every_pair_by_the_model_that_did_not_see_it(roads, tmp_
 
 
 def test_killed_training_goes_on_where_it_was(roads, tmp_path):
-    flags = ("--data", roads, "--out", tmp_path, "--epochs", 6, *TINY)
+    flags = ("--data", roads, "--out", tmp_path, "--epochs", 3, *TINY)
     process = subprocess.Popen([sys.executable, str(KIT / "train.py"), *map(str, flags)], start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     until = time.monotonic() + 300
@@ -259,7 +259,7 @@ def test_killed_training_goes_on_where_it_was(roads, tmp_path):
     utils.load_model(tmp_path / "model.pt", "cpu")
     succeed("train.py", *flags)
     rows = pd.read_csv(tmp_path / "metrics.csv")
-    assert rows.epoch.tolist() == [1, 2, 3, 4, 5, 6]
+    assert rows.epoch.tolist() == [1, 2, 3]
     assert rows.seconds.is_monotonic_increasing
     assert rows.lr.iloc[-1] == pytest.approx(0.01 * Config.lr, rel=0.01)
     assert "finished" in succeed("train.py", *flags)
