@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -221,9 +220,7 @@ def infer_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
         (root / "pictures").mkdir()
         for index in range(options.images):
             source = Path(samples.image[index % len(samples)]).resolve()
-            os.link(source, root / "pictures" / f"{index:06d}{source.suffix}") if os.stat(source).st_dev == os.stat(
-                root
-            ).st_dev else shutil.copy(source, root / "pictures" / f"{index:06d}{source.suffix}")
+            (root / "pictures" / f"{index:06d}{source.suffix}").symlink_to(source)
         utils.save_model(root / "model.pt", utils.build_model(cfg), cfg, 0.5, {})
         if name == "scoring":
             return scoring(samples, options)
@@ -265,8 +262,6 @@ def scoring(samples: Any, options: argparse.Namespace) -> dict[str, float]:
 
 def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Train for `options.minutes`, predict held-out streets, score with the official measures."""
-    import torch
-
     import infer
     import utils
 
@@ -292,7 +287,6 @@ def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]
         test = infer.Options(model=[str(out)], data=f"{folder}/test/training", out=f"{folder}/predictions")
         infer.infer(test)
         report = json.loads((Path(folder) / "predictions" / "metrics.json").read_text())["image"]
-    torch.set_grad_enabled(True)
     worst = min(scores["MaxF"] for category, scores in report.items() if category != "all")
     return {m: report["all"][m] for m in ("MaxF", "AP", "IoU", "IoU50")} | {
         "worst category": worst, "epochs": epochs, "seconds": seconds}  # fmt: skip
