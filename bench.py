@@ -265,9 +265,8 @@ def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]
     import infer
     import utils
 
-    samples = utils.find_samples(options.data, training=True)
-    shares, _ = utils.survey(samples)
-    held = utils.assign_folds(samples, shares, utils.Config(folds=5, seed=options.seed)) == 0
+    samples = utils.survey(utils.find_samples(options.data, training=True))
+    held = utils.assign_folds(samples, utils.Config(folds=5, seed=options.seed)) == 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for part, rows in (("train", samples[~held]), ("test", samples[held])):

@@ -22,12 +22,14 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     CONFIG = parse(Config, __doc__)
 
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import signal
 import tempfile
 import warnings
@@ -180,7 +182,10 @@ class RoadModel(pl.LightningModule):
         return image.to(memory_format=torch.channels_last), mask
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.cfg.weight_decay, fused=True)
+        weights, decay = self.network.parameters(), self.cfg.weight_decay
+        optimiser = torch.optim.AdamW(weights, self.lr, weight_decay=decay, fused=True)
+        optimiser._step_supports_amp_scaling = False  # Lightning unscales, then clips; else it refuses fused ones
+        return optimiser
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         image, mask = self.sized(batch)
@@ -313,7 +318,7 @@ def quiet_trainer(cfg: Config, **options: Any) -> pl.Trainer:
     """A Trainer that leaves writing and logging to the Keeper."""
     world, local = processes()
     devices, hosts = (local, world // local) if local else (cfg.devices, 1)  # as torchrun says, or as we do
-    precision = utils.precision(cfg, utils.best_device())
+    precision = utils.precision(cfg, utils.best_device(), training=True)
     return pl.Trainer(accelerator="auto", devices=devices, num_nodes=hosts, precision=precision, logger=False,
                       enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                       use_distributed_sampler=False, **options)  # fmt: skip
@@ -342,11 +347,11 @@ TILES_FROM = 2e6  # pixels of the median picture from which on it is cut into ti
 FREE = {"data", "masks", "out", "epochs", "max_minutes", "precision", "devices", "workers", "resume", "tta", "compile"}
 
 
-def resolve(cfg: Config, samples: pd.DataFrame, above: np.ndarray, network: torch.nn.Module) -> Config:
+def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Config:
     """Fill in what the settings leave to the device, the pictures and the encoder. Raises UserError for a bad size."""
     mean, std = utils.input_normalisation(cfg)
-    height, width = np.median(utils.picture_sizes(samples), axis=0)
-    highest = float(above[samples.fold != cfg.fold].min())
+    height, width = samples.height.median(), samples.width.median()
+    highest = float(samples.above[samples.fold != cfg.fold].min())
     top = cfg.top if cfg.top >= 0 else round(highest - 0.05, 2) if 0.15 < highest < 1 else 0.0  # less is not worth it
     tiles = cfg.tiles if cfg.tiles != "auto" else str(bool(height * width > TILES_FROM)).lower()
     top = 0.0 if tiles == "true" else min(top, 0.9)
@@ -403,26 +408,37 @@ def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
     return path
 
 
+def reuse_memory() -> None:
+    """On a CPU with glibc: keep freed memory for the next step, which else gets fresh pages, zeroed by the system.
+
+    A step at 64x352, batch 4, took 250 ms so beside 295.
+    """
+    if utils.best_device() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
+            libc.mallopt(option, value)
+
+
 def train(cfg: Config, started: float | None = None) -> Path:
     """Train, keep the best weights, validate them; with --fold all for each fold in turn. Raises UserError.
 
     `started`: the time.monotonic() from which max_minutes counts; None is now. Returns the folder written to.
     """
     started, out = time.monotonic() if started is None else started, Path(cfg.out)
-    samples = utils.find_samples(cfg.data, cfg.target, cfg.masks, training=True)
-    shares, above = utils.survey(samples)
-    samples["fold"] = utils.assign_folds(samples, shares, cfg)
-    sizes = [f"{w}x{h}" for h, w in sorted(map(tuple, utils.picture_sizes(samples)))]
+    reuse_memory()
+    samples = utils.survey(utils.find_samples(cfg.data, cfg.target, cfg.masks, training=True))
+    samples["fold"] = utils.assign_folds(samples, cfg)
+    sizes = [f"{w}x{h}" for h, w in sorted(zip(samples.height, samples.width, strict=True))]
     print(
         f"data: {utils.LAYOUTS[samples.layout[0]]} · {len(samples)} pairs · {sizes[0]} to {sizes[-1]} · "
-        f"{100 * shares.mean():.1f} % foreground · {100 * (shares == 0).mean():.0f} % masks empty",
+        f"{100 * samples.share.mean():.1f} % foreground · {100 * (samples.share == 0).mean():.0f} % masks empty",
         flush=True,
     )
     folds = sorted(set(samples.fold))
     if cfg.fold != "all":
         if cfg.fold not in folds:
             raise UserError(f"--fold {cfg.fold}: the {len(samples)} pairs make folds 0 to {folds[-1]}, or all")
-        train_fold(cfg, samples, above, started)
+        train_fold(cfg, samples, started)
         return out
     if cfg.resume not in ("auto", "none"):
         raise UserError(f"--resume {cfg.resume}: goes with one --fold; with all take auto")
@@ -432,7 +448,7 @@ def train(cfg: Config, started: float | None = None) -> Path:
         share = dataclasses.replace(
             cfg, fold=fold, out=str(out / f"fold{fold}"), max_minutes=cfg.max_minutes / len(folds)
         )
-        results += train_fold(share, samples, above, started)
+        results += train_fold(share, samples, started)
         started = time.monotonic()
     if results:
         trained = utils.load_model(out / "fold0" / "model.pt", "cpu")
@@ -445,11 +461,11 @@ def train(cfg: Config, started: float | None = None) -> Path:
     return out
 
 
-def train_fold(cfg: Config, samples: pd.DataFrame, above: np.ndarray, started: float) -> list[Result]:
+def train_fold(cfg: Config, samples: pd.DataFrame, started: float) -> list[Result]:
     """Train on all folds but cfg.fold, predict that one. Returns its results; of several processes only the first."""
     pl.seed_everything(cfg.seed, verbose=False)
     network = utils.build_model(cfg, cfg.encoder_weights)
-    cfg = resolve(cfg, samples, above, network)
+    cfg = resolve(cfg, samples, network)
     keeper = Keeper(cfg, identity_of(cfg, samples), started)
     checkpoint = find_checkpoint(cfg, keeper)
     pairs = utils.read_all(samples, cfg)
@@ -463,7 +479,7 @@ def train_fold(cfg: Config, samples: pd.DataFrame, above: np.ndarray, started: f
     print(f"folds: {len(samples) - len(valid)} pairs to train and {len(valid)} to validate on\n"
           f"model: {cfg.arch} {cfg.encoder}, weights {cfg.encoder_weights}, input {cfg.height}x{cfg.width}"
           f"{' in tiles' if cfg.tiles == 'true' else f' below the upper {100 * cfg.top:.0f} %' if cfg.top else ''}, "
-          f"batch {cfg.batch_size}, {device} in {utils.precision(cfg, device)}", flush=True)  # fmt: skip
+          f"batch {cfg.batch_size}, {device} in {utils.precision(cfg, device, training=True)}", flush=True)  # fmt: skip
     if keeper.lr == "auto":
         keeper.lr = find_lr(cfg, RoadModel(cfg, network), loaders(samples, pairs, cfg)[0])
     if keeper.finished() and (out / "model.pt").exists():

@@ -384,11 +384,11 @@ def read_runs(path: Path, images: dict[str, Path]) -> tuple[dict[str, str], dict
     return {stem: ";".join(parts) or "-" for stem, parts in found.items()}, fields_of
 
 
-def assign_folds(samples: pd.DataFrame, shares: np.ndarray, cfg: Config) -> np.ndarray:
-    """Cut the samples into cfg.folds parts, reproducible from cfg.seed; what belongs together stays in one part.
+def assign_folds(samples: pd.DataFrame, cfg: Config) -> np.ndarray:
+    """Cut the samples of `survey` into cfg.folds parts by cfg.seed; what belongs together stays in one part.
 
-    Stratified by category, or where there is none by the foreground's share of each picture (`shares`, 0..1): empty,
-    little, more, much. Together stay a csv's --group, otherwise `BLOCK` consecutive frames. Returns int (n,), the fold
+    Stratified by category, or where there is none by the foreground's share of each picture: empty, little, more,
+    much. Together stay a csv's --group, otherwise `BLOCK` consecutive frames. Returns int (n,), the fold
     of each sample. With few samples there are fewer folds, never less than two.
     """
     import pandas as pd
@@ -408,7 +408,7 @@ def assign_folds(samples: pd.DataFrame, shares: np.ndarray, cfg: Config) -> np.n
     count = max(2, min(cfg.folds, len(set(blocks)), sizes.max()))
     strata = samples.category
     if not strata.any():
-        strata = pd.Series(np.where(shares > 0, pd.Series(shares).rank(pct=True).mul(3).round(), -1))
+        strata = pd.Series(np.where(samples.share > 0, samples.share.rank(pct=True).mul(3).round(), -1))
     if strata.value_counts().max() < count:  # a handful of pictures
         strata = pd.Series(0, samples.index)
     fold = np.zeros(len(samples), int)
@@ -593,21 +593,6 @@ def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
     return image, read_truth(sample.mask, sample.layout, image.shape[:2])
 
 
-def picture_sizes(samples: pd.DataFrame) -> np.ndarray:
-    """The pictures' (height, width) from their headers, int (n, 2); 1x1 for the damaged, which `read_all` names."""
-
-    def size(path: str) -> tuple[int, int]:
-        try:
-            with Image.open(path) as image:
-                return (image.height, image.width)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return (1, 1)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # large but allowed pictures
-        return np.array([size(path) for path in samples.image])
-
-
 def tile_places(size: Iterable[int], cfg: Config, overlap: float = 0.0) -> list[tuple[int, int]]:
     """The upper left corners (y, x) of the tiles of height x width that cover a picture of `size` (h, w)."""
     starts = []
@@ -625,22 +610,26 @@ def cut(pixels: np.ndarray, place: tuple[int, int], cfg: Config, outside: int | 
     return cv2.copyMakeBorder(tile, *missing, way, value=outside) if any(missing) else tile
 
 
-def survey(samples: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Look through the masks: the foreground's share of each, and how much of the height is above it, float (n,) each.
+def survey(samples: pd.DataFrame) -> pd.DataFrame:
+    """Look through headers and masks: the samples with `height`, `width`, `share` and `above` as columns.
 
-    An empty mask is 0 and 1, and so is one that cannot be read, which `read_all` names.
+    `share` is how much of the picture is foreground, `above` how much of its height lies above the foreground, 0..1;
+    0 and 1 for an empty mask. A pair that cannot be read is 1x1 and empty here; `read_all` names it.
     """
 
-    def look(sample: Any, size: np.ndarray) -> tuple[float, float]:
+    def look(sample: Any) -> tuple[int, int, float, float]:
         try:
-            road = read_truth(sample.mask, sample.layout, tuple(size)) == 1
-        except UserError:
-            return 0.0, 1.0
-        return float(road.mean()), float(road.any(1).argmax() / len(road)) if road.any() else 1.0
+            with Image.open(sample.image) as image:
+                height, width = image.height, image.width
+            road = read_truth(sample.mask, sample.layout, (height, width)) == 1
+        except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return 1, 1, 0.0, 1.0
+        return height, width, float(road.mean()), float(road.any(1).argmax() / height) if road.any() else 1.0
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = np.array(list(pool.map(look, samples.itertuples(), picture_sizes(samples))))
-    return found[:, 0], found[:, 1]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # large but allowed pictures
+        found = zip(*pool.map(look, samples.itertuples()), strict=True)
+    return samples.assign(**dict(zip(("height", "width", "share", "above"), found, strict=True)))
 
 
 def read_all(samples: pd.DataFrame, cfg: Config) -> list[tuple[np.ndarray, np.ndarray]] | None:
@@ -649,7 +638,7 @@ def read_all(samples: pd.DataFrame, cfg: Config) -> list[tuple[np.ndarray, np.nd
     Raises one UserError that lists every bad file.
     """
     tiled = cfg.tiles == "true"
-    pixels = picture_sizes(samples).prod(1).sum() if tiled else len(samples) * cfg.height * cfg.width
+    pixels = (samples.height * samples.width).sum() if tiled else len(samples) * cfg.height * cfg.width
     keep = 4 * pixels <= KEEP_BYTES
 
     def read(sample: Any) -> tuple[np.ndarray, np.ndarray] | UserError | None:
@@ -683,8 +672,8 @@ class RoadDataset:
         self.rows, self.pairs, self.cfg, self.augment = list(samples.itertuples()), pairs, cfg, augment
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers, too
         self.tiled = cfg.tiles == "true"
-        sizes = picture_sizes(samples) if self.tiled else []
-        self.places = [(index, place) for index, size in enumerate(sizes) for place in tile_places(size, cfg)]
+        self.places = [(index, place) for index, row in enumerate(self.rows if self.tiled else ())
+                       for place in tile_places((row.height, row.width), cfg)]  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.places) if self.tiled else len(self.rows)
@@ -831,14 +820,14 @@ def input_normalisation(cfg: Config) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(own["mean"]), tuple(own["std"])
 
 
-def precision(cfg: Config, device: str) -> str:
+def precision(cfg: Config, device: str, training: bool = False) -> str:
     """The precision to compute in on a device ("cpu", "cuda", "mps"), in Lightning's words; auto: quickest natively.
 
-    What a GPU was told to train in, a CPU that only predicts may do better in another.
+    Training does as it is told; where a CPU predicts with what a GPU was told to train in, it takes its own.
     """
     import torch
 
-    if cfg.precision == "32" or (cfg.precision != "auto" and device == "cuda"):
+    if cfg.precision == "32" or (cfg.precision != "auto" and (training or device == "cuda")):
         return cfg.precision
     if device == "cuda":  # a T4 only imitates bf16
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -119,9 +119,8 @@ def test_a_competition_from_its_folder_to_its_submission(competition, segmenter,
 
 def test_scores_of_a_csv_are_those_of_training(competition, segmenter, tmp_path):
     """The validation pictures with a csv of their own: every number of training's metrics.json again."""
-    samples = utils.find_samples(str(competition[0]), training=True)
-    shares, _ = utils.survey(samples)
-    valid = samples[utils.assign_folds(samples, shares, Config()) == 0]
+    samples = utils.survey(utils.find_samples(str(competition[0]), training=True))
+    valid = samples[utils.assign_folds(samples, Config()) == 0]
     (tmp_path / "train").mkdir()
     for path in valid.image:
         shutil.copy(path, tmp_path / "train")
@@ -217,14 +216,13 @@ def test_groups_stay_together_and_shares_are_even(tmp_path):
     masks = blobs(tmp_path / "train", 40)
     rows = [[stem, plain_encode(mask), f"patient{k % 7}"] for k, (stem, mask) in enumerate(masks.items())]
     write_csv(tmp_path / "train.csv", ["id", "rle_mask", "patient"], rows)
-    samples = utils.find_samples(str(tmp_path), training=True)
-    shares, above = utils.survey(samples)
-    assert (shares > 0).sum() == 32
-    assert above[shares == 0].min() == 1
-    samples["fold"] = utils.assign_folds(samples, shares, Config(folds=5))
-    empty = samples.assign(empty=shares == 0).groupby("fold")["empty"].sum()
+    samples = utils.survey(utils.find_samples(str(tmp_path), training=True))
+    assert (samples.share > 0).sum() == 32
+    assert samples.above[samples.share == 0].min() == 1
+    samples["fold"] = utils.assign_folds(samples, Config(folds=5))
+    empty = samples.assign(empty=samples.share == 0).groupby("fold")["empty"].sum()
     assert empty.max() - empty.min() <= 1
-    samples["fold"] = utils.assign_folds(samples, shares, Config(folds=5, group="patient"))
+    samples["fold"] = utils.assign_folds(samples, Config(folds=5, group="patient"))
     patients = samples.assign(patient=[group["patient"] for group in samples.group]).groupby("patient").fold.nunique()
     assert (patients == 1).all()
     assert "--group" in refused_training(tmp_path, tmp_path, "--group", "hospital")
@@ -294,13 +292,13 @@ def test_pictures_over_two_megapixels_are_cut(tmp_path):
     import train
 
     Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
-    samples = utils.find_samples(str(tmp_path)).assign(fold=1)
+    samples = utils.find_samples(str(tmp_path)).assign(fold=1, height=1500, width=2000, above=1.0)
     network = utils.build_model(Config(encoder="resnet18"))
-    resolved = train.resolve(Config(encoder="resnet18", encoder_weights="none"), samples, np.ones(1), network)
+    resolved = train.resolve(Config(encoder="resnet18", encoder_weights="none"), samples, network)
     assert resolved.tiles == "true"
     assert resolved.height * resolved.width < 400_000
     small = dataclasses.replace(resolved, tiles="false", top=-1, height=0, width=0)
-    assert train.resolve(small, samples, np.array([0.4]), network).top == 0.35
+    assert train.resolve(small, samples.assign(above=0.4), network).top == 0.35
 
 
 def write_video(path, frames, size=(96, 64)):

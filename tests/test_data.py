@@ -49,11 +49,11 @@ def test_images_and_masks_layout_pairs_by_stem(tmp_path):
 
 def kitti_names(count):
     names = [f"{category}_{number:06d}" for category in ("um", "umm", "uu") for number in range(count)]
-    return pd.DataFrame({"image": names, "mask": names, "category": [name.split("_")[0] for name in names]})
+    return pd.DataFrame({"image": names, "mask": names, "category": [name.split("_")[0] for name in names], "share": 0})
 
 
-def folds_of(samples, shares=None, **settings):
-    return utils.assign_folds(samples, np.zeros(len(samples)) if shares is None else shares, Config(**settings))
+def folds_of(samples, **settings):
+    return utils.assign_folds(samples, Config(**settings))
 
 
 def test_folds_keep_streets_together_and_categories_even():
@@ -77,7 +77,7 @@ def test_folds_follow_the_seed():
 
 @pytest.mark.parametrize("names", [["um_000000", "um_000001"], ["um_000000", "uu_000000"], ["a", "b"], ["7", "8", "9"]])
 def test_a_handful_still_splits(names):
-    samples = pd.DataFrame({"image": names, "category": [name.rpartition("_")[0] for name in names]})
+    samples = pd.DataFrame({"image": names, "category": [name.rpartition("_")[0] for name in names], "share": 0})
     assert set(folds_of(samples)) >= {0, 1}
 
 
