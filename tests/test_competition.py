@@ -175,7 +175,7 @@ def test_faults_of_the_csv_are_named_by_row(competition, tmp_path):
     def refuse(rows, *names):
         write_csv(tmp_path / "train.csv", header, rows)
         with pytest.raises(UserError) as refused:
-            utils.read_all(utils.find_samples(str(tmp_path), training=True), TILED)
+            utils.read_all(utils.survey(utils.find_samples(str(tmp_path), training=True)), TILED)
         assert all(name in str(refused.value) for name in names), refused.value
 
     refuse([*good[:5], [stems[5], "1 4 3 2"], *good[6:]], "row 7", "overlap")
@@ -250,7 +250,8 @@ def test_mean_by_threshold_and_small_patches():
 # ---------------------------------------------------------------------------------------------------------------------
 #  large pictures and videos
 
-TILED = Config(height=32, width=48, tiles="true", top=0, tta=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+TILED = Config(height=32, width=48, tiles="true", top=0, tta=False, precision="32", **PLAIN)
 
 
 @pytest.mark.parametrize("size", [(100, 130), (32, 48), (20, 30), (33, 200), (64, 10)])
