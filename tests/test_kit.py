@@ -62,8 +62,6 @@ def test_it_learns_in_16_bits(roads, tmp_path):
 
 
 def test_model_file_holds_plain_types_alone(trained):
-    import torch
-
     content = torch.load(trained / "model.pt", weights_only=True)
     assert set(content) == {"format", "config", "state_dict", "threshold", "metrics"}
     metrics = read_json(trained / "metrics.json")
