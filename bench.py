@@ -150,6 +150,7 @@ def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
         first = len(samples.image.unique())
         pairs = utils.read_all(samples.iloc[:first], cfg)
         loader, _ = train.loaders(samples.assign(fold=1), [pairs[k % first] for k in range(len(samples))], cfg)
+        utils.reuse_memory()  # as train() does
         module = train.RoadModel(cfg, utils.build_model(cfg))
         module.lr = cfg.lr
         trainer = train.quiet_trainer(cfg, max_epochs=1, gradient_clip_val=1.0, enable_progress_bar=False)
@@ -174,6 +175,7 @@ def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]
     import utils
 
     device = utils.best_device()
+    utils.reuse_memory()
     cfg = settings(options)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(utils.precision(cfg, device))
     model = utils.build_model(cfg).to(device, memory_format=torch.channels_last).train(training)

@@ -282,6 +282,7 @@ def infer(options: Options) -> Path:
     """Predict `options.data` and write everything under `options.out`. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
     device = utils.best_device()
+    utils.reuse_memory()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     models = load_models(options.model, device)

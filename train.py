@@ -22,14 +22,12 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     CONFIG = parse(Config, __doc__)
 
 import copy
-import ctypes
 import dataclasses
 import hashlib
 import json
 import logging
 import math
 import os
-import platform
 import signal
 import tempfile
 import warnings
@@ -411,24 +409,13 @@ def find_checkpoint(cfg: Config, keeper: Keeper) -> Path | None:
     return path
 
 
-def reuse_memory() -> None:
-    """On a CPU with glibc: keep freed memory for the next step, which else gets fresh pages, zeroed by the system.
-
-    A step at 64x352, batch 4, took 250 ms so beside 295.
-    """
-    if utils.best_device() == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
-            libc.mallopt(option, value)
-
-
 def train(cfg: Config, started: float | None = None) -> Path:
     """Train, keep the best weights, validate them; with --fold all for each fold in turn. Raises UserError.
 
     `started`: the time.monotonic() from which max_minutes counts; None is now. Returns the folder written to.
     """
     started, out = time.monotonic() if started is None else started, Path(cfg.out)
-    reuse_memory()
+    utils.reuse_memory()
     samples = utils.survey(utils.find_samples(cfg.data, cfg.target, cfg.masks, training=True))
     samples["fold"] = utils.assign_folds(samples, cfg)
     sizes = [f"{w}x{h}" for h, w in sorted(zip(samples.height, samples.width, strict=True))]

@@ -9,6 +9,7 @@ torch, smp, pandas and scikit-learn are imported where they are used, so that --
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -17,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import sys
 import textwrap
@@ -468,7 +470,7 @@ def read_image(path: str) -> np.ndarray:
 
     Raises UserError where the file is damaged, empty, too large (over 179 million pixels) or no picture.
     """
-    image = ImageOps.exif_transpose(open_picture(path))
+    image = open_picture(path)
     if image.mode in ("I", "F", "I;16", "I;16B"):
         values = np.asarray(image)
         if values.dtype == np.float32 or values.min() < 0 or values.max() > 65535:
@@ -478,15 +480,17 @@ def read_image(path: str) -> np.ndarray:
 
 
 def open_picture(path: str) -> Image.Image:
-    """Decode a file wholly with Pillow, which refuses what is cut off or damaged. Raises UserError."""
+    """Decode a file wholly with Pillow, which refuses what is cut off or damaged, and turn it upright (EXIF).
+
+    Raises UserError.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but allowed pictures
             image = Image.open(path)
-            image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # the readers raise anything on a damaged file
+        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
         reason = "empty file" if os.path.exists(path) and os.path.getsize(path) == 0 else reason
         raise UserError(f"{path}: {reason}; replace the file or move it away") from None
 
@@ -536,9 +540,8 @@ def normalise(pixels: np.ndarray, cfg: Config) -> torch.Tensor:
     """(height, width, 3) uint8 to (3, height, width) float32, less the mean, over the std."""
     import torch
 
-    pixels = pixels.astype(np.float32)
-    pixels = (pixels - np.float32(255) * np.float32(cfg.mean)) / (np.float32(255) * np.float32(cfg.std))
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    values = (np.arange(256)[:, None] / 255 - cfg.mean) / cfg.std  # (256, 3): what each of a channel's values becomes
+    return torch.from_numpy(np.array(cv2.split(cv2.LUT(pixels, values[:, None].astype(np.float32)))))
 
 
 def shrink(image: np.ndarray, cfg: Config) -> np.ndarray:
@@ -620,9 +623,10 @@ def survey(samples: pd.DataFrame) -> pd.DataFrame:
     def look(sample: Any) -> tuple[int, int, float, float]:
         try:
             with Image.open(sample.image) as image:
-                height, width = image.height, image.width
+                turned = image.getexif().get(0x0112, 1) > 4  # EXIF: the camera was held upright
+                height, width = image.size if turned else image.size[::-1]
             road = read_truth(sample.mask, sample.layout, (height, width)) == 1
-        except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # the readers raise anything on a damaged file
             return 1, 1, 0.0, 1.0
         return height, width, float(road.mean()), float(road.any(1).argmax() / height) if road.any() else 1.0
 
@@ -840,6 +844,17 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def reuse_memory() -> None:
+    """On a CPU with glibc: keep freed memory for the next batch, which else gets fresh pages, zeroed by the system.
+
+    At 256x256 a pass took 45 ms a picture so beside 59, a training step at 64x352, batch 4, 250 ms beside 295.
+    """
+    if best_device() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
+            libc.mallopt(option, value)
 
 
 def save_model(path: Path, model: torch.nn.Module, cfg: Config, threshold: float, metrics: dict[str, Any]) -> None:
@@ -1130,7 +1145,7 @@ PANEL_WIDTH = 620  # pixels of one panel; two stand side by side
 def encode_image(pixels: np.ndarray, suffix: str) -> bytes:
     """(h, w) or (h, w, 3) RGB uint8 as the bytes of a PNG or JPEG."""
     bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else []  # a PNG's other settings took 3 times as long
     done, content = cv2.imencode(suffix, bgr, options)
     assert done, suffix
     return content.tobytes()

@@ -150,8 +150,13 @@ def test_a_turned_photograph_is_read_upright(tmp_path):
     pixels = np.zeros((4, 8, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right
-    Image.fromarray(pixels).save(tmp_path / "phone.jpg", exif=exif)
-    assert utils.read_image(str(tmp_path / "phone.jpg")).shape == (8, 4, 3)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "phone.jpg", exif=exif)
+    assert utils.read_image(str(tmp_path / "images" / "phone.jpg")).shape == (8, 4, 3)
+    (tmp_path / "train.csv").write_text("id,rle_mask\nphone,29 4\nother,1 1\n")
+    Image.fromarray(pixels).save(tmp_path / "images" / "other.png")
+    _, sample = utils.survey(utils.find_samples(str(tmp_path), training=True)).itertuples()
+    assert (sample.height, sample.width, sample.share) == (8, 4, 4 / 32)
 
 
 @pytest.mark.parametrize("size", [(375, 1242), (370, 1226), (101, 101), (33, 501), (64, 192), (40, 100)])

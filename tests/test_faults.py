@@ -241,12 +241,16 @@ def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
     picture = Image.open(row.image)
     size = picture.size[::-1]
     picture.convert("RGB").save(tmp_path / "whole.jpg", quality=90)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0  # turned, as phones write it
+    Image.new("RGB", (9, 5), "green").save(tmp_path / "phone.webp", exif=exif)
     (tmp_path / "whole.csv").write_text("id,rle_mask\num_000000,1 4 9 2\num_000001,\n")
     images = {"um_000000": None, "um_000001": None}
     readers = {
         row.image: lambda path: utils.read_image(path).shape[2] == 3,
         row.mask: lambda path: set(np.unique(utils.read_truth(path, "kitti", size))) <= {0, 1, 255},
         str(tmp_path / "whole.jpg"): lambda path: utils.read_image(path).shape[2] == 3,
+        str(tmp_path / "phone.webp"): lambda path: utils.read_image(path).shape[2] == 3,
         str(tmp_path / "whole.csv"): lambda path: len(utils.read_runs(utils.Path(path), images)[0]) == 2,
         row.calib: lambda path: utils.read_calibration(path).shape == (3, 4),
         str(trained / "model.pt"): lambda path: utils.load_model(utils.Path(path), "cpu").threshold >= 0,
