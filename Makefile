@@ -2,13 +2,15 @@
 # make test   installs, lints, tests
 # make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
+# make lowest       runs the tests with Python 3.10 and the lowest versions that requirements.txt allows
 # make faults       kills, starves and damages a hundred times each (an hour)
 PYTHON ?= python3
 PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python3.10) python3.10)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test kernel push kaggle-test faults format clean
+.PHONY: demo test kernel push kaggle-test lowest faults format clean
 
 demo: .venv/kit
 	$(PY) demo.py
@@ -28,6 +30,9 @@ kaggle-test: .venv-kaggle/kit
 	.venv-kaggle/bin/python -m pip uninstall --quiet --yes segmentation-models-pytorch
 	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py --durations 5
 
+lowest: .venv-lowest/dev
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal --durations 5
+
 faults: .venv/dev
 	FAULTS=100 $(PY) -m pytest -s tests/test_faults.py
 
@@ -36,7 +41,7 @@ format: .venv/dev
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-kaggle build demo .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .venv-kaggle .venv-lowest build demo .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .venv/kit: requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
@@ -55,6 +60,13 @@ clean:
 	.venv-kaggle/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kaggle.txt \
 		-r requirements-push.txt pytest pytest-xdist nbclient ipykernel
 	.venv-kaggle/bin/python -m pip download --quiet --no-deps --dest .venv-kaggle/wheels segmentation-models-pytorch
+	@touch $@
+
+.venv-lowest/dev: requirements.txt requirements-dev.txt requirements-push.txt
+	@test -x .venv-lowest/bin/python || $(PYTHON310) -m venv .venv-lowest
+	sed -E 's/>=([0-9.]+)[^ ]*/==\1/' requirements.txt > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/requirements.txt \
+		-r requirements-dev.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt requirements-push.txt .venv/kit

@@ -667,7 +667,7 @@ class RoadDataset:
 
     The mask holds 0, 1 and 255 (not valid). Without `augment` (validation) the item also has `truth`, uint8 at the
     picture's own size. With tiles an item is a tile, in training one cut at random by `augment`; there are as many of a
-    picture as cover it. `pairs` are the pixels of `read_all`; None reads the files anew each time.
+    picture as cover it. `pairs` are the pixels of `read_all`; None reads the files, in training anew each time.
     """
 
     def __init__(self, samples: pd.DataFrame, pairs: list | None, cfg: Config, augment: Any = None) -> None:
@@ -675,6 +675,7 @@ class RoadDataset:
 
         self.rows, self.pairs, self.cfg, self.augment = list(samples.itertuples()), pairs, cfg, augment
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers, too
+        self.kept, self.room = {}, KEEP_BYTES // 8  # validation items, the same in each epoch; bytes for more of them
         self.tiled = cfg.tiles == "true"
         self.places = [(index, place) for index, row in enumerate(self.rows if self.tiled else ())
                        for place in tile_places((row.height, row.width), cfg)]  # fmt: skip
@@ -683,6 +684,15 @@ class RoadDataset:
         return len(self.places) if self.tiled else len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.kept.get(index) or self.item(index)
+        if not self.augment and index not in self.kept:
+            self.room -= item["truth"].nbytes + item["image"].nbytes + item["mask"].nbytes
+            if self.room > 0:
+                self.kept[index] = item
+        return item
+
+    def item(self, index: int) -> dict[str, Any]:
+        """Read or take the pair, cut or shrink it, augment, normalise."""
         import torch
 
         chance = np.random.SeedSequence([self.cfg.seed, int(self.epoch), index])  # whichever worker draws it

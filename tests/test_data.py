@@ -212,6 +212,20 @@ def test_items_are_tensors_of_the_promised_kind(roads):
         assert ("truth" in item) == (augment is None)
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_validation_pictures_are_decoded_once_where_memory_allows(roads, monkeypatch, fits):
+    if not fits:
+        monkeypatch.setattr(utils, "KEEP_BYTES", 8000)
+    validation, reads = items(roads, None), []
+    whole = utils.read_sample
+    monkeypatch.setattr(utils, "read_sample", lambda row: reads.append(row) or whole(row))
+    first, again = validation[3], validation[3]
+    assert len(reads) == (1 if fits else 2)
+    assert (first["image"] == again["image"]).all()
+    assert first["name"] == again["name"]
+    assert validation[4]["name"] != first["name"]
+
+
 def test_augmentation_takes_its_arguments_and_fills_with_ignore():
     """albumentations only warns of an argument that it does not know."""
     import train
