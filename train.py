@@ -571,8 +571,8 @@ def write_scores(out: Path, results: list[Result], cfg: Config, title: str) -> t
     report = board.report()
     threshold, sizes = report["image"]["all"]["threshold"], [max(0, cfg.min_pixels)]
     if cfg.metric != "maxf":
-        by_threshold = utils.mean_by_threshold([result.counts["image"].numpy() for result in results], cfg.metric)
-        threshold = int(by_threshold.argmax()) / 255
+        counts = [result.counts["image"].numpy() for result in results]
+        threshold = utils.choose_threshold(utils.scores_by_threshold(counts, cfg.metric))
         area = np.median([int(result.counts["image"].sum()) for result in results])
         sizes = [int(area * part) for part in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)] if cfg.min_pixels < 0 else sizes
     masks = np.array([[utils.mask_scores(utils.drop_small(mask, size), truth) for size in sizes]

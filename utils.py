@@ -17,6 +17,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -975,15 +976,26 @@ def scores(counts: np.ndarray) -> dict[str, float]:
     return {name: round(100 * float(value), 4) for name, value in found.items()} | {"threshold": best / 255}
 
 
-def mean_by_threshold(counts: list[np.ndarray], metric: str) -> np.ndarray:
-    """The mean "dice" or "iou" of pictures at each of the 256 thresholds, 0..1, from the `pixel_counts` of each.
+def scores_by_threshold(counts: list[np.ndarray], metric: str) -> np.ndarray:
+    """The "dice" or "iou" of n pictures at each of the 256 thresholds, (n, 256) of 0..1, from `pixel_counts` of each.
 
     A picture without foreground counts 1 where none is found in it, else 0.
     """
     fp, tp = np.stack(counts)[:, :, ::-1].cumsum(2)[:, :, ::-1].transpose(1, 0, 2).astype(float)
     weight, union = (2 if metric == "dice" else 1), fp + tp[:, :1]
     below = union + tp if metric == "dice" else union
-    return np.where(below > 0, ratio(weight * tp, below), 1.0).mean(0)
+    return np.where(below > 0, ratio(weight * tp, below), 1.0)
+
+
+def choose_threshold(found: np.ndarray) -> float:
+    """From `scores_by_threshold`: nearest to 0.5 of those that are no worse than the best by a standard error.
+
+    Few pictures tell little: their best threshold is luck (Breiman et al., Classification and Regression Trees, 1984).
+    """
+    worse = found[:, [found.mean(0).argmax()]] - found
+    error = worse.std(0, ddof=1) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    good = np.flatnonzero(worse.mean(0) <= error)
+    return float(good[np.abs(good - 127.5).argmin()]) / 255
 
 
 def mask_scores(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

@@ -228,23 +228,36 @@ def test_groups_stay_together_and_shares_are_even(tmp_path):
     assert "--group" in refused_training(tmp_path, tmp_path, "--group", "hospital")
 
 
-def test_mean_by_threshold_and_small_patches():
+def test_scores_by_threshold_and_small_patches():
     rng = np.random.default_rng(0)
     truths = [rng.random((20, 30)) < share for share in (0.3, 0.5, 0)]
     maps = [np.clip(90 * truth + rng.normal(80, 40, truth.shape), 0, 255).astype(np.uint8) for truth in truths]
     counts = [utils.pixel_counts(p, t.astype(np.uint8)).numpy() for p, t in zip(maps, truths, strict=True)]
     for column, metric in enumerate(("dice", "iou")):
-        found = utils.mean_by_threshold(counts, metric)
+        found = utils.scores_by_threshold(counts, metric)
         for level in (0, 60, 128, 255):
             each = [
                 utils.mask_scores(p >= level, t.astype(np.uint8))[column] for p, t in zip(maps, truths, strict=True)
             ]
-            assert found[level] == pytest.approx(np.mean(each))
+            assert found[:, level] == pytest.approx(each)
     mask = np.zeros((9, 9), bool)
     mask[0, 0] = mask[4:7, 4:7] = True
     assert utils.drop_small(mask, 2).sum() == 9
     assert utils.drop_small(mask, 10).sum() == 0
     assert utils.drop_small(mask, 0).sum() == 10
+
+
+def test_the_threshold_leaves_one_half_only_for_a_gain_that_is_no_luck():
+    levels = np.arange(256)
+    peak = 1 - np.abs(levels - 200) / 255
+    tent = 1 - np.abs(levels - 100) / 255
+    many = np.stack([peak + shift for shift in np.random.default_rng(0).normal(0, 0.1, 50)])
+    assert utils.choose_threshold(many) == 200 / 255, "all pictures agree"
+    lucky = np.stack([tent, tent, 4 * peak])
+    assert lucky.mean(0).argmax() == 200
+    assert abs(utils.choose_threshold(lucky) - 0.5) < 0.01, "one of three decides"
+    assert utils.choose_threshold(peak[None]) == 200 / 255
+    assert abs(utils.choose_threshold(np.ones((4, 256))) - 0.5) < 0.01, "all are equal"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
