@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+import train
 import utils
+from utils import Config
 
 
 def by_definition(probability, truth):
@@ -147,3 +150,14 @@ def test_damaged_calibrations_are_named(tmp_path, broken):
     path.write_text(broken, encoding="latin-1")
     with pytest.raises(utils.UserError, match="um_000001.txt"):
         utils.read_calibration(str(path))
+
+
+@pytest.mark.parametrize("arch", ["Unet", "FPN", "Segformer", "DeepLabV3Plus"])
+def test_softened_logits_are_the_same_divided(arch):
+    torch.manual_seed(0)
+    network = utils.build_model(Config(arch=arch, encoder="resnet18")).eval()
+    picture = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        whole, soft = network(picture), train.softened(network)(picture)
+        assert torch.equal(whole, network(picture)), "the model that goes on training is unchanged"
+    assert (soft - whole / train.SOFT).abs().max() < 1e-6
