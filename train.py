@@ -284,6 +284,10 @@ class Keeper(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, batch: Any, index: int) -> None:
         if index == 0:
             torch.manual_seed(self.cfg.seed + trainer.current_epoch)  # of dropout: the same in a resumed run
+            self.epoch_started = time.monotonic()
+        if index == 20 and not self.reserve:  # no validation yet: its passes take about a third of a step
+            step = (time.monotonic() - self.epoch_started) / index
+            self.reserve = 8 + 5 * step / 3 * trainer.num_val_batches[0]
         module.progress = progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
         trainer.optimizers[0].param_groups[0]["lr"] = self.lr * schedule(progress)
         trainer.should_stop = self.cfg.max_minutes > 0 and progress >= 1  # this step is the last
@@ -393,7 +397,9 @@ def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Con
     network.train()
     if cfg.precision == "16-mixed" and device == "cpu":
         raise UserError("--precision 16-mixed: needs a GPU; take auto")
-    batch = cfg.batch_size or (4 if device == "cpu" else 8)
+    small = pixels / (size[0] * size[1])  # a step on a CPU takes long, however small the pictures: give it more of them
+    most = int((samples.fold != cfg.fold).sum()) // 100  # but leave an epoch a hundred steps
+    batch = cfg.batch_size or (4 * max(1, min(round(small), 4, most // 4)) if device == "cpu" else 8)
     epochs = cfg.epochs or (0 if cfg.max_minutes else 40)
     metric = cfg.metric if cfg.metric != "auto" else "maxf" if samples.category.any() else "dice"
     return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs, batch_size=batch,

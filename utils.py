@@ -71,7 +71,7 @@ class Config:
     # training
     epochs: int = 0  # passes over the data; 0: as many as max_minutes allows, or 40 where no time is set
     max_minutes: float = 0  # of the whole training, resumed parts included; the schedule fits it; 0: no limit
-    batch_size: int = 0  # pictures a step; halve it when the GPU's memory runs out; 0: 8, on a CPU 4 (more steps)
+    batch_size: int = 0  # pictures a step; halve it when the GPU's memory runs out; 0: 8, on a CPU 4 to 16 by size
     lr: float | Literal["auto"] = 5e-4  # AdamW's highest learning rate; auto: Lightning's finder picks it
     weight_decay: float = 1e-2  # AdamW's; keeps the weights small
     grow: bool = True  # train on smaller pictures first, 1/2 then 3/4 of height and width: more epochs in the time

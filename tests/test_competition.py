@@ -7,6 +7,7 @@ import shutil
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import run, succeed
@@ -313,6 +314,21 @@ def test_pictures_over_two_megapixels_are_cut(tmp_path):
     assert resolved.height * resolved.width < 400_000
     small = dataclasses.replace(resolved, tiles="false", top=-1, height=0, width=0)
     assert train.resolve(small, samples.assign(above=0.4), network).top == 0.35
+
+
+def test_many_small_pictures_make_larger_batches_on_a_cpu(monkeypatch):
+    import train
+
+    monkeypatch.setattr(utils, "best_device", lambda: "cpu")
+    network, cfg = utils.build_model(Config(encoder="resnet18")), Config(encoder="resnet18", encoder_weights="none")
+
+    def batch(count, size):
+        samples = pd.DataFrame({"fold": 1, "height": size, "width": size, "above": 1.0, "category": ""}, range(count))
+        return train.resolve(cfg, samples, network).batch_size
+
+    assert batch(4000, 64) == 16
+    assert batch(4000, 512) == 4
+    assert batch(30, 64) == 4, "few pictures: rather more steps"
 
 
 def write_video(path, frames, size=(96, 64)):
