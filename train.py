@@ -281,13 +281,17 @@ class Keeper(pl.Callback):
         by_time = self.seconds() / max(60 * self.cfg.max_minutes - self.reserve, 1e-9) if self.cfg.max_minutes else 0.0
         return max(by_steps, by_time)
 
+    def reserve_for(self, validation: float) -> None:
+        """Keep time for the end: a step, a validation, the final one with mirrored pictures, pictures, export."""
+        self.reserve = 8 + 5 * validation
+
     def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, batch: Any, index: int) -> None:
         if index == 0:
             torch.manual_seed(self.cfg.seed + trainer.current_epoch)  # of dropout: the same in a resumed run
             self.epoch_started = time.monotonic()
         if index == 20 and not self.reserve:  # no validation yet: its passes take about a third of a step
             step = (time.monotonic() - self.epoch_started) / index
-            self.reserve = 8 + 5 * step / 3 * trainer.num_val_batches[0]
+            self.reserve_for(step / 3 * trainer.num_val_batches[0])
         module.progress = progress = trainer.strategy.broadcast(self.progress(trainer))  # one clock for all processes
         trainer.optimizers[0].param_groups[0]["lr"] = self.lr * schedule(progress)
         trainer.should_stop = self.cfg.max_minutes > 0 and progress >= 1  # this step is the last
@@ -296,8 +300,7 @@ class Keeper(pl.Callback):
         self.validation_started = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
-        # still to come at the end: a step, this validation, the final one with mirrored pictures, pictures, export
-        self.reserve = 8 + 5 * (time.monotonic() - self.validation_started)
+        self.reserve_for(time.monotonic() - self.validation_started)
         score = module.scoreboard.report()["image"]["all"]
         if score["MaxF"] > self.best and trainer.is_global_zero:
             self.best = score["MaxF"]

@@ -489,7 +489,9 @@ def open_picture(path: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but allowed pictures
             image = Image.open(path)
-            return ImageOps.exif_transpose(image)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
     except Exception as error:  # the readers raise anything on a damaged file
         reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
         reason = "empty file" if os.path.exists(path) and os.path.getsize(path) == 0 else reason
