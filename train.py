@@ -151,7 +151,7 @@ class RoadModel(pl.LightningModule):
         super().__init__()
         self.cfg, self.lr = cfg, 0.0  # the Keeper sets the optimiser's rate; `lr` is where Lightning's finder looks
         self.network = network.to(memory_format=torch.channels_last)  # up to five times faster, on a CPU too
-        self.average = AveragedModel(self.network, multi_avg_fn=self.update, use_buffers=True).requires_grad_(False)
+        self.average = AveragedModel(self.network, multi_avg_fn=self.update).requires_grad_(False)
         self.scoreboard = Scoreboard()
         self.progress, self.averaged = 1.0, 0  # of the training, set by the Keeper; steps that the average has seen
         if cfg.compile:
@@ -202,6 +202,26 @@ class RoadModel(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.scoreboard = Scoreboard()
+        self.measure_norms()
+
+    def measure_norms(self) -> None:
+        """Measure the averaged network's batch normalisation on 32 training pictures at once.
+
+        What training gathers from batches of 4 misses how pictures differ from batch to batch: where some are dark and
+        some bright, whole masks went wrong (precise BN; Wu and Johnson, arXiv 2105.07576).
+        """
+        norms = [part for part in self.average.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        data, count = self.trainer.train_dataloader.dataset, max(2, 32 // self.trainer.accumulate_grad_batches)
+        chosen = np.random.default_rng(self.cfg.seed).permutation(len(data))[:count].tolist()
+        batch = self.transfer_batch_to_device(utils.collate([data[index] for index in chosen]), self.device, 0)
+        for norm in norms:
+            norm.train().momentum = 1.0  # these pictures alone
+        with self.trainer.precision_plugin.val_step_context():
+            self.average(self.sized(batch)[0])
+        for norm in norms:
+            norm.eval()
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         image, mask = self.sized(batch)
@@ -304,10 +324,8 @@ class Keeper(pl.Callback):
         score = module.scoreboard.report()["image"]["all"]
         if score["MaxF"] > self.best and trainer.is_global_zero:
             self.best = score["MaxF"]
-            odds = 1 / min(max(score["threshold"], 0.001), 0.999) - 1
-            threshold = 1 / (1 + odds ** (1 / SOFT))  # the same place on the softened scale
             network = softened(module.average.module)
-            utils.save_model(self.out / "model.pt", network, module.stage(), threshold, {"epoch": score})
+            utils.save_model(self.out / "model.pt", network, module.stage(), 0.5, {"epoch": score})
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: RoadModel) -> None:
         measured = {name: round(float(trainer.callback_metrics[name]), 4)
@@ -318,7 +336,7 @@ class Keeper(pl.Callback):
         if trainer.is_global_zero:
             utils.write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
         last = trainer.should_stop or trainer.current_epoch + 1 == self.cfg.epochs
-        if trainer.strategy.broadcast(last or time.monotonic() - self.saved > 60):  # some 400 MB: not every few seconds
+        if trainer.strategy.broadcast(last or time.monotonic() - self.saved > 120):  # 400 MB take 2 s
             if trainer.is_global_zero:
                 utils.write_file(self.out / "last.ckpt", trainer.save_checkpoint)
             else:  # all processes take part, the first writes
@@ -400,13 +418,15 @@ def resolve(cfg: Config, samples: pd.DataFrame, network: torch.nn.Module) -> Con
     network.train()
     if cfg.precision == "16-mixed" and device == "cpu":
         raise UserError("--precision 16-mixed: needs a GPU; take auto")
-    small = pixels / (size[0] * size[1])  # a step on a CPU takes long, however small the pictures: give it more of them
-    most = int((samples.fold != cfg.fold).sum()) // 100  # but leave an epoch a hundred steps
-    batch = cfg.batch_size or (4 * max(1, min(round(small), 4, most // 4)) if device == "cpu" else 8)
+    batch = 8 if device != "cpu" or bf16 else 4
+    if device == "cpu":  # a step takes long, however small the pictures: give it more of them
+        most = int((samples.fold != cfg.fold).sum()) // 100  # but leave an epoch a hundred steps
+        batch *= max(1, min(round(pixels / (size[0] * size[1])), 16 // batch, most // batch))
     epochs = cfg.epochs or (0 if cfg.max_minutes else 40)
     metric = cfg.metric if cfg.metric != "auto" else "maxf" if samples.category.any() else "dice"
-    return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs, batch_size=batch,
-                               height=size[0], width=size[1], top=top, tiles=tiles, metric=metric)  # fmt: skip
+    return dataclasses.replace(cfg, mean=cfg.mean or mean, std=cfg.std or std, epochs=epochs,
+                               batch_size=cfg.batch_size or batch, height=size[0], width=size[1], top=top, tiles=tiles,
+                               metric=metric)  # fmt: skip
 
 
 def identity_of(cfg: Config, samples: pd.DataFrame) -> dict[str, Any]:
@@ -597,12 +617,11 @@ def write_scores(out: Path, results: list[Result], cfg: Config, title: str) -> t
     for result in results:
         board.add(result.row.category, result.counts)
     report = board.report()
-    threshold, sizes = report["image"]["all"]["threshold"], [max(0, cfg.min_pixels)]
-    if cfg.metric != "maxf":
-        counts = [result.counts["image"].numpy() for result in results]
-        threshold = utils.choose_threshold(utils.scores_by_threshold(counts, cfg.metric))
-        area = np.median([int(result.counts["image"].sum()) for result in results])
-        sizes = [int(area * part) for part in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)] if cfg.min_pixels < 0 else sizes
+    counts = [result.counts["image"].numpy() for result in results]
+    threshold, sizes = utils.choose_threshold(utils.scores_by_threshold(counts, cfg.metric)), [max(0, cfg.min_pixels)]
+    if cfg.metric != "maxf" and cfg.min_pixels < 0:
+        area = np.median([int(pixels.sum()) for pixels in counts])
+        sizes = [int(area * part) for part in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
     masks = np.array([[utils.mask_scores(utils.drop_small(mask, size), truth) for size in sizes]
                       for mask, truth in (final_mask(result, threshold) for result in results)])  # fmt: skip
     best = int(masks.mean(0)[:, int(cfg.metric == "iou")].argmax())

@@ -241,6 +241,13 @@ def test_scores_by_threshold_and_small_patches():
                 utils.mask_scores(p >= level, t.astype(np.uint8))[column] for p, t in zip(maps, truths, strict=True)
             ]
             assert found[:, level] == pytest.approx(each)
+    found = utils.scores_by_threshold(counts, "maxf")
+    pooled = utils.scores(sum(counts))
+    assert 100 * found.mean(0).max() == pytest.approx(pooled["MaxF"], abs=1e-3)
+    assert found.mean(0).argmax() / 255 == pooled["threshold"]
+    without = [utils.scores_by_threshold(counts[:k] + counts[k + 1 :], "maxf").mean(0)[128] for k in range(3)]
+    order = np.argsort(found[:, 128])
+    assert np.argsort(without).tolist() == order[::-1].tolist(), "who pulls F1 up lowers it by leaving"
     mask = np.zeros((9, 9), bool)
     mask[0, 0] = mask[4:7, 4:7] = True
     assert utils.drop_small(mask, 2).sum() == 9
@@ -258,6 +265,9 @@ def test_the_threshold_leaves_one_half_only_for_a_gain_that_is_no_luck():
     assert lucky.mean(0).argmax() == 200
     assert abs(utils.choose_threshold(lucky) - 0.5) < 0.01, "one of three decides"
     assert utils.choose_threshold(peak[None]) == 200 / 255
+    few = np.stack([peak, peak, peak, tent])
+    assert few.mean(0).argmax() == 200
+    assert abs(utils.choose_threshold(few) - 0.5) < 0.01, "within two standard errors"
     assert abs(utils.choose_threshold(np.ones((4, 256))) - 0.5) < 0.01, "all are equal"
 
 
@@ -316,9 +326,11 @@ def test_pictures_over_two_megapixels_are_cut(tmp_path):
     assert train.resolve(small, samples.assign(above=0.4), network).top == 0.35
 
 
-def test_many_small_pictures_make_larger_batches_on_a_cpu(monkeypatch):
+@pytest.mark.parametrize(("precision", "usual"), [("32", 4), ("bf16-mixed", 8)])
+def test_many_small_pictures_make_larger_batches_on_a_cpu(monkeypatch, precision, usual):
     import train
 
+    monkeypatch.setattr(utils, "precision", lambda *_, **__: precision)
     monkeypatch.setattr(utils, "best_device", lambda: "cpu")
     network, cfg = utils.build_model(Config(encoder="resnet18")), Config(encoder="resnet18", encoder_weights="none")
 
@@ -327,8 +339,8 @@ def test_many_small_pictures_make_larger_batches_on_a_cpu(monkeypatch):
         return train.resolve(cfg, samples, network).batch_size
 
     assert batch(4000, 64) == 16
-    assert batch(4000, 512) == 4
-    assert batch(30, 64) == 4, "few pictures: rather more steps"
+    assert batch(4000, 512) == usual
+    assert batch(30, 64) == usual, "few pictures: rather more steps"
 
 
 def write_video(path, frames, size=(96, 64)):
