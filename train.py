@@ -208,7 +208,8 @@ class RoadModel(pl.LightningModule):
         """Measure the averaged network's batch normalisation on 32 training pictures at once.
 
         What training gathers from batches of 4 misses how pictures differ from batch to batch: where some are dark and
-        some bright, whole masks went wrong (precise BN; Wu and Johnson, arXiv 2105.07576).
+        some bright, whole masks went wrong (precise BN; Wu and Johnson, arXiv 2105.07576). torch's `update_bn` would
+        also switch dropout on.
         """
         norms = [part for part in self.average.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
         if not norms:
