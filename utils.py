@@ -194,6 +194,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], Any]) -> None
 
 LAYOUTS = {"kitti": "KITTI Road", "masks": "a picture a mask", "rle": "csv of run lengths"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # whatever the name says: an EPS would run Ghostscript
 KAGGLE_DATASET = "sakshaymahna/kittiroadsegmentation"
 MAX_FIELD = 64 << 20  # characters of a csv's field
 BLOCK = 8  # consecutive frames show one street: they validate, or train, together (fewer where pictures are few)
@@ -488,7 +489,7 @@ def open_picture(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but allowed pictures
-            image = Image.open(path)
+            image = Image.open(path, formats=IMAGE_FORMATS)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -625,7 +626,7 @@ def survey(samples: pd.DataFrame) -> pd.DataFrame:
 
     def look(sample: Any) -> tuple[int, int, float, float]:
         try:
-            with Image.open(sample.image) as image:
+            with Image.open(sample.image, formats=IMAGE_FORMATS) as image:
                 turned = image.getexif().get(0x0112, 1) > 4  # EXIF: the camera was held upright
                 height, width = image.size if turned else image.size[::-1]
             road = read_truth(sample.mask, sample.layout, (height, width)) == 1
@@ -857,6 +858,23 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def srun_as_torchrun() -> None:
+    """Where SLURM's srun has started several processes, set the variables that torchrun would have set."""
+    if int(os.environ.get("SLURM_NTASKS", 1)) == 1 or "RANK" in os.environ:
+        return
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+    if SLURMEnvironment.job_name() in ("bash", "interactive"):  # a shell of SLURM, in which srun may come later
+        return
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError("SLURM: --ntasks alone does not say how many run on a host; give --ntasks-per-node")
+    slurm = SLURMEnvironment()
+    found = {"RANK": slurm.global_rank(), "WORLD_SIZE": slurm.world_size(), "LOCAL_RANK": slurm.local_rank(),
+             "LOCAL_WORLD_SIZE": os.environ["SLURM_NTASKS_PER_NODE"], "MASTER_ADDR": slurm.main_address,
+             "MASTER_PORT": slurm.main_port}  # fmt: skip
+    os.environ.update({name: str(value) for name, value in found.items()})
 
 
 def reuse_memory() -> None:
