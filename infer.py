@@ -280,6 +280,7 @@ class KittiZip:
 
 def infer(options: Options) -> Path:
     """Predict `options.data` and write everything under `options.out`. Raises UserError."""
+    utils.srun_as_torchrun()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
     device = utils.best_device()
     utils.reuse_memory()

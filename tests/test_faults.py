@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import train
 import utils
 from utils import UserError
 
@@ -43,7 +44,7 @@ def weights(folder):
 
 
 def test_killed_at_random_moments_nothing_is_lost(roads, tmp_path):
-    """SIGKILL again and again: what is on disk loads, the best never gets worse, the run ends as if nothing was."""
+    """SIGKILL again and again: what is on disk loads, model.pt stays near the best, the run ends as if nothing was."""
     rng = np.random.default_rng(MANY)
     kills, survived, best, lasts = MANY or 2, 0, 0.0, 25.0
     while kills:
@@ -65,8 +66,8 @@ def test_killed_at_random_moments_nothing_is_lost(roads, tmp_path):
                 utils.read_checkpoint(out / "last.ckpt", "--resume")
             if (out / "model.pt").exists():
                 reached = utils.load_model(out / "model.pt", "cpu").metrics.get("epoch", {}).get("MaxF", best)
-                assert reached >= best
-                best = reached
+                assert reached > best - train.SLACK
+                best = max(best, reached)
         assert pd.read_csv(out / "metrics.csv").epoch.tolist() == [1, 2, 3, 4, 5, 6]
         assert not [path for path in out.iterdir() if path.name.endswith(".part")]
         best = 0.0
@@ -91,14 +92,14 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(roads, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_politely_it_exports_the_best(roads, tmp_path, number):
+def test_interrupted_politely_it_exports_what_is_reached(roads, tmp_path, number):
     process = start("--data", roads, "--out", tmp_path, "--epochs", 500, *TINY)
     while not (tmp_path / "last.ckpt").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == -number, printed
-    assert "exports the best so far" in printed
+    assert "exports what is reached" in printed
     assert json.loads((tmp_path / "metrics.json").read_text())["image"]["all"]["images"] == 3
     assert (tmp_path / "last.ckpt").exists()
     assert "Traceback" not in printed
@@ -209,6 +210,17 @@ def test_a_file_that_would_run_code_is_refused(roads, tmp_path, flag, way):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_postscript_file_named_png_is_not_run(trained, tmp_path):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
+    done = run("infer.py", "--model", trained, "--data", tmp_path / "a.png", "--out", tmp_path / "out",
+               env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    assert done.returncode == 2
+    assert "a.png: not a picture" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_decompression_bomb_is_refused_by_its_header(trained, tmp_path):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -306,25 +318,56 @@ def test_any_csv_is_refused_or_read(tmp_path_factory, content):
 #  many processes
 
 
-def torchrun(script, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
-               str(KIT / script), *map(str, flags)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def side_by_side(commands, script, flags):
+    """Run one command a host, given as words and environment; all must succeed."""
+    running = [subprocess.Popen([sys.executable, *words, str(KIT / script), *map(str, flags)], env=os.environ | env,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for words, env in commands]  # fmt: skip
+    printed = [process.communicate(timeout=600)[0] for process in running]
+    assert not any(process.returncode for process in running), printed
+    return printed
 
 
-def test_two_processes_train_one_model_and_share_the_pictures(roads, trained, tmp_path):
+def torchrun(script, *flags, hosts=1):
+    usual = ["-m", "torch.distributed.run", "--nnodes", hosts, "--nproc_per_node", 2 // hosts,
+             "--master_addr", "127.0.0.1", "--master_port", 29516 + hosts]  # fmt: skip
+    return side_by_side([([*map(str, usual), "--node_rank", str(n)], {}) for n in range(hosts)], script, flags)
+
+
+def srun(script, *flags):
+    """What SLURM's `srun --nodes 2 --ntasks-per-node 1` sets, with this machine as both hosts."""
+    usual = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1",
+             "SLURM_JOB_ID": "14519", "SLURM_JOB_NAME": "roads", "SLURM_LOCALID": "0"}  # fmt: skip
+    return side_by_side([([], usual | {"SLURM_PROCID": n, "SLURM_NODEID": n}) for n in "01"], script, flags)
+
+
+def test_two_processes_on_one_host_or_two_train_one_model(roads, tmp_path):
     flags = ("--data", roads, "--epochs", 2, *TINY)
-    torchrun("train.py", *flags, "--out", tmp_path / "two")
-    rows = pd.read_csv(tmp_path / "two" / "metrics.csv")
-    assert rows.epoch.tolist() == [1, 2]
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["image"]["all"]["images"] == 3
+    torchrun("train.py", *flags, "--out", tmp_path / "host")
+    torchrun("train.py", *flags, "--out", tmp_path / "hosts", hosts=2)
+    printed = srun("train.py", *flags, "--out", tmp_path / "slurm")
+    one, *others = (pd.read_csv(tmp_path / out / "metrics.csv") for out in ("host", "hosts", "slurm"))
+    assert one.epoch.tolist() == [1, 2]
+    for other in others:
+        pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"), check_exact=True)
+    for out in ("host", "hosts", "slurm"):
+        assert json.loads((tmp_path / out / "metrics.json").read_text())["image"]["all"]["images"] == 3
+    assert sum("wrote" in text for text in printed) == 1  # the first process alone writes
+
+
+def test_two_processes_share_the_pictures(roads, trained, tmp_path):
     flags = ("--model", trained, "--data", roads / "training", "--save_probs", "true", "--submission", "kitti")
     torchrun("infer.py", *flags, "--out", tmp_path / "a")
-    succeed("infer.py", *flags, "--out", tmp_path / "b")
-    files = [{p.relative_to(tmp_path / out): p.read_bytes() for p in (tmp_path / out).rglob("*") if p.is_file()}
-             for out in ("a", "b")]  # fmt: skip
-    assert files[0].keys() == files[1].keys()
-    assert files[0][utils.Path("metrics.json")] == files[1][utils.Path("metrics.json")]
-    assert files[0][utils.Path("submission_kitti.zip")] == files[1][utils.Path("submission_kitti.zip")]
+    srun("infer.py", *flags, "--out", tmp_path / "b")
+    succeed("infer.py", *flags, "--out", tmp_path / "c")
+    a, b, c = ({p.relative_to(tmp_path / out): p.read_bytes() for p in (tmp_path / out).rglob("*") if p.is_file()}
+               for out in "abc")  # fmt: skip
+    assert a.keys() == b.keys() == c.keys()
+    for name in map(utils.Path, ("metrics.json", "submission_kitti.zip")):
+        assert a[name] == b[name] == c[name]
+
+
+def test_srun_that_does_not_say_how_many_run_on_a_host_is_one_line(roads, tmp_path):
+    done = run("train.py", "--data", roads, "--out", tmp_path, *TINY, env={"SLURM_NTASKS": "2", "SLURM_PROCID": "0"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: SLURM: ") and "--ntasks-per-node" in done.stderr

@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,23 @@ def test_it_learns_in_16_bits(roads, tmp_path):
     assert rows.train_loss.iloc[-1] < 0.9 * rows.train_loss.iloc[0]
     state = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
+def test_the_last_weights_are_kept_unless_they_went_wrong(tmp_path, monkeypatch):
+    """The best score of few pictures is luck, so a later epoch takes over; one that fell far behind does not."""
+    import train
+
+    kept, scores = [], []
+    board = SimpleNamespace(report=lambda: {"image": {"all": {"MaxF": scores[-1]}}})
+    monkeypatch.setattr(utils, "save_model", lambda *_: kept.append(scores[-1]))
+    monkeypatch.setattr(train, "softened", lambda network: network)
+    module = SimpleNamespace(scoreboard=board, average=SimpleNamespace(module=None), stage=Config)
+    keeper = train.Keeper(Config(out=str(tmp_path)), {}, 0.0)
+    for score in (80.0, 92.0, 90.5, 86.9, 40.0, 88.0):
+        scores.append(score)
+        keeper.on_validation_start()
+        keeper.on_validation_end(SimpleNamespace(is_global_zero=True), module)
+    assert kept == [80.0, 92.0, 90.5, 88.0]
 
 
 def test_normalisation_is_measured_on_many_pictures_at_once(roads, tmp_path):
