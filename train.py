@@ -269,7 +269,7 @@ def schedule(progress: float) -> float:
     return min(1.0, 0.1 + progress / 0.05) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1))) / 2)
 
 
-# The best of 22 pictures is luck: in 8 of 8 trainings the last epoch did better on other streets, by 0.1 to 0.8 of MaxF.
+# The best of 22 pictures is luck: in 8 of 8 trainings the last epoch did better on other streets, by 0.1 to 0.8.
 # model.pt is the last one's, unless that fell this far behind the best, which means that it has gone wrong.
 SLACK = 5.0
 
