@@ -929,13 +929,17 @@ def load_model(path: Path, device: str) -> Trained:
         raise UserError(f"--model {path}: not a model.pt of format {FORMAT}; give one that train.py wrote")
     try:
         cfg = Config(**content["config"])
+        for name, kind in typing.get_type_hints(Config).items():  # nothing that no flag would take
+            value = getattr(cfg, name)
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            convert_flag(name, kind, text.lower() if kind is bool else text)
         model = build_model(cfg)
         model.load_state_dict(content["state_dict"])
         threshold, metrics = float(content["threshold"]), dict(content["metrics"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--model {path}: made by another version of the kit ({reason_of(error)}); train again"
-        ) from None
+        if not 0 <= threshold <= 1 or 0 in (cfg.height, cfg.width):
+            raise ValueError("no threshold or no size")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
+        raise UserError(f"--model {path}: from another version of the kit ({reason_of(error)}); train again") from None
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Trained(model, cfg, threshold, metrics)
 

@@ -210,6 +210,15 @@ def test_a_file_that_would_run_code_is_refused(roads, tmp_path, flag, way):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("wrong", [{"height": "a"}, {"width": 0}, {"std": (0.0, 1.0, 1.0)}, {"top": float("nan")},
+                                   {"tiles": 3}, {"tta": "yes"}, {"min_pixels": 1e99}, {"extra": 1}])  # fmt: skip
+def test_a_model_with_settings_that_no_flag_takes_is_refused(trained, tmp_path, wrong):
+    content = torch.load(trained / "model.pt", weights_only=True)
+    torch.save(content | {"config": content["config"] | wrong}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="model.pt"):
+        utils.load_model(tmp_path / "model.pt", "cpu")
+
+
 def test_a_postscript_file_named_png_is_not_run(trained, tmp_path):
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     (tmp_path / "gs").chmod(0o755)
