@@ -316,7 +316,7 @@ class Keeper(pl.Callback):
 
     def reserve_for(self, validation: float) -> None:
         """Keep time for the end: a step, a validation, the final one with mirrored pictures, pictures, export."""
-        self.reserve = 8 + 8 * validation
+        self.reserve = 12 + 6 * validation
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: RoadModel, batch: Any, index: int) -> None:
         if index == 0:
