@@ -323,6 +323,12 @@ RUN_COLUMNS = ("rle_mask", "encodedpixels", "encoded_pixels", "pixels", "rle", "
 EMPTY = ("", "-", "nan", "none", "-1")  # how competitions write a mask without a pixel
 
 
+def check_file(path: str | Path) -> None:
+    """Raise OSError for a pipe, which whoever opens it may wait for for ever, a device or a folder."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("a folder, pipe or device, not a file")
+
+
 def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a csv with their numbers, the header first. Raises UserError, with the row, for a damaged one."""
     import csv
@@ -330,6 +336,7 @@ def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(MAX_FIELD)
     line = 0
     try:
+        check_file(path)
         with path.open(newline="", encoding="utf-8-sig") as file:
             head = file.readline(MAX_FIELD)
             file.seek(0)
@@ -489,14 +496,20 @@ def open_picture(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but allowed pictures
-            image = Image.open(path, formats=IMAGE_FORMATS)
+            image = open_header(path)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
         return image
     except Exception as error:  # the readers raise anything on a damaged file
         reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
-        reason = "empty file" if os.path.exists(path) and os.path.getsize(path) == 0 else reason
+        reason = "empty file" if os.path.isfile(path) and os.path.getsize(path) == 0 else reason
         raise UserError(f"{path}: {reason}; replace the file or move it away") from None
+
+
+def open_header(path: str) -> Image.Image:
+    """Open a picture without decoding it. Raises OSError, or what Pillow raises."""
+    check_file(path)
+    return Image.open(path, formats=IMAGE_FORMATS)
 
 
 def read_truth(path: str, layout: str, size: tuple[int, int]) -> np.ndarray:
@@ -626,7 +639,7 @@ def survey(samples: pd.DataFrame) -> pd.DataFrame:
 
     def look(sample: Any) -> tuple[int, int, float, float]:
         try:
-            with Image.open(sample.image, formats=IMAGE_FORMATS) as image:
+            with open_header(sample.image) as image:
                 turned = image.getexif().get(0x0112, 1) > 4  # EXIF: the camera was held upright
                 height, width = image.size if turned else image.size[::-1]
             road = read_truth(sample.mask, sample.layout, (height, width)) == 1
@@ -793,6 +806,8 @@ def encoder_weights(cfg: Config, encoder: torch.nn.Module, weights: str) -> dict
 
             state = load_file(weights)
         else:
+            if zipfile.is_zipfile(weights):  # torch's older files are none
+                check_archive(Path(weights))
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise anything on a damaged file
         raise UserError(f"--encoder_weights {weights}: cannot be read ({reason_of(error)}); replace it") from None
@@ -900,6 +915,16 @@ def save_model(path: Path, model: torch.nn.Module, cfg: Config, threshold: float
     write_file(path, buffer.getvalue())
 
 
+def check_archive(path: Path) -> None:
+    """Raise ValueError for a zip that unpacks to more than its own size, or is damaged; torch looks at neither."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("unpacks to more than its size")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
+
+
 def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
     """Read a file of torch.save without running any code in it. Raises UserError, with the flag's name."""
     import torch
@@ -907,9 +932,7 @@ def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; train.py writes it")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch itself does not look at the checksums
-        if damaged:
-            raise ValueError(f"checksum of {damaged}")
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise anything on a damaged file
         raise UserError(f"{flag} {path}: damaged or not a model ({reason_of(error)}); train again") from None

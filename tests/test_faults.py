@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 
 import numpy as np
@@ -210,6 +211,19 @@ def test_a_file_that_would_run_code_is_refused(roads, tmp_path, flag, way):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1000000)}, tmp_path / "large.pt")
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for part in large.infolist():
+            archive.writestr(part.filename, large.read(part))
+    assert bomb.stat().st_size < 10000
+    with pytest.raises(UserError, match="bomb.pt: .*unpacks to more than its size"):
+        utils.read_checkpoint(bomb, "--model")
+    with pytest.raises(UserError, match="bomb.pt: .*unpacks to more than its size"):
+        utils.build_model(utils.Config(encoder="resnet18"), str(bomb))
+
+
 @pytest.mark.parametrize("wrong", [{"height": "a"}, {"width": 0}, {"std": (0.0, 1.0, 1.0)}, {"top": float("nan")},
                                    {"tiles": 3}, {"tta": "yes"}, {"min_pixels": 1e99}, {"extra": 1}])  # fmt: skip
 def test_a_model_with_settings_that_no_flag_takes_is_refused(trained, tmp_path, wrong):
@@ -228,6 +242,21 @@ def test_a_postscript_file_named_png_is_not_run(trained, tmp_path):
     assert done.returncode == 2
     assert "a.png: not a picture" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pipe_is_not_waited_for(trained, roads, tmp_path):
+    (tmp_path / "a.png").symlink_to(next((roads / "testing" / "image_2").iterdir()))
+    for name in ("b.png", "sample_submission.csv"):
+        os.mkfifo(tmp_path / name)
+    flags = ("--model", trained, "--data", tmp_path, "--out", tmp_path / "out")
+    done = run("infer.py", *flags)
+    assert done.returncode == 2
+    assert "1 of 2 could not be used" in done.stderr
+    assert "b.png: a folder, pipe or device" in done.stderr
+    assert (tmp_path / "out" / "masks" / "a.png").exists()
+    done = run("infer.py", *flags, "--submission", "rle")
+    assert done.returncode == 2
+    assert "sample_submission.csv" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(trained, tmp_path):
