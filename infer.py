@@ -107,36 +107,50 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
     Yields (sample, picture (h, w, 3) uint8, probability (h, w) uint8; 255 is certain road). The next pictures are
     read while the models work; memory does not grow with their number. A picture that cannot be read raises
     UserError, or is noted in `bad` and left out. `seconds` counts what was waited for pictures and for the models.
+
+    The cores of a CPU share each batch out: every one takes its pictures through all layers alone, where all of them
+    together would wait for the slowest after every layer.
     """
     seconds = Counter() if seconds is None else seconds
+    rows, cores = list(samples.itertuples()), torch.get_num_threads()
     if any(trained.cfg.tiles == "true" for trained in models):
         batch_size = 1  # large pictures; their tiles make the batches
-    with ThreadPoolExecutor(2) as readers:
-        ahead: deque[tuple[Any, Future]] = deque()
-        for row in samples.itertuples():
-            ahead.append((row, readers.submit(utils.read_image, row.image)))
-            if len(ahead) == 2 * batch_size:
-                yield from predict_batch(models, [ahead.popleft() for _ in range(batch_size)], tta, bad, seconds)
-        while ahead:
-            batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
-            yield from predict_batch(models, batch, tta, bad, seconds)
+    on_cpu = next(models[0].model.parameters()).device.type == "cpu"
+    streams = max(1, min(cores, batch_size, len(rows))) if on_cpu else 1
+    ahead: deque[Future] = deque()
 
-
-def predict_batch(models: list[Trained], batch: list, tta: str, bad: list[str] | None,
-                  seconds: Counter) -> Iterator[tuple]:  # fmt: skip
-    """One batch of `predict`: what could be read of it."""
-    read, started = [], time.perf_counter()
-    for row, future in batch:
-        error = future.exception()
-        if isinstance(error, UserError) and bad is not None:
+    def collect() -> Iterator[tuple]:
+        predicted, errors, waited, worked = ahead.popleft().result()
+        for error in errors:
+            if bad is None or not isinstance(error, UserError):
+                raise error
             bad.append(str(error))
-        else:
-            read.append((row, future.result()))
-    seconds["waiting for pictures"] += (now := time.perf_counter()) - started
-    predicted = list(predict_pictures(models, [picture for _, picture in read], tta))
-    seconds["models"] += time.perf_counter() - now
-    for (row, _), (picture, probability) in zip(read, predicted, strict=True):
-        yield row, picture, probability
+        seconds["waiting for pictures"] += waited / streams
+        seconds["models"] += worked / streams
+        yield from predicted
+
+    with (
+        ThreadPoolExecutor(2) as readers,
+        ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(cores // streams,)) as passes,
+    ):
+        for start in range(0, len(rows), size := batch_size // streams):
+            batch = [(row, readers.submit(utils.read_image, row.image)) for row in rows[start : start + size]]
+            ahead.append(passes.submit(predict_batch, models, batch, tta))
+            if len(ahead) == 2 * streams:
+                yield from collect()
+        while ahead:
+            yield from collect()
+
+
+def predict_batch(models: list[Trained], batch: list, tta: str) -> tuple[list[tuple], list, float, float]:
+    """What could be read of a batch of `predict`, predicted; the errors; the seconds waited and worked."""
+    started = time.perf_counter()
+    errors = [error for _, future in batch if (error := future.exception())]
+    read = [(row, future.result()) for row, future in batch if not future.exception()]
+    waited = time.perf_counter() - started
+    pairs = predict_pictures(models, [picture for _, picture in read], tta)
+    predicted = [(row, *pair) for (row, _), pair in zip(read, pairs, strict=True)]
+    return predicted, errors, waited, time.perf_counter() - started - waited
 
 
 def predict_pictures(models: list[Trained], pictures: list[np.ndarray],

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from conftest import KIT, TINY, run, succeed
 from PIL import Image
 
+import infer
 import utils
 from utils import Config
 
@@ -266,6 +268,28 @@ def test_several_models_are_averaged(trained, roads, tmp_path):
             np.asarray(Image.open(tmp_path / n / "probs" / path.name)).astype(int) for n in ("a", "b", "both")
         )
         assert np.abs(both - (a + b) / 2).max() <= 1
+
+
+def test_the_cores_share_a_batch_and_keep_its_order(roads, trained, tmp_path, monkeypatch):
+    models = infer.load_models([str(trained)], "cpu")
+    samples = utils.find_samples(str(roads / "training"), training=True)
+    alone = {row.image: (picture, probability) for row, picture, probability in infer.predict(models, samples)}
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(Path(samples.image[5]).read_bytes()[:5000])
+    samples.loc[5, "image"] = str(damaged)
+    for cores, batch_size in ((3, 8), (8, 2), (2, 1), (2, 100)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        bad, threads = [], threading.active_count()
+        shared = list(infer.predict(models, samples, batch_size, bad=bad))
+        assert [row.image for row, *_ in shared] == [path for path in samples.image if path != str(damaged)]
+        for row, picture, probability in shared:
+            assert np.array_equal(picture, alone[row.image][0])
+            assert np.abs(probability.astype(int) - alone[row.image][1]).max() <= 1
+        assert len(bad) == 1
+        assert "damaged.png" in bad[0]
+        with pytest.raises(utils.UserError, match=r"damaged\.png"):
+            list(infer.predict(models, samples, batch_size))
+        assert threading.active_count() == threads
 
 
 def test_all_folds_score_every_pair_by_the_model_that_did_not_see_it(roads, tmp_path):
