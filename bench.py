@@ -166,10 +166,11 @@ def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]:
-    """The passes alone, as quick as the kit knows how: channels_last, the device's own precision."""
+    """The passes alone: channels_last, the device's own precision. Also what a matrix multiplication would allow."""
     import contextlib
 
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     import train
     import utils
@@ -192,15 +193,25 @@ def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]
             train.loss(logits, truth, 1.0).backward()
             optimiser.step()
             optimiser.zero_grad()
+
+    def seconds(work: Any) -> float:
+        started = time.perf_counter()
+        work()
         if device == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    step()
-    started = time.perf_counter()
-    steps = max(1, options.images // options.batch - 1)
-    for _ in range(steps):
+    with FlopCounterMode(display=False) as counter:
         step()
-    return {"images/s": steps * options.batch / (time.perf_counter() - started), "waiting": 0.0}
+    step()
+    steps = max(1, options.images // options.batch - 1)
+    rate = steps / seconds(lambda: [step() for _ in range(steps)])
+    size = 16384 if device == "cuda" else 4096
+    matrix = torch.randn(size, size, device=device, dtype=half or torch.float32)
+    peak = 2 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(4))
+    flops = counter.get_total_flops() / options.batch
+    return {"images/s": rate * options.batch, "GFLOP a picture": flops / 1e9, "matmul GFLOP/s": peak / 1e9,
+            "share of it": flops * rate * options.batch / peak}  # fmt: skip
 
 
 def infer_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
