@@ -113,10 +113,10 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
     """
     seconds = Counter() if seconds is None else seconds
     rows, cores = list(samples.itertuples()), torch.get_num_threads()
-    if any(trained.cfg.tiles == "true" for trained in models):
-        batch_size = 1  # large pictures; their tiles make the batches
     on_cpu = next(models[0].model.parameters()).device.type == "cpu"
     streams = max(1, min(cores, batch_size, len(rows))) if on_cpu else 1
+    size = batch_size // streams
+    together = 1 if any(trained.cfg.tiles == "true" for trained in models) else size  # or the tiles make the batches
     ahead: deque[Future] = deque()
 
     def collect() -> Iterator[tuple]:
@@ -133,34 +133,37 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
         ThreadPoolExecutor(2) as readers,
         ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(cores // streams,)) as passes,
     ):
-        for start in range(0, len(rows), size := batch_size // streams):
-            batch = [(row, readers.submit(utils.read_image, row.image)) for row in rows[start : start + size]]
-            ahead.append(passes.submit(predict_batch, models, batch, tta))
+        for start in range(0, len(rows), together):
+            batch = [(row, readers.submit(utils.read_image, row.image)) for row in rows[start : start + together]]
+            ahead.append(passes.submit(predict_batch, models, batch, size, tta))
             if len(ahead) == 2 * streams:
                 yield from collect()
         while ahead:
             yield from collect()
 
 
-def predict_batch(models: list[Trained], batch: list, tta: str) -> tuple[list[tuple], list, float, float]:
+def predict_batch(models: list[Trained], batch: list, size: int, tta: str) -> tuple[list[tuple], list, float, float]:
     """What could be read of a batch of `predict`, predicted; the errors; the seconds waited and worked."""
     started = time.perf_counter()
     errors = [error for _, future in batch if (error := future.exception())]
     read = [(row, future.result()) for row, future in batch if not future.exception()]
     waited = time.perf_counter() - started
-    pairs = predict_pictures(models, [picture for _, picture in read], tta)
+    pairs = predict_pictures(models, [picture for _, picture in read], size, tta)
     predicted = [(row, *pair) for (row, _), pair in zip(read, pairs, strict=True)]
     return predicted, errors, waited, time.perf_counter() - started - waited
 
 
-def predict_pictures(models: list[Trained], pictures: list[np.ndarray],
+def predict_pictures(models: list[Trained], pictures: list[np.ndarray], size: int,
                      tta: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """Predict a batch of pictures (h, w, 3) uint8, which may differ in size; yields each with its probability."""
+    """Predict a batch of pictures (h, w, 3) uint8, which may differ in size; yields each with its probability.
+
+    Of large ones `size` tiles go through a model at a time.
+    """
     sums: list[Any] = [0] * len(pictures)  # stay on the device until they are 8-bit
     for trained in models if pictures else ():
         mirror = trained.cfg.tta if tta == "auto" else tta == "true"
         if trained.cfg.tiles == "true":
-            restored = [predict_tiles(trained, picture, mirror) for picture in pictures]
+            restored = [predict_tiles(trained, picture, size, mirror) for picture in pictures]
         else:
             images = torch.stack([utils.preprocess(picture, trained.cfg) for picture in pictures])
             outputs = zip(probabilities(trained, images, mirror), pictures, strict=True)
@@ -171,16 +174,17 @@ def predict_pictures(models: list[Trained], pictures: list[np.ndarray],
 
 
 @torch.inference_mode()
-def predict_tiles(trained: Trained, picture: np.ndarray, mirror: bool) -> torch.Tensor:
+def predict_tiles(trained: Trained, picture: np.ndarray, at_once: int, mirror: bool) -> torch.Tensor:
     """A large picture (h, w, 3) uint8 tile by tile, overlapping by a quarter and blended: (h, w) float32."""
     cfg, size = trained.cfg, picture.shape[:2]
     total = torch.zeros(size, device=next(trained.model.parameters()).device)
     weights = torch.zeros_like(total)
     window = torch.outer(*(torch.hann_window(n + 2)[1:-1].clamp(min=1e-3) for n in (cfg.height, cfg.width))).to(total)
     places = utils.tile_places(size, cfg, overlap=0.25)
-    for k in range(0, len(places), 8):
-        tiles = torch.stack([utils.normalise(utils.cut(picture, place, cfg), cfg) for place in places[k : k + 8]])
-        for (y, x), output in zip(places[k : k + 8], probabilities(trained, tiles, mirror), strict=True):
+    for k in range(0, len(places), at_once):
+        chosen = places[k : k + at_once]
+        tiles = torch.stack([utils.normalise(utils.cut(picture, place, cfg), cfg) for place in chosen])
+        for (y, x), output in zip(chosen, probabilities(trained, tiles, mirror), strict=True):
             part = total[y : y + cfg.height, x : x + cfg.width]
             inside = window[: part.shape[0], : part.shape[1]]
             part += output[: part.shape[0], : part.shape[1]] * inside
@@ -402,11 +406,11 @@ def overlay_video(models: list[Trained], threshold: float, min_pixels: int, opti
     try:
         with tqdm(total=max(0, count) or None, unit="frame") as bar:
             while going:
-                batch = []
-                while going and len(batch) < (options.batch_size or 8):
+                batch, most = [], options.batch_size or 8
+                while going and len(batch) < most:
                     batch.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
                     going, frame = video.read()
-                for picture, probability in predict_pictures(models, batch, options.tta):
+                for picture, probability in predict_pictures(models, batch, most, options.tta):
                     mask = utils.drop_small(utils.to_mask(probability, threshold), min_pixels)
                     writer.write(cv2.cvtColor(utils.tint(picture, mask, utils.GREEN), cv2.COLOR_RGB2BGR))
                     shares.append(float(mask.mean()))

@@ -893,13 +893,13 @@ def srun_as_torchrun() -> None:
 
 
 def reuse_memory() -> None:
-    """On a CPU with glibc: keep freed memory for the next batch, which else gets fresh pages, zeroed by the system.
+    """On a CPU with glibc: keep freed memory, of all threads, for the next batch; else it gets fresh, zeroed pages.
 
     At 256x256 a pass took 45 ms a picture so beside 59, a training step at 64x352, batch 4, 250 ms beside 295.
     """
     if best_device() == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             libc.mallopt(option, value)
 
 
