@@ -49,6 +49,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a mistyped fl
     OPTIONS = parse(Options, __doc__)
 
 import csv
+import functools
 import io
 import os
 import time
@@ -88,15 +89,34 @@ def load_models(paths: Iterable[str], device: str) -> list[Trained]:
 
 @torch.inference_mode()
 def probabilities(trained: Trained, images: torch.Tensor, mirror: bool) -> torch.Tensor:
-    """(N, 3, H, W) float32 to probabilities (N, H, W) float32; with `mirror` the mean with the mirrored pictures."""
+    """(N, 3, H, W) float32 to probabilities (N, H, W) float32; with `mirror` the mean with the mirrored pictures.
+
+    Where the device's memory runs out, half of them at a time. Raises UserError where it holds not even one.
+    """
     device = next(trained.model.parameters()).device
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(utils.precision(trained.cfg, device.type))
-    images = images.to(device, memory_format=torch.channels_last)
-    with torch.autocast(device.type, half, enabled=half is not None):
-        result = trained.model(images).float().sigmoid()
-        if mirror:
-            result = (result + trained.model(images.flip(-1)).float().sigmoid().flip(-1)) / 2
-    return result[:, 0]
+    try:
+        here = images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, half, enabled=half is not None):
+            result = trained.model(here).float().sigmoid()
+            if mirror:
+                result = (result + trained.model(here.flip(-1)).float().sigmoid().flip(-1)) / 2
+        return result[:, 0]
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise UserError(
+                f"the {device.type}'s memory holds no picture of {images.shape[2]}x{images.shape[3]}"
+            ) from None
+    say_once(f"memory ran out with {len(images)} pictures at a time: goes on with half of them")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return torch.cat([probabilities(trained, part, mirror) for part in images.tensor_split(2)])
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line, the first time."""
+    tqdm.write(text)
 
 
 def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, tta: str = "auto",

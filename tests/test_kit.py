@@ -292,6 +292,30 @@ def test_the_cores_share_a_batch_and_keep_its_order(roads, trained, tmp_path, mo
         assert threading.active_count() == threads
 
 
+def test_memory_that_runs_out_halves_the_batch(roads, trained, capsys):
+    class Small(torch.nn.Module):
+        """A device that holds `most` pictures."""
+
+        def __init__(self, most):
+            super().__init__()
+            self.model, self.most = model.model, most
+
+        def forward(self, images):
+            if len(images) > self.most:
+                raise torch.OutOfMemoryError("made up")
+            return self.model(images)
+
+    [model] = infer.load_models([str(trained)], "cpu")
+    samples = utils.find_samples(str(roads / "training"), training=True)[:7]
+    usual = [probability for *_, probability in infer.predict([model], samples)]
+    small = [probability for *_, probability in infer.predict([model._replace(model=Small(3))], samples)]
+    for a, b in zip(usual, small, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+    assert capsys.readouterr().out.count("memory ran out") == 2  # with 7, then 4
+    with pytest.raises(utils.UserError, match="memory holds no picture of 64x192"):
+        list(infer.predict([model._replace(model=Small(0))], samples))
+
+
 def test_all_folds_score_every_pair_by_the_model_that_did_not_see_it(roads, tmp_path):
     flags = ("--data", roads, "--out", tmp_path, "--epochs", 2, "--folds", 2, "--fold", "all", *TINY)
     assert "out of fold" in succeed("train.py", *flags)
