@@ -149,17 +149,18 @@ def predict(models: list[Trained], samples: pd.DataFrame, batch_size: int = 8, t
         seconds["models"] += worked / streams
         yield from predicted
 
-    with (
-        ThreadPoolExecutor(2) as readers,
-        ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(cores // streams,)) as passes,
-    ):
-        for start in range(0, len(rows), together):
-            batch = [(row, readers.submit(utils.read_image, row.image)) for row in rows[start : start + together]]
-            ahead.append(passes.submit(predict_batch, models, batch, size, tta))
-            if len(ahead) == 2 * streams:
+    passes = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(cores // streams,))
+    with ThreadPoolExecutor(2) as readers:
+        try:
+            for start in range(0, len(rows), together):
+                batch = [(row, readers.submit(utils.read_image, row.image)) for row in rows[start : start + together]]
+                ahead.append(passes.submit(predict_batch, models, batch, size, tta))
+                if len(ahead) == 2 * streams:
+                    yield from collect()
+            while ahead:
                 yield from collect()
-        while ahead:
-            yield from collect()
+        finally:
+            passes.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the rest
 
 
 def predict_batch(models: list[Trained], batch: list, size: int, tta: str) -> tuple[list[tuple], list, float, float]:
