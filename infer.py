@@ -89,14 +89,14 @@ def load_models(paths: Iterable[str], device: str) -> list[Trained]:
 
 @torch.inference_mode()
 def probabilities(trained: Trained, images: torch.Tensor, mirror: bool) -> torch.Tensor:
-    """(N, 3, H, W) float32 to probabilities (N, H, W) float32; with `mirror` the mean with the mirrored pictures.
+    """(N, 3, H, W) uint8 to probabilities (N, H, W) float32; with `mirror` the mean with the mirrored pictures.
 
     Where the device's memory runs out, half of them at a time. Raises UserError where it holds not even one.
     """
     device = next(trained.model.parameters()).device
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(utils.precision(trained.cfg, device.type))
     try:
-        here = images.to(device, memory_format=torch.channels_last)
+        here = utils.normalise(images.to(device), trained.cfg)
         with torch.autocast(device.type, half, enabled=half is not None):
             result = trained.model(here).float().sigmoid()
             if mirror:
@@ -204,7 +204,7 @@ def predict_tiles(trained: Trained, picture: np.ndarray, at_once: int, mirror: b
     places = utils.tile_places(size, cfg, overlap=0.25)
     for k in range(0, len(places), at_once):
         chosen = places[k : k + at_once]
-        tiles = torch.stack([utils.normalise(utils.cut(picture, place, cfg), cfg) for place in chosen])
+        tiles = torch.stack([utils.to_tensor(utils.cut(picture, place, cfg)) for place in chosen])
         for (y, x), output in zip(chosen, probabilities(trained, tiles, mirror), strict=True):
             part = total[y : y + cfg.height, x : x + cfg.width]
             inside = window[: part.shape[0], : part.shape[1]]

@@ -172,12 +172,12 @@ class RoadModel(pl.LightningModule):
         return dataclasses.replace(cfg, height=height, width=width)
 
     def sized(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pictures and masks of a batch at this stage's size."""
-        image, mask, cfg = batch["image"], batch["mask"], self.stage()
+        """The pictures, normalised, and masks of a batch at this stage's size, float32."""
+        image, mask, cfg = batch["image"].float(), batch["mask"].float(), self.stage()
         if image.shape[2:] != (cfg.height, cfg.width):
             image = F.interpolate(image, (cfg.height, cfg.width), mode="area")
             mask = F.interpolate(mask, (cfg.height, cfg.width), mode="nearest-exact")
-        return image.to(memory_format=torch.channels_last), mask
+        return utils.normalise(image, cfg), mask
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         weights, decay = self.network.parameters(), self.cfg.weight_decay

@@ -549,16 +549,23 @@ def read_truth(path: str, layout: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def preprocess(image: np.ndarray, cfg: Config) -> torch.Tensor:
-    """The one way from pixels to the model: (h, w, 3) uint8 RGB to (3, height, width) float32, normalised."""
-    return normalise(shrink(image, cfg), cfg)
+    """The one way from pixels to the model: (h, w, 3) uint8 RGB to (3, height, width) uint8, for `normalise`."""
+    return to_tensor(shrink(image, cfg))
 
 
-def normalise(pixels: np.ndarray, cfg: Config) -> torch.Tensor:
-    """(height, width, 3) uint8 to (3, height, width) float32, less the mean, over the std."""
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(h, w, 3) uint8 to (3, h, w) uint8."""
     import torch
 
-    values = (np.arange(256)[:, None] / 255 - cfg.mean) / cfg.std  # (256, 3): what each of a channel's values becomes
-    return torch.from_numpy(np.array(cv2.split(cv2.LUT(pixels, values[:, None].astype(np.float32)))))
+    return torch.from_numpy(np.array(cv2.split(pixels)))
+
+
+def normalise(images: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """(N, 3, h, w) of 0..255 to float32 in channels_last, less the mean, over the std; on the images' device."""
+    import torch
+
+    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in (cfg.mean, cfg.std))
+    return (images.to(memory_format=torch.channels_last) - mean) / std
 
 
 def shrink(image: np.ndarray, cfg: Config) -> np.ndarray:
@@ -680,7 +687,7 @@ def read_all(samples: pd.DataFrame, cfg: Config) -> list[tuple[np.ndarray, np.nd
 
 
 class RoadDataset:
-    """The samples as the loader takes them: a dict with `image` (3, H, W) and `mask` (1, H, W), both float32.
+    """The samples as the loader takes them: a dict with `image` (3, H, W) and `mask` (1, H, W), both uint8.
 
     The mask holds 0, 1 and 255 (not valid). Without `augment` (validation) the item also has `truth`, uint8 at the
     picture's own size. With tiles an item is a tile, in training one cut at random by `augment`; there are as many of a
@@ -709,7 +716,7 @@ class RoadDataset:
         return item
 
     def item(self, index: int) -> dict[str, Any]:
-        """Read or take the pair, cut or shrink it, augment, normalise."""
+        """Read or take the pair, cut or shrink it, augment."""
         import torch
 
         chance = np.random.SeedSequence([self.cfg.seed, int(self.epoch), index])  # whichever worker draws it
@@ -726,7 +733,7 @@ class RoadDataset:
             pair = self.augment(image=image, mask=truth)
             image, truth = pair["image"], pair["mask"]
         item["name"] = Path(self.rows[index].image).name
-        return item | {"image": normalise(image, self.cfg), "mask": torch.from_numpy(truth[None].astype(np.float32))}
+        return item | {"image": to_tensor(image), "mask": torch.from_numpy(truth[None].copy())}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

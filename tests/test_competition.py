@@ -285,7 +285,7 @@ def test_tiles_of_a_pointwise_model_blend_to_the_whole(size):
     network = torch.nn.Conv2d(3, 1, 1)
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     blended = infer.predict_tiles(utils.Trained(network, TILED, 0.5, {}), picture, 3, False)
-    whole = network(utils.normalise(picture, TILED)[None]).sigmoid()[0, 0]
+    whole = network(utils.normalise(utils.to_tensor(picture)[None], TILED)).sigmoid()[0, 0]
     assert torch.allclose(blended, whole, atol=1e-5)
 
 

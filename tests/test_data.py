@@ -168,8 +168,8 @@ def test_restore_inverts_preprocess(size):
     image = np.dstack([(255 * blob).astype(np.uint8)] * 3)
     tensor = utils.preprocess(image, CFG)
     assert tensor.shape == (3, 64, 192)
-    assert str(tensor.dtype) == "torch.float32"
-    back = utils.restore(tensor[0] * CFG.std[0] + CFG.mean[0], size, CFG).numpy()
+    assert str(tensor.dtype) == "torch.uint8"
+    back = utils.restore(tensor[0].float() / 255, size, CFG).numpy()
     assert back.shape == size
     assert back.dtype == np.float32
     weight = back.clip(0) ** 2
@@ -177,6 +177,14 @@ def test_restore_inverts_preprocess(size):
     assert abs(found[0] - centre[0]) <= 0.5 * max(1, size[0] / 64)
     assert abs(found[1] - centre[1]) <= 0.5 * max(1, size[1] / 192)
     assert np.abs(back - blob).mean() < 0.02
+
+
+def test_normalise_takes_the_mean_and_divides_by_the_std():
+    image = np.random.default_rng(0).integers(0, 256, (64, 192, 3), np.uint8)
+    found = utils.normalise(utils.preprocess(image, CFG)[None], CFG)
+    assert str(found.dtype) == "torch.float32"
+    expected = (image / 255 - CFG.mean) / CFG.std
+    assert np.abs(found[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 def test_truths_are_never_interpolated():
@@ -207,7 +215,7 @@ def test_items_are_tensors_of_the_promised_kind(roads):
         item = items(roads, augment)[0]
         assert item["image"].shape == (3, 64, 192)
         assert item["mask"].shape == (1, 64, 192)
-        assert {str(item["image"].dtype), str(item["mask"].dtype)} == {"torch.float32"}
+        assert {str(item["image"].dtype), str(item["mask"].dtype)} == {"torch.uint8"}
         assert set(np.unique(item["mask"])) <= {0, 1, 255}
         assert ("truth" in item) == (augment is None)
 
