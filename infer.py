@@ -418,7 +418,7 @@ def overlay_video(models: list[Trained], threshold: float, min_pixels: int, opti
     going, frame = video.read()
     if not going:
         raise UserError(f"--data {options.data}: not a video, empty or damaged; replace it")
-    out, started, frames = utils.writable_folder(options.out), time.monotonic(), 0
+    out, started, frames, most = utils.writable_folder(options.out), time.monotonic(), 0, options.batch_size or 8
     part, size = out / ".overlay.part.mp4", (frame.shape[1], frame.shape[0])
     writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), rate if 0 < rate < 1000 else 25, size)
     if not writer.isOpened():
@@ -427,7 +427,7 @@ def overlay_video(models: list[Trained], threshold: float, min_pixels: int, opti
     try:
         with tqdm(total=max(0, count) or None, unit="frame") as bar:
             while going:
-                batch, most = [], options.batch_size or 8
+                batch = []
                 while going and len(batch) < most:
                     batch.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
                     going, frame = video.read()

@@ -173,9 +173,9 @@ class RoadModel(pl.LightningModule):
 
     def sized(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The pictures, normalised, and masks of a batch at this stage's size, float32."""
-        image, mask, cfg = batch["image"].float(), batch["mask"].float(), self.stage()
+        image, mask, cfg = batch["image"], batch["mask"].float(), self.stage()
         if image.shape[2:] != (cfg.height, cfg.width):
-            image = F.interpolate(image, (cfg.height, cfg.width), mode="area")
+            image = F.interpolate(image.float(), (cfg.height, cfg.width), mode="area")
             mask = F.interpolate(mask, (cfg.height, cfg.width), mode="nearest-exact")
         return utils.normalise(image, cfg), mask
 
