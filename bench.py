@@ -1,18 +1,20 @@
-"""Measure the kit beside what a user would pick instead, on this machine, in one run.
+"""Measure the kit compared with what a user would pick instead, on this machine, in one run.
 
-    python bench.py train --data DIR              # images a second of training, beside the bare passes
-    python bench.py infer --data DIR              # from files to masks
-    python bench.py scale --data DIR              # over the number of pictures, their size, the batch
+    python bench.py train --data DIR       # images per second of training, vs. the bare passes
+    python bench.py infer --data DIR       # from files to masks
+    python bench.py scale --data DIR       # over the number of images, their size, the batch
     python bench.py accuracy --data DIR --minutes 6.6
 
-Every variant runs in a process of its own, in turn (A B C A B C), and the tables give medians and spreads. They are
-printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road tutorial with its pairing mended,
-`example` that of smp's binary example, `bare` the forward and backward passes alone on a tensor that lies ready.
+Every variant runs in a process of its own, in turn (A B C A B C); the tables give medians and
+ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
+tutorial with its pairing fixed, `example` that of smp's binary example, `bare` the forward and
+backward passes alone, on a tensor in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,19 +24,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    import train
+    from model import ModelConfig
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 HERE = Path(__file__).parent
+SPEED = "images per second"  # the column that ratios are taken of
+HALF = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # Lightning's word to torch's type
 
-# =====================================================================================================================
-#  WHAT A USER WOULD PICK INSTEAD
-# =====================================================================================================================
+# --------------------------------------------------------------------------------------------------
+#  What a user would pick instead
+# --------------------------------------------------------------------------------------------------
 
 
-def tutorial_dataset(samples: Any, size: int, augment: bool) -> Any:
-    """The tutorial's dataset: every item decoded, resized, normalised anew with OpenCV and albumentations."""
+def tutorial_dataset(samples: pd.DataFrame, size: int, augment: bool) -> torch.utils.data.Dataset:
+    """The tutorial's dataset: every item is decoded, resized and normalised each time."""
     import albumentations as A
     import cv2
     import torch
@@ -50,8 +62,9 @@ def tutorial_dataset(samples: Any, size: int, augment: bool) -> Any:
             return len(self.rows)
 
         def __getitem__(self, index: int) -> tuple[Any, Any]:
-            image = cv2.cvtColor(cv2.imread(self.rows[index].image), cv2.COLOR_BGR2RGB)
-            mask = (cv2.imread(self.rows[index].mask)[..., 0] > 0).astype("float32")
+            row = self.rows[index]
+            image = cv2.cvtColor(cv2.imread(str(row.image)), cv2.COLOR_BGR2RGB)
+            mask = (cv2.imread(str(row.mask.path))[..., 0] > 0).astype("float32")
             pair = self.transform(image=image, mask=mask)
             return pair["image"], pair["mask"][None]
 
@@ -59,7 +72,7 @@ def tutorial_dataset(samples: Any, size: int, augment: bool) -> Any:
 
 
 def other_module(name: str) -> Any:
-    """The LightningModule of the tutorial (BCE, AdamW 1e-3) or of smp's example (Dice, Adam 2e-4, its statistics)."""
+    """The tutorial's module (BCE, AdamW 1e-3) or that of smp's example (Dice, Adam 2e-4)."""
     import pytorch_lightning as pl
     import segmentation_models_pytorch as smp
     import torch
@@ -68,17 +81,19 @@ def other_module(name: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.model = smp.Unet("resnet34", encoder_weights=None, classes=1)
-            self.loss = smp.losses.DiceLoss("binary") if name == "example" else torch.nn.BCEWithLogitsLoss()
+            dice, bce = smp.losses.DiceLoss("binary"), torch.nn.BCEWithLogitsLoss()
+            self.loss = dice if name == "example" else bce
 
-        def training_step(self, batch: Any, _: int) -> Any:
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
             logits = self.model(batch[0])
             if name == "example":
-                smp.metrics.get_stats((logits.sigmoid() > 0.5).long(), batch[1].long(), mode="binary")
+                mask = (logits.sigmoid() > 0.5).long()
+                smp.metrics.get_stats(mask, batch[1].long(), mode="binary")
             value = self.loss(logits, batch[1])
             self.log("loss", value, prog_bar=True)
             return value
 
-        def configure_optimizers(self) -> Any:
+        def configure_optimizers(self) -> torch.optim.Optimizer:
             if name == "example":
                 return torch.optim.Adam(self.parameters(), lr=2e-4)
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -86,275 +101,371 @@ def other_module(name: str) -> Any:
     return Module()
 
 
-# =====================================================================================================================
-#  VARIANTS: each runs in a process of its own and returns its numbers
-# =====================================================================================================================
+# --------------------------------------------------------------------------------------------------
+#  What the variants share
+# --------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Wraps a loader: counts its pictures and the seconds that were waited for them, after the first batch."""
+class TimedLoader:
+    """Wraps a loader: counts its images and the seconds spent waiting for them.
+
+    From the second batch on, if there is one: the first pays for the start.
+    """
 
     def __init__(self, loader: Any) -> None:
-        self.loader, self.pictures, self.waited, self.started = loader, 0, 0.0, 0.0
-        self.dataset, self.batch_size, self.sampler = loader.dataset, loader.batch_size, loader.sampler
+        self.loader, self.images, self.waited, self.started = loader, 0, 0.0, 0.0
+        self.dataset, self.sampler = loader.dataset, loader.sampler
+        self.batch_size = loader.batch_size
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Any:
-        batches = iter(self.loader)
+        batches, first = iter(self.loader), min(1, len(self.loader) - 1)
         for number in range(len(self.loader)):
             before = time.perf_counter()
             batch = next(batches)
-            if number == 1:
+            if number == first:
                 self.started = before
-            if number:
+            if number >= first:
                 self.waited += time.perf_counter() - before
-                self.pictures += len(batch["image"] if isinstance(batch, dict) else batch[0])
+                self.images += len(batch["image"] if isinstance(batch, dict) else batch[0])
             yield batch
 
     def numbers(self) -> dict[str, float]:
-        """Pictures a second, and the share of the time that was waited."""
+        """Images per second, and the share of the time that was spent waiting for them."""
         seconds = time.perf_counter() - self.started
-        return {"images/s": self.pictures / seconds, "waiting": self.waited / seconds}
+        return {SPEED: self.images / seconds, "waiting": self.waited / seconds}
 
 
-def repeated(samples: Any, count: int) -> Any:
+def find_samples(folder: str | Path) -> pd.DataFrame:
+    """The samples of a folder of images with masks."""
+    import data
+
+    return data.find_samples(str(folder), training=True).samples
+
+
+def repeated(samples: pd.DataFrame, count: int) -> pd.DataFrame:
     """The samples over and over, `count` rows."""
-    return samples.iloc[[index % len(samples) for index in range(count)]].reset_index(drop=True)
+    rows = [index % len(samples) for index in range(count)]
+    return samples.iloc[rows].reset_index(drop=True)
 
 
-def settings(options: argparse.Namespace, **more: Any) -> Any:
-    """The kit's settings at the bench's size."""
-    import utils
+def model_settings(size: int, **more: Any) -> ModelConfig:
+    """The kit's model settings at the bench's size."""
+    from model import ModelConfig
 
-    given = {"encoder_weights": "none", "height": options.size, "width": options.size, "top": 0.0, "tiles": "false",
-             "grow": False, "tta": False, "mean": utils.IMAGENET_MEAN, "std": utils.IMAGENET_STD,
-             "batch_size": options.batch, "data": options.data}  # fmt: skip
-    return utils.Config(**given | more)
+    return ModelConfig(height=size, width=size, tta=False, **more)
+
+
+def train_settings(options: argparse.Namespace) -> train.Config:
+    """The kit's training settings at the bench's size, resolved for this machine."""
+    import model
+    import train
+
+    device = model.best_device()
+    return train.Config(
+        encoder_weights="none",
+        height=options.size,
+        width=options.size,
+        top=0.0,
+        tiles=False,
+        grow=False,
+        tta=False,
+        batch_size=options.batch,
+        precision=model.resolve_precision("auto", device, training=True),
+        workers=4 * (device != "cpu"),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+#  Variants: each runs in a process of its own and returns its numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One epoch over `options.images` pictures."""
+    """One epoch over `options.images` images."""
     import pytorch_lightning as pl
     import torch
 
-    import train
-    import utils
-
-    samples = repeated(utils.find_samples(options.data, training=True), options.images).assign(fold=1)
     if name == "bare":
         return bare_passes(options, training=True)
+    samples = find_samples(options.data)
     if name == "kit":
-        cfg = settings(options)
-        first = len(samples.image.unique())
-        pairs = utils.read_all(samples.iloc[:first], cfg)
-        loader, _ = train.loaders(samples.assign(fold=1), [pairs[k % first] for k in range(len(samples))], cfg)
-        utils.reuse_memory()  # as train() does
-        module = train.RoadModel(cfg, utils.build_model(cfg))
-        module.lr = cfg.lr
-        trainer = train.quiet_trainer(cfg, max_epochs=1, gradient_clip_val=1.0, enable_progress_bar=False)
+        trainer, module, loader = kit_training(samples, options)
     else:
+        samples = repeated(samples, options.images)
         dataset = tutorial_dataset(samples, options.size, augment=name == "tutorial")
         loader = torch.utils.data.DataLoader(dataset, options.batch, shuffle=True, drop_last=True)
         module = other_module(name)
-        trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
-                             enable_progress_bar=False)  # fmt: skip
-    clock = Clock(loader)
-    trainer.fit(module, clock)
-    return clock.numbers()
+        trainer = pl.Trainer(
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+    timed = TimedLoader(loader)
+    trainer.fit(module, timed)
+    return timed.numbers()
+
+
+def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Trainer, module and loader of the kit, with the images decoded, as `train.train` does."""
+    import data
+    import model
+    import train
+
+    config, model_config = train_settings(options), model_settings(options.size)
+    samples = data.scan_dataset(samples[: options.images])
+    samples["pair"] = data.decode_samples(samples, model_config, train.CACHE)
+    samples = repeated(samples, options.images).assign(fold=config.fold + 1)  # none validates
+    loader, _ = train.make_loaders(config, model_config, samples)
+    model.reuse_memory()
+    network = model.build_network(model_config)
+    module = train.SegmentationModule(config, model_config, network)
+    module.lr = config.lr
+    return train.make_trainer(config, max_epochs=1, gradient_clip_val=1.0), module, loader
 
 
 def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]:
-    """The passes alone: channels_last, the device's own precision. Also what a matrix multiplication would allow."""
-    import contextlib
+    """The passes alone, in channels_last and the device's precision; and a matrix multiplication.
 
+    The latter says what the device could do at best.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    import model
     import train
-    import utils
 
-    device = utils.best_device()
-    utils.reuse_memory()
-    cfg = settings(options)
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(utils.precision(cfg, device))
-    model = utils.build_model(cfg).to(device, memory_format=torch.channels_last).train(training)
-    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    images = images.to(memory_format=torch.channels_last)
-    truth = torch.zeros(options.batch, 1, options.size, options.size, device=device)
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
-    grad = contextlib.nullcontext() if training else torch.inference_mode()
+    device = model.best_device()
+    model.reuse_memory()
+    config, precision = train_settings(options), model.resolve_precision("auto", device)
+    network = model.build_network(model_settings(options.size))
+    network = network.to(device, memory_format=torch.channels_last).train(training)
+    shape = (options.batch, 3, options.size, options.size)
+    images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    mask = torch.zeros(options.batch, 1, options.size, options.size, device=device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    gradients = contextlib.nullcontext() if training else torch.inference_mode()
 
     def step() -> None:
-        with grad, torch.autocast(device, half, enabled=half is not None):
-            logits = model(images)
+        with gradients, model.autocast(precision, device):
+            logits = network(images)
         if training:
-            train.loss(logits, truth, 1.0).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-
-    def seconds(work: Any) -> float:
-        started = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+            train.loss(logits, mask, config).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     with FlopCounterMode(display=False) as counter:
         step()
     step()
     steps = max(1, options.images // options.batch - 1)
-    rate = steps / seconds(lambda: [step() for _ in range(steps)])
-    size = 16384 if device == "cuda" else 4096
-    matrix = torch.randn(size, size, device=device, dtype=half or torch.float32)
-    peak = 2 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(4))
+    rate = steps / seconds_of(lambda: [step() for _ in range(steps)], device)
+    best = matrix_speed(device, getattr(torch, HALF.get(precision, "float32")))
     flops = counter.get_total_flops() / options.batch
-    return {"images/s": rate * options.batch, "GFLOP a picture": flops / 1e9, "matmul GFLOP/s": peak / 1e9,
-            "share of it": flops * rate * options.batch / peak}  # fmt: skip
+    return {
+        SPEED: rate * options.batch,
+        "GFLOP per image": flops / 1e9,
+        "matmul GFLOP/s": best / 1e9,
+        "share of matmul": flops * rate * options.batch / best,
+    }
+
+
+def seconds_of(work: Callable, device: str) -> float:
+    """How long a piece of work takes, on the device too."""
+    import torch
+
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def matrix_speed(device: str, dtype: torch.dtype) -> float:
+    """FLOP per second of the fastest of four multiplications of large matrices."""
+    import torch
+
+    size = 16384 if device == "cuda" else 4096
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds_of(lambda: matrix @ matrix, device) for _ in range(4))
 
 
 def infer_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """From files to mask files, comparisons off, no mirrored pictures."""
+    """From files to mask files, without comparisons and without TTA."""
     import albumentations as A
-    import cv2
     import torch
 
     import infer
-    import utils
+    import model
 
     if name == "bare":
         return bare_passes(options, training=False)
-    samples = utils.find_samples(options.data, training=True)
-    cfg = settings(options)
+    samples = find_samples(options.data)
+    if name == "scoring":
+        return scoring(samples, options)
+    config = model_settings(options.size)
     torch.manual_seed(0)
+    network = model.build_network(config)
+    transform = A.Compose([A.Resize(options.size, options.size), A.Normalize()])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "pictures").mkdir()
+        (root / "images").mkdir()
         for index in range(options.images):
             source = Path(samples.image[index % len(samples)]).resolve()
-            (root / "pictures" / f"{index:06d}{source.suffix}").symlink_to(source)
-        utils.save_model(root / "model.pt", utils.build_model(cfg), cfg, 0.5, {})
-        if name == "scoring":
-            return scoring(samples, options)
+            (root / "images" / f"{index:06d}{source.suffix}").symlink_to(source)
+        model.save_model(root / "model.pt", network, config, {}, {})
+        started = time.perf_counter()
         if name == "tutorial":
-            model = utils.build_model(cfg).eval()
-            transform = A.Compose([A.Resize(options.size, options.size), A.Normalize()])
-            (root / "masks").mkdir()
-            started = time.perf_counter()
-            for path in sorted((root / "pictures").iterdir()):
-                image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-                tensor = torch.from_numpy(transform(image=image)["image"]).permute(2, 0, 1)[None]
-                with torch.no_grad():
-                    mask = (model(tensor).sigmoid()[0, 0] > 0.5).byte().numpy() * 255
-                mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-                cv2.imwrite(str(root / "masks" / f"{path.stem}.png"), mask)
+            tutorial_inference(network.eval(), root, transform)
         else:
-            flags = {"model": [str(root / "model.pt")], "data": str(root / "pictures"), "out": str(root / "out")}
-            started = time.perf_counter()
-            infer.infer(infer.Options(**flags, comparisons=False, batch_size=options.batch))
-        return {"images/s": options.images / (time.perf_counter() - started)}
+            paths = {"data": str(root / "images"), "out": str(root / "out")}
+            flags = {"comparisons": False, "batch_size": options.batch}
+            infer.infer(infer.Options(model=[str(root / "model.pt")], **paths, **flags))
+        return {SPEED: options.images / (time.perf_counter() - started)}
 
 
-def scoring(samples: Any, options: argparse.Namespace) -> dict[str, float]:
-    """The official measures in the camera's view alone, at the pictures' own size."""
+def tutorial_inference(network: torch.nn.Module, root: Path, transform: Callable) -> None:
+    """One image at a time, resized and normalised by `transform`."""
+    import cv2
+    import torch
+
+    (root / "masks").mkdir()
+    for path in sorted((root / "images").iterdir()):
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        tensor = torch.from_numpy(transform(image=image)["image"]).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            mask = (network(tensor).sigmoid()[0, 0] > 0.5).byte().numpy() * 255
+        mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        cv2.imwrite(str(root / "masks" / f"{path.stem}.png"), mask)
+
+
+def scoring(samples: pd.DataFrame, options: argparse.Namespace) -> dict[str, float]:
+    """The official measures in the camera's view alone, at the images' own size."""
     import numpy as np
 
-    import utils
+    import data
+    import metrics
 
-    scored = samples[samples["mask"] != ""]
-    truths = [utils.read_sample(row)[1] for row in scored.itertuples()]
-    maps = [np.random.default_rng(0).integers(0, 256, truth.shape, np.uint8) for truth in truths]
-    board, started = utils.Scoreboard(), time.perf_counter()
-    for index in range(options.images):
-        counts = utils.pixel_counts(maps[index % len(maps)], truths[index % len(maps)])
-        board.add("", {"image": counts})
-    board.report()
-    return {"images/s": options.images / (time.perf_counter() - started)}
+    truths = [data.read_sample(row)[1] for row in samples.itertuples()]
+    rng = np.random.default_rng(0)
+    probabilities = [rng.integers(0, 256, truth.shape, np.uint8) for truth in truths]
+    evaluation, started = metrics.Evaluation(), time.perf_counter()
+    for number in range(options.images):
+        index = number % len(truths)
+        counts = metrics.pixel_counts(probabilities[index], truths[index])
+        evaluation.add_counts("image", "", counts)
+    evaluation.report()
+    return {SPEED: options.images / (time.perf_counter() - started)}
 
 
 def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train for `options.minutes`, predict held-out streets, score with the official measures."""
+    """Train for `options.minutes`, predict held-out sequences, score with the official measures."""
+    import data
     import infer
-    import utils
 
-    samples = utils.survey(utils.find_samples(options.data, training=True))
-    held = utils.assign_folds(samples, utils.Config(folds=5, seed=options.seed)) == 0
+    samples = data.scan_dataset(find_samples(options.data))
+    held_out = data.assign_folds(samples, 5, options.seed) == 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for part, rows in (("train", samples[~held]), ("test", samples[held])):
-            for column, place in (("image", "image_2"), ("mask", "gt_image_2")):
-                (Path(folder) / part / "training" / place).mkdir(parents=True)
-                for path in rows[column]:
-                    (Path(folder) / part / "training" / place / Path(path).name).symlink_to(Path(path).resolve())
-        out = Path(folder) / "out"
+        root = Path(folder)
+        link_samples(samples[~held_out], root / "train" / "training")
+        link_samples(samples[held_out], root / "test" / "training")
         if name == "kit":
-            flags = ("--data", f"{folder}/train", "--out", out, "--encoder_weights", "none", "--seed", options.seed,
-                     "--max_minutes", options.minutes)  # fmt: skip
-            subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, flags)], check=True, stdout=sys.stderr)
-            epochs = len((out / "metrics.csv").read_text().splitlines()) - 1
+            epochs = kit_accuracy(root / "train", root / "out", options)
         else:
-            epochs = tutorial_training(Path(folder) / "train", out, options)
+            epochs = tutorial_training(root / "train", root / "out", options)
         seconds = time.perf_counter() - started
-        test = infer.Options(model=[str(out)], data=f"{folder}/test/training", out=f"{folder}/predictions")
-        infer.infer(test)
-        report = json.loads((Path(folder) / "predictions" / "metrics.json").read_text())["image"]
-    worst = min(scores["MaxF"] for category, scores in report.items() if category != "all")
-    return {m: report["all"][m] for m in ("MaxF", "AP", "IoU", "IoU50")} | {
-        "worst category": worst, "epochs": epochs, "seconds": seconds}  # fmt: skip
+        test, predictions = root / "test" / "training", root / "predictions"
+        paths = {"data": str(test), "out": str(predictions)}
+        infer.infer(infer.Options(model=[str(root / "out")], **paths))
+        report = json.loads((predictions / "metrics.json").read_text())["image"]
+    scores = {measure: report["all"][measure] for measure in ("MaxF", "AP", "IoU", "IoU50")}
+    worst = min(one["MaxF"] for category, one in report.items() if category != "all")
+    return scores | {"worst category": worst, "epochs": epochs, "seconds": seconds}
+
+
+def link_samples(samples: pd.DataFrame, folder: Path) -> None:
+    """Links to images and masks in KITTI's layout."""
+    paths = {"image_2": samples.image, "gt_image_2": [mask.path for mask in samples["mask"]]}
+    for name, files in paths.items():
+        (folder / name).mkdir(parents=True)
+        for file in files:
+            (folder / name / file.name).symlink_to(file.resolve())
+
+
+def kit_accuracy(data: Path, out: Path, options: argparse.Namespace) -> int:
+    """Train with the kit's command; returns the number of epochs."""
+    flags = ("--encoder_weights", "none", "--seed", options.seed, "--max_minutes", options.minutes)
+    command = [sys.executable, HERE / "train.py", "--data", data, "--out", out, *flags]
+    subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
+    return len((out / "metrics.csv").read_text().splitlines()) - 1
 
 
 def tutorial_training(data: Path, out: Path, options: argparse.Namespace) -> int:
-    """The tutorial's recipe, 256x256, for as many epochs as the minutes hold; saved as a model.pt of the kit."""
+    """The tutorial's recipe at 256x256 for `options.minutes`, saved as a model.pt of the kit.
+
+    Returns the number of epochs, the last of which may be shorter.
+    """
     import torch
 
-    import utils
+    import model
 
-    cfg = settings(argparse.Namespace(size=256, batch=8, data=str(data)))
-    samples = utils.find_samples(str(data), training=True)
+    config = model_settings(256, temperature=1.0)
     torch.manual_seed(options.seed)
-    loader = torch.utils.data.DataLoader(tutorial_dataset(samples, 256, augment=True), 8, shuffle=True)
-    model = utils.build_model(cfg)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dataset = tutorial_dataset(find_samples(data), 256, augment=True)
+    loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True)
+    network = model.build_network(config)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    loss = torch.nn.BCEWithLogitsLoss()
     started, epochs, over = time.perf_counter(), 0, False
     while not over:
         for images, masks in loader:
-            torch.nn.functional.binary_cross_entropy_with_logits(model(images), masks).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            loss(network(images), masks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
             over = time.perf_counter() - started > 60 * options.minutes
             if over:
                 break
         epochs += 1
     out.mkdir()
-    utils.save_model(out / "model.pt", model.eval(), cfg, 0.5, {})
+    model.save_model(out / "model.pt", network.eval(), config, {}, {})
     return epochs
 
 
-# =====================================================================================================================
-#  TABLES
-# =====================================================================================================================
+# --------------------------------------------------------------------------------------------------
+#  Tables
+# --------------------------------------------------------------------------------------------------
 
+Numbers = dict[str, dict[str, list[float]]]  # {variant: {column: a value for each round}}
 VARIANTS = {
     "train": ("tutorial", "example", "kit", "bare"),
     "infer": ("tutorial", "kit", "bare", "scoring"),
     "accuracy": ("tutorial", "kit"),
 }
+TITLES = {
+    "train": "Training",
+    "infer": "Inference, from files to masks",
+    "scale": "Inference, from files to masks",
+    "accuracy": "Held-out sequences",
+}
 
 
-def in_turn(command: str, variants: Any, options: argparse.Namespace, **changes: Any) -> dict[str, dict[str, list]]:
-    """Run the variants in processes, A B C A B C; {variant: {number: values}}."""
-    numbers: dict[str, dict[str, list]] = {name: {} for name in variants}
+def in_turn(
+    command: str, variants: tuple[str, ...], options: argparse.Namespace, **changes: Any
+) -> Numbers:
+    """Run the variants in processes, A B C A B C."""
+    numbers: Numbers = {name: {} for name in variants}
     for round_number in range(options.rounds):
         for name in variants:
-            given = vars(options) | changes | {"command": command, "variant": name, "seed": options.seed + round_number}
-            flags = [
-                part
-                for key, value in given.items()
-                if key not in ("command", "out")
-                for part in (f"--{key}", str(value))
-            ]
-            done = subprocess.run([sys.executable, __file__, command, *flags], stdout=subprocess.PIPE, text=True)
+            given = {"variant": name, "seed": options.seed + round_number}
+            given = vars(options) | changes | given
+            del given["command"]
+            flags = [f"--{key}={value}" for key, value in given.items()]
+            call = [sys.executable, __file__, command, *flags]
+            done = subprocess.run(call, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"{name} failed: see above")
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
@@ -362,20 +473,31 @@ def in_turn(command: str, variants: Any, options: argparse.Namespace, **changes:
     return numbers
 
 
-def table(title: str, numbers: dict[str, dict[str, list]], reference: str | None) -> None:
-    """Print medians with their spread; the ratio to the reference's images a second."""
-    keys = list(dict.fromkeys(key for values in numbers.values() for key in values))
-    print(f"\n{title}\n\n| | {' | '.join(keys)} |{' ratio |' if reference else ''}")
-    print(f"| --- |{' --- |' * (len(keys) + bool(reference))}")
+def scale(options: argparse.Namespace) -> Numbers:
+    """Inference with the kit, one option changed at a time."""
+    results = {}
+    for what, values in (("images", (24, 96)), ("size", (128, 256, 512)), ("batch", (1, 4, 16))):
+        for value in values:
+            changed = in_turn("infer", ("kit",), options, **{what: value})
+            results[f"{what} {value}"] = changed["kit"]
+    return results
+
+
+def print_table(title: str, numbers: Numbers, reference: str | None) -> None:
+    """Print medians with their ranges, and the ratio to the reference's images per second."""
+    columns = list(dict.fromkeys(key for values in numbers.values() for key in values))
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |{' ratio |' if reference else ''}")
+    print(f"| --- |{' --- |' * (len(columns) + bool(reference))}")
     for name, values in numbers.items():
         cells = []
-        for key in keys:
-            found = values.get(key)
-            spread = f" ({min(found):.3g} to {max(found):.3g})" if found and len(found) > 1 else ""
-            cells.append(f"{statistics.median(found):.4g}{spread}" if found else "")
+        for column in columns:
+            measured = values.get(column, [])
+            several = len(measured) > 1
+            spread = f" ({min(measured):.3g} to {max(measured):.3g})" if several else ""
+            cells.append(f"{statistics.median(measured):.4g}{spread}" if measured else "")
         if reference:
-            base = statistics.median(numbers[reference]["images/s"])
-            cells.append(f"{statistics.median(values['images/s']) / base:.2f}")
+            ratio = statistics.median(values[SPEED]) / statistics.median(numbers[reference][SPEED])
+            cells.append(f"{ratio:.2f}")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -383,46 +505,45 @@ def machine() -> str:
     """The machine in words."""
     import torch
 
-    words = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return f"{platform.machine()}, {os.cpu_count()} cores, bf16 {'native' if native else 'not native'}, {words}, " \
-           f"torch {torch.__version__}"  # fmt: skip
+    import model
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    bf16 = f"bf16 {'native' if model.cpu_has_bf16() else 'not native'}"
+    cores = f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{cores}, {bf16}, {gpu}, torch {torch.__version__}"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "infer", "scale", "accuracy"])
-    parser.add_argument("--data", default="demo/data", help="KITTI Road folder (scale and speed: any pictures)")
-    parser.add_argument("--size", type=int, default=256, help="height and width of the input")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, default=48, help="pictures a run")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs")
-    parser.add_argument("--minutes", type=float, default=6.6, help="accuracy: of training")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # set by in_turn: be one variant, print its numbers
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("command", choices=["train", "infer", "scale", "accuracy"])
+    add("--data", default="demo/data", help="KITTI Road folder (for speed: any images with masks)")
+    add("--size", type=int, default=256, help="height and width of the input")
+    add("--batch", type=int, default=8, help="images per step")
+    add("--images", type=int, default=48, help="images per run")
+    add("--rounds", type=int, default=2, help="how often each variant runs")
+    add("--minutes", type=float, default=6.6, help="accuracy: of training")
+    add("--seed", type=int, default=0)
+    add("--variant", help=argparse.SUPPRESS)  # set by in_turn: be one variant, print its numbers
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
     if options.variant:
-        run = {"train": train_variant, "infer": infer_variant, "accuracy": accuracy_variant}[options.command]
-        numbers = run(options.variant, options)
+        run = {"train": train_variant, "infer": infer_variant, "accuracy": accuracy_variant}
+        numbers = run[options.command](options.variant, options)
         numbers["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(numbers))
         return
     if options.command == "scale":
-        results = {}
-        for what, values in (("images", (24, 96)), ("size", (128, 256, 512)), ("batch", (1, 4, 16))):
-            for value in values:
-                results[f"{what} {value}"] = in_turn("infer", ["kit"], options, **{what: value})["kit"]
-        table("Inference, from files to masks", results, None)
+        results = scale(options)
     else:
         results = in_turn(options.command, VARIANTS[options.command], options)
-        titles = {"train": "Training", "infer": "Inference, from files to masks", "accuracy": "Held-out streets"}
-        table(titles[options.command], results, None if options.command == "accuracy" else "tutorial")
+    speed = options.command in ("train", "infer")
+    print_table(TITLES[options.command], results, "tutorial" if speed else None)
     print(f"\n`python bench.py {' '.join(sys.argv[1:])}` on {machine()}")
-    Path(f"bench_{options.command}.json").write_text(
-        json.dumps({"machine": machine(), "numbers": results}, indent=2) + "\n"
-    )
+    report = json.dumps({"machine": machine(), "numbers": results}, indent=2)
+    Path(f"bench_{options.command}.json").write_text(report + "\n")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,44 @@
 """Synthetic roads and the real commands, run as a user runs them."""
 
+import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import Command
 
 KIT = Path(__file__).parents[1]
 sys.path.insert(0, str(KIT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time
 
-TINY = ("--encoder", "resnet18", "--encoder_weights", "none", "--height", "64", "--width", "192", "--batch_size", "4")
+TINY = (
+    "--encoder", "resnet18", "--encoder_weights", "none",
+    "--height", "64", "--width", "192", "--batch_size", "4",
+)  # fmt: skip
 
 
-def run(script, *flags, kit=KIT, cwd=None, env=None):
-    """Run a script of the kit as a process; returns the CompletedProcess with text output."""
-    command = [sys.executable, str(kit / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=600)
+def run(script, *flags, kit=KIT, cwd=None, env=None, fresh=False):
+    """Run a script of the kit as a process; returns the CompletedProcess with text output.
+
+    `fresh`: with a Python that has loaded nothing yet, to test how a script starts.
+    """
+    args = [str(kit / script), *map(str, flags)]
+    if fresh or "--help" in args:
+        options = {"cwd": cwd, "env": os.environ | (env or {}), "timeout": 600}
+        return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
+    command = Command(args[0], args[1:], cwd, env)
+    try:
+        printed = command.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        command.send_signal(signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(args, command.returncode, *printed)
 
 
 def succeed(script, *flags, **options):
@@ -29,17 +48,41 @@ def succeed(script, *flags, **options):
     return done.stdout
 
 
+def build_once(factory, name, build):
+    """The folder that `build(folder)` fills, shared by the processes of pytest-xdist."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name)
+        build(folder)
+        return folder
+    folder = factory.getbasetemp().parent / name
+    built = folder.with_suffix(".built")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
+            folder.mkdir()
+            build(folder)
+            built.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def roads(tmp_path_factory):
     """24 training and 3 test scenes in KITTI's layout and sizes."""
     import demo
 
-    return demo.write_scenes(tmp_path_factory.mktemp("roads"), 24, 3, seed=1)
+    def build(folder):
+        demo.write_scenes(folder, 24, 3, seed=1)
+
+    return build_once(tmp_path_factory, "roads", build)
 
 
 @pytest.fixture(scope="session")
 def trained(roads, tmp_path_factory):
     """The --out of a small training on the roads."""
-    out = tmp_path_factory.mktemp("out")
-    succeed("train.py", "--data", roads, "--out", out, "--epochs", 16, *TINY)
-    return out
+
+    def build(folder):
+        flags = ("--data", roads, "--out", folder, "--epochs", 16, *TINY)
+        succeed("train.py", *flags, fresh=True)
+
+    return build_once(tmp_path_factory, "trained", build)

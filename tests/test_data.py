@@ -1,70 +1,172 @@
-"""From files to tensors and back: pairs, folds, truths, sizes, augmentations."""
+"""From files to tensors and back: layouts, folds, masks, sizes, augmentation, identity."""
 
 import dataclasses
+import os
 import re
 import shutil
+import threading
 import warnings
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-import utils
-from utils import Config, UserError
+import data
+import images
+import resume
+import rle
+import train
+import visualize
+from images import IGNORE, Collection, MaskFile
+from kitti import KittiMask
+from model import ModelConfig
+from utils import UserError
 
-CFG = Config(height=64, width=192, top=0, tiles="false", mean=utils.IMAGENET_MEAN, std=utils.IMAGENET_STD)
+MODEL = ModelConfig(height=64, width=192)
+CONFIG = train.Config(height=64, width=192, top=0.0, tiles=False)
+
+
+def training_samples(root, **options):
+    """The samples of a folder as train.py finds them."""
+    return data.find_samples(str(root), training=True, **options).samples
+
+
+def with_pairs(samples, memory=train.CACHE):
+    """The samples with decoded images and masks at the network's size."""
+    samples = data.scan_dataset(samples)
+    return samples.assign(pair=data.decode_samples(samples, MODEL, memory))
+
+
+def write_pairs(root, stems, size=(6, 8), image_suffix=".png"):
+    """Grey images and masks with a foreground of one row, in the images and masks layout."""
+    for stem in stems:
+        mask = np.zeros(size, np.uint8)
+        mask[-1] = 255
+        for folder, pixels, suffix in (("images", mask, image_suffix), ("masks", mask, ".png")):
+            (root / folder).mkdir(exist_ok=True, parents=True)
+            Image.fromarray(pixels).save(root / folder / (stem + suffix))
+    return root
+
+
+# --------------------------------------------------------------------------------------------------
+#  Layouts
+# --------------------------------------------------------------------------------------------------
 
 
 def numbers(path):
-    return re.fullmatch(r"([a-z]+)_(?:(road|lane)_)?(\d+)", Path(path).stem)
+    return re.fullmatch(r"([a-z]+)_(?:(road|lane)_)?(\d+)", path.stem)
 
 
-def test_every_picture_gets_its_own_mask(roads):
-    samples = utils.find_samples(str(roads), "road", training=True)
+def test_every_image_gets_its_own_mask(roads):
+    samples = training_samples(roads)
     assert len(samples) == 24
     for row in samples.itertuples():
-        picture, mask = numbers(row.image), numbers(row.mask)
-        assert (picture[1], picture[3], "road") == (mask[1], mask[3], mask[2])
-        assert row.category == f"{picture[1]}_road"
+        image, mask = numbers(row.image), numbers(row.mask.path)
+        assert (image[1], image[3], "road") == (mask[1], mask[3], mask[2])
+        assert row.category == f"{image[1]}_road"
+        assert row.id == row.image.stem
 
 
-def test_lane_takes_um_pictures_alone(roads):
-    samples = utils.find_samples(str(roads), "lane", training=True)
+def test_lane_takes_um_images_alone(roads):
+    samples = training_samples(roads, target="lane")
     assert len(samples) == 8
     assert set(samples.category) == {"um_lane"}
-    assert all("_lane_" in mask for mask in samples["mask"])
+    assert all("_lane_" in mask.path.name for mask in samples["mask"])
 
 
 def test_images_and_masks_layout_pairs_by_stem(tmp_path):
     for stem, suffix in (("b", ".jpg"), ("a", ".PNG"), ("c", ".png")):
-        for folder, ending in (("images", suffix), ("masks", ".png")):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            Image.new("L", (8, 6)).save(tmp_path / folder / (stem + ending))
-    samples = utils.find_samples(str(tmp_path), training=True)
-    assert [(Path(r.image).stem, Path(r.mask).stem) for r in samples.itertuples()] == [(s, s) for s in "abc"]
+        write_pairs(tmp_path, [stem], image_suffix=suffix)
+    pairs = [
+        (row.image.stem, row.mask.path.stem) for row in training_samples(tmp_path).itertuples()
+    ]
+    assert pairs == [(stem, stem) for stem in "abc"]
+
+
+def test_a_mask_is_none_or_an_object_that_reads_itself(roads, tmp_path):
+    """One column, one meaning: no paths, empty strings or glued csv rows."""
+    write_pairs(tmp_path / "folder", ["a", "b"])
+    (tmp_path / "csv").mkdir()
+    for stem in "ab":
+        Image.new("L", (8, 6)).save(tmp_path / "csv" / f"{stem}.png")
+    (tmp_path / "csv" / "train.csv").write_text("id,rle_mask\na,6 1\nb,\n")
+    kinds = {roads: KittiMask, tmp_path / "folder": MaskFile, tmp_path / "csv": rle.RunLengths}
+    for root, kind in kinds.items():
+        samples = training_samples(root)
+        assert {type(mask) for mask in samples["mask"]} == {kind}
+        for row in samples.itertuples():
+            size = images.image_size(row.image)
+            mask = row.mask.read(size)
+            assert (mask.shape, mask.dtype) == (size, np.uint8)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                row.mask.path = "other"
+    assert set(data.find_samples(str(roads / "testing")).samples["mask"]) == {None}
+
+
+def test_a_new_layout_is_one_function_and_one_entry(tmp_path, monkeypatch):
+    """Only `id`, `image` and `mask` are needed; crop and metric are the layout's."""
+
+    def label_folder(root, masks, target, training):
+        paths = images.list_images(root / "photos")
+        if not paths:
+            return None
+        found = [MaskFile(root / "labels" / f"{stem}.png") for stem in paths]
+        rows = {"id": list(paths), "image": list(paths.values()), "mask": found}
+        return Collection("photos and labels", pd.DataFrame(rows), top=0.25, metric="iou")
+
+    write_pairs(tmp_path, ["a", "b", "c"])
+    (tmp_path / "images").rename(tmp_path / "photos")
+    (tmp_path / "masks").rename(tmp_path / "labels")
+    with pytest.raises(UserError, match="no images"):
+        training_samples(tmp_path)
+    monkeypatch.setattr(data, "LAYOUTS", [label_folder, *data.LAYOUTS])
+    collection = data.find_samples(str(tmp_path), training=True)
+    samples = data.scan_dataset(collection.samples)
+    samples["fold"] = data.assign_folds(samples, 10, 0)
+    assert collection.name == "photos and labels"
+    assert samples.id.tolist() == ["a", "b", "c"]
+    assert samples.share.tolist() == [1 / 6] * 3
+    config = dataclasses.replace(CONFIG, top="auto", encoder="resnet18", encoder_weights="none")
+    resolved, _ = train.resolve(config, collection._replace(samples=samples), 0)
+    assert (resolved.top, resolved.metric) == (0.25, "iou")
+
+
+def test_auto_finds_kitti_at_any_depth(roads, tmp_path, monkeypatch):
+    work = tmp_path / "working"
+    work.mkdir()
+    shutil.copytree(roads, tmp_path / "input" / "datasets" / "owner" / "slug" / "data_road")
+    monkeypatch.chdir(work)
+    assert len(training_samples("auto")) == 24
+
+
+# --------------------------------------------------------------------------------------------------
+#  Folds
+# --------------------------------------------------------------------------------------------------
 
 
 def kitti_names(count):
-    names = [f"{category}_{number:06d}" for category in ("um", "umm", "uu") for number in range(count)]
-    return pd.DataFrame({"image": names, "mask": names, "category": [name.split("_")[0] for name in names], "share": 0})
+    names = [f"{kind}_{number:06d}" for kind in ("um", "umm", "uu") for number in range(count)]
+    categories = [name.split("_")[0] for name in names]
+    return pd.DataFrame({"id": names, "category": categories, "share": 0})
 
 
-def folds_of(samples, **settings):
-    return utils.assign_folds(samples, Config(**settings))
+def folds_of(samples, folds=10, seed=0, group=""):
+    return data.assign_folds(samples, folds, seed, group)
 
 
-def test_folds_keep_streets_together_and_categories_even():
+def test_folds_keep_sequences_together_and_categories_even():
     samples = kitti_names(96)
     samples["fold"] = folds_of(samples)
-    valid = samples[samples.fold == 0]
-    assert 0.07 < len(valid) / len(samples) < 0.13
-    assert set(valid.category.value_counts()) <= {utils.BLOCK, 2 * utils.BLOCK}
-    assert set(valid.category) == {"um", "umm", "uu"}
-    street = samples.image.map(lambda name: (name[:-6], int(name[-6:]) // utils.BLOCK))
-    assert (samples.groupby(street).fold.nunique() == 1).all()
+    validation = samples[samples.fold == 0]
+    assert 0.07 < len(validation) / len(samples) < 0.13
+    assert set(validation.category.value_counts()) <= {data.BLOCK, 2 * data.BLOCK}
+    assert set(validation.category) == {"um", "umm", "uu"}
+    sequence = samples.id.map(lambda name: (name[:-6], int(name[-6:]) // data.BLOCK))
+    assert (samples.groupby(sequence).fold.nunique() == 1).all()
     assert set(samples.fold) == set(range(10))
 
 
@@ -75,22 +177,33 @@ def test_folds_follow_the_seed():
     assert (same != other).any()
 
 
-@pytest.mark.parametrize("names", [["um_000000", "um_000001"], ["um_000000", "uu_000000"], ["a", "b"], ["7", "8", "9"]])
+@pytest.mark.parametrize(
+    "names",
+    [["um_000000", "um_000001"], ["um_000000", "uu_000000"], ["a", "b"], ["7", "8", "9"]],
+)
 def test_a_handful_still_splits(names):
-    samples = pd.DataFrame({"image": names, "category": [name.rpartition("_")[0] for name in names], "share": 0})
+    categories = [name.rpartition("_")[0] for name in names]
+    samples = pd.DataFrame({"id": names, "category": categories, "share": 0})
     assert set(folds_of(samples)) >= {0, 1}
 
 
 def test_a_small_set_validates_on_every_category():
     samples = kitti_names(20)
     samples["fold"] = folds_of(samples)
-    assert samples[samples.fold == 0].category.value_counts().to_dict() == {"um": 2, "umm": 2, "uu": 2}
+    counts = samples[samples.fold == 0].category.value_counts()
+    assert counts.to_dict() == {"um": 2, "umm": 2, "uu": 2}
 
 
-def test_kitti_truth_is_read_by_channel(tmp_path):
-    colours = [(255, 0, 255), (255, 0, 0), (0, 0, 0), (0, 0, 255), (1, 0, 1)]  # road, not, invalid, invalid road, road
+# --------------------------------------------------------------------------------------------------
+#  Masks and images
+# --------------------------------------------------------------------------------------------------
+
+
+def test_kitti_ground_truth_is_read_by_channel(tmp_path):
+    # road, not road, ignored, ignored road, road
+    colours = [(255, 0, 255), (255, 0, 0), (0, 0, 0), (0, 0, 255), (1, 0, 1)]
     Image.fromarray(np.uint8([colours])).save(tmp_path / "t.png")
-    truth = utils.read_truth(str(tmp_path / "t.png"), "kitti", (1, 5))
+    truth = KittiMask(tmp_path / "t.png").read((1, 5))
     assert truth.dtype == np.uint8
     assert truth.tolist() == [[1, 0, 255, 255, 1]]
 
@@ -99,36 +212,40 @@ def test_kitti_truth_is_read_by_channel(tmp_path):
 def test_masks_of_every_usual_kind(tmp_path, kind):
     road = np.zeros((5, 7), bool)
     road[2:, 1:4] = kind != "empty"
-    palette = Image.fromarray(road.astype(np.uint8), "P") if kind == "palette" else None
+    binary, full = road.astype(np.uint8), road.astype(np.uint8) * 255
+    palette = Image.fromarray(binary, "P") if kind == "palette" else None
     if palette:
         palette.putpalette([0, 0, 0, 128, 0, 0])
-    picture = {
-        "01": lambda: Image.fromarray(road.astype(np.uint8)),
-        "0255": lambda: Image.fromarray(road.astype(np.uint8) * 255),
+    image = {
+        "01": lambda: Image.fromarray(binary),
+        "0255": lambda: Image.fromarray(full),
         "bool": lambda: Image.fromarray(road),
         "16": lambda: Image.fromarray(road.astype(np.uint16) * 65535),
-        "rgb": lambda: Image.fromarray(np.dstack([road.astype(np.uint8) * 255] * 3)),
+        "rgb": lambda: Image.fromarray(np.dstack([full] * 3)),
         "palette": lambda: palette,
-        "alpha": lambda: Image.fromarray(np.dstack([road.astype(np.uint8) * 255, np.full(road.shape, 255, np.uint8)])),
-        "empty": lambda: Image.fromarray(road.astype(np.uint8)),
+        "alpha": lambda: Image.fromarray(np.dstack([full, np.full(road.shape, 255, np.uint8)])),
+        "empty": lambda: Image.fromarray(binary),
     }[kind]()
-    picture.save(tmp_path / "m.png")
-    assert (utils.read_truth(str(tmp_path / "m.png"), "masks", (5, 7)) == road).all()
+    image.save(tmp_path / "m.png")
+    assert (MaskFile(tmp_path / "m.png").read((5, 7)) == road).all()
 
 
-def test_255_beside_1_is_not_valid(tmp_path):
+def test_255_next_to_1_is_ignored(tmp_path):
     Image.fromarray(np.uint8([[0, 1, 255]])).save(tmp_path / "m.png")
-    assert utils.read_truth(str(tmp_path / "m.png"), "masks", (1, 3)).tolist() == [[0, 1, 255]]
+    assert MaskFile(tmp_path / "m.png").read((1, 3)).tolist() == [[0, 1, 255]]
 
 
-@pytest.mark.parametrize(("name", "pixels"), [("labels", np.uint8([[0, 1, 5]])), ("red", np.uint8([[[255, 0, 0]]]))])
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [("labels", np.uint8([[0, 1, 5]])), ("red", np.uint8([[[255, 0, 0]]]))],
+)
 def test_masks_that_are_not_binary_are_refused(tmp_path, name, pixels):
     Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match=name):
-        utils.read_truth(str(tmp_path / f"{name}.png"), "masks", pixels.shape[:2])
+        MaskFile(tmp_path / f"{name}.png").read(pixels.shape[:2])
 
 
-def test_pictures_of_every_usual_kind(tmp_path):
+def test_images_of_every_usual_kind(tmp_path):
     grey = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
     colour = np.dstack([grey, grey[::-1], grey[:, ::-1]])
     alpha = np.dstack([colour, np.full((6, 8), 7, np.uint8)])
@@ -139,11 +256,11 @@ def test_pictures_of_every_usual_kind(tmp_path):
         "palette": (Image.fromarray(grey).convert("P"), np.dstack([grey] * 3)),
         "16bit": (Image.fromarray(grey.astype(np.uint16) * 257), np.dstack([grey] * 3)),
     }
-    for name, (picture, expected) in cases.items():
-        picture.save(tmp_path / f"{name}.png")
-        read = utils.read_image(str(tmp_path / f"{name}.png"))
-        assert read.dtype == np.uint8, name
-        assert (read == expected).all(), name
+    for name, (image, expected) in cases.items():
+        image.save(tmp_path / f"{name}.png")
+        pixels = images.read_image(tmp_path / f"{name}.png")
+        assert pixels.dtype == np.uint8, name
+        assert (pixels == expected).all(), name
 
 
 def test_a_turned_photograph_is_read_upright(tmp_path):
@@ -152,81 +269,154 @@ def test_a_turned_photograph_is_read_upright(tmp_path):
     exif[0x0112] = 6  # turn right
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "phone.jpg", exif=exif)
-    assert utils.read_image(str(tmp_path / "images" / "phone.jpg")).shape == (8, 4, 3)
+    assert images.read_image(tmp_path / "images" / "phone.jpg").shape == (8, 4, 3)
     (tmp_path / "train.csv").write_text("id,rle_mask\nphone,29 4\nother,1 1\n")
     Image.fromarray(pixels).save(tmp_path / "images" / "other.png")
-    _, sample = utils.survey(utils.find_samples(str(tmp_path), training=True)).itertuples()
+    _, sample = data.scan_dataset(training_samples(tmp_path)).itertuples()
     assert (sample.height, sample.width, sample.share) == (8, 4, 4 / 32)
 
 
-@pytest.mark.parametrize("size", [(375, 1242), (370, 1226), (101, 101), (33, 501), (64, 192), (40, 100)])
+@pytest.mark.parametrize("error", [TypeError, AttributeError, ValueError, OSError])
+def test_the_scan_lets_a_programming_error_through(tmp_path, error):
+    """Only a file that cannot be read, a UserError, is left to `decode_samples`."""
+
+    class Mask:
+        def read(self, size):
+            raise error("a slip in a fork's own mask")
+
+    samples = training_samples(write_pairs(tmp_path, ["a", "b"]))
+    samples["mask"] = [Mask(), Mask()]
+    with pytest.raises(error, match="a slip"):
+        data.scan_dataset(samples)
+
+
+def test_the_scan_leaves_damaged_files_to_the_check(tmp_path):
+    samples = training_samples(write_pairs(tmp_path, ["a", "b", "c"]))
+    (tmp_path / "images" / "a.png").write_bytes(b"damaged")
+    (tmp_path / "masks" / "b.png").write_bytes(b"")
+    scan = data.scan_dataset(samples)
+    assert scan[["height", "width", "share", "above"]].values.tolist() == [
+        [1, 1, 0, 1],
+        [1, 1, 0, 1],
+        [6, 8, 1 / 6, 5 / 6],
+    ]
+    with pytest.raises(UserError, match=r"2 of 3 pairs .*a\.png: not an image.*b\.png: empty file"):
+        data.decode_samples(scan, MODEL, train.CACHE)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_reading_in_threads_leaves_the_warning_filters_alone(tmp_path, monkeypatch):
+    """`warnings.catch_warnings` is not safe in threads (cpython #128384)."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # the images count as large: Pillow warns
+    samples = training_samples(write_pairs(tmp_path, [f"p{n:02d}" for n in range(64)], (8, 10)))
+    before, threads = list(warnings.filters), set()
+    for name in ("catch_warnings", "simplefilter", "filterwarnings"):
+        original = getattr(warnings, name)
+
+        def record(*args, original=original, **options):
+            threads.add(threading.current_thread())
+            return original(*args, **options)
+
+        monkeypatch.setattr(warnings, name, record)
+    with_pairs(samples)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(images.read_image, samples.image))
+    assert threads <= {threading.main_thread()}
+    assert warnings.filters == before
+
+
+# --------------------------------------------------------------------------------------------------
+#  To the network's input and back
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [(375, 1242), (370, 1226), (101, 101), (33, 501), (64, 192), (40, 100)]
+)
 def test_restore_inverts_preprocess(size):
     """A blob keeps its place and its size, within half a pixel of the coarser grid."""
     v, u = np.mgrid[0 : size[0], 0 : size[1]]
     centre = 0.37 * size[0], 0.61 * size[1]
-    blob = np.exp(-(((v - centre[0]) / size[0]) ** 2 + ((u - centre[1]) / size[1]) ** 2) / 0.02)
+    blob = ((v - centre[0]) / size[0]) ** 2 + ((u - centre[1]) / size[1]) ** 2
+    blob = np.exp(-blob / 0.02)
     image = np.dstack([(255 * blob).astype(np.uint8)] * 3)
-    tensor = utils.preprocess(image, CFG)
+    tensor = images.preprocess(image, MODEL)
     assert tensor.shape == (3, 64, 192)
     assert str(tensor.dtype) == "torch.uint8"
-    back = utils.restore(tensor[0].float() / 255, size, CFG).numpy()
+    back = images.restore(tensor[0].float() / 255, size, MODEL).numpy()
     assert back.shape == size
     assert back.dtype == np.float32
     weight = back.clip(0) ** 2
-    found = (v * weight).sum() / weight.sum(), (u * weight).sum() / weight.sum()
-    assert abs(found[0] - centre[0]) <= 0.5 * max(1, size[0] / 64)
-    assert abs(found[1] - centre[1]) <= 0.5 * max(1, size[1] / 192)
+    at = (v * weight).sum() / weight.sum(), (u * weight).sum() / weight.sum()
+    assert abs(at[0] - centre[0]) <= 0.5 * max(1, size[0] / 64)
+    assert abs(at[1] - centre[1]) <= 0.5 * max(1, size[1] / 192)
     assert np.abs(back - blob).mean() < 0.02
 
 
-def test_normalise_takes_the_mean_and_divides_by_the_std():
+def test_normalise_subtracts_the_mean_and_divides_by_the_std():
     image = np.random.default_rng(0).integers(0, 256, (64, 192, 3), np.uint8)
-    found = utils.normalise(utils.preprocess(image, CFG)[None], CFG)
-    assert str(found.dtype) == "torch.float32"
-    expected = (image / 255 - CFG.mean) / CFG.std
-    assert np.abs(found[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
+    pixels = images.normalise(images.preprocess(image, MODEL)[None], MODEL)
+    assert str(pixels.dtype) == "torch.float32"
+    expected = (image / 255 - MODEL.mean) / MODEL.std
+    assert np.abs(pixels[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
-def test_truths_are_never_interpolated():
-    truth = np.random.default_rng(0).choice(np.uint8([0, 1, 255]), (375, 1242))
-    assert set(np.unique(utils.shrink_truth(truth, CFG))) <= {0, 1, 255}
+def test_masks_are_never_interpolated():
+    mask = np.random.default_rng(0).choice(np.uint8([0, 1, 255]), (375, 1242))
+    assert set(np.unique(images.resize_mask(mask, MODEL))) <= {0, 1, 255}
 
 
-def test_shrunk_truth_lies_where_the_shrunk_picture_lies():
-    """A nearest neighbour that takes the corner of each cell would shift the truth by half a cell."""
+def test_a_resized_mask_fits_the_resized_image():
+    """The nearest pixel must be the centre of each cell: its corner would shift by half a cell."""
     step = np.zeros((384, 1152), np.uint8)
     step[:, 576:] = 1
-    assert utils.shrink_truth(step, CFG)[0].tolist() == [0] * 96 + [1] * 96
+    assert images.resize_mask(step, MODEL)[0].tolist() == [0] * 96 + [1] * 96
     ramp = np.tile(np.arange(1152, dtype=np.float32) / 8, (384, 1)).astype(np.uint8)
-    seen = utils.shrink_truth(ramp, CFG)[0].astype(float)
-    meant = utils.shrink(np.dstack([ramp] * 3), CFG)[0, :, 0].astype(float)
-    assert abs((seen - meant).mean()) < 0.25
+    mask = images.resize_mask(ramp, MODEL)[0].astype(float)
+    image = images.resize_image(np.dstack([ramp] * 3), MODEL)[0, :, 0].astype(float)
+    assert abs((mask - image).mean()) < 0.25
 
 
-def items(roads, augment, **changes):
-    samples = utils.find_samples(str(roads), training=True)
-    return utils.RoadDataset(samples, utils.read_all(samples, CFG) if augment else None, CFG, augment)
+# --------------------------------------------------------------------------------------------------
+#  Datasets and loaders
+# --------------------------------------------------------------------------------------------------
+
+
+def make_dataset(roads, augment):
+    samples = training_samples(roads)
+    samples = with_pairs(samples) if augment else samples
+    return train.SegmentationDataset(samples, MODEL, CONFIG.seed, augment)
 
 
 def test_items_are_tensors_of_the_promised_kind(roads):
-    import train
-
-    for augment in (None, train.augmentation(CFG)):
-        item = items(roads, augment)[0]
+    for augment in (None, train.augmentation(CONFIG)):
+        item = make_dataset(roads, augment)[0]
         assert item["image"].shape == (3, 64, 192)
         assert item["mask"].shape == (1, 64, 192)
         assert {str(item["image"].dtype), str(item["mask"].dtype)} == {"torch.uint8"}
         assert set(np.unique(item["mask"])) <= {0, 1, 255}
-        assert ("truth" in item) == (augment is None)
+        assert ("ground_truth" in item) == (augment is None)
+
+
+def test_training_items_are_the_same_from_memory_and_from_files(roads):
+    samples = training_samples(roads)[:2]
+    from_memory, from_files = (
+        train.SegmentationDataset(rows, MODEL, CONFIG.seed, train.augmentation(CONFIG))
+        for rows in (with_pairs(samples), with_pairs(samples, memory=8000))
+    )
+    assert from_memory.rows[0].pair is not None
+    assert from_files.rows[0].pair is None
+    for index in range(2):
+        item, other = from_memory[index], from_files[index]
+        assert torch.equal(item["image"], other["image"])
+        assert torch.equal(item["mask"], other["mask"])
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_validation_pictures_are_decoded_once_where_memory_allows(roads, monkeypatch, fits):
-    if not fits:
-        monkeypatch.setattr(utils, "KEEP_BYTES", 8000)
-    validation, reads = items(roads, None), []
-    whole = utils.read_sample
-    monkeypatch.setattr(utils, "read_sample", lambda row: reads.append(row) or whole(row))
+def test_validation_images_are_decoded_once_where_memory_allows(roads, monkeypatch, fits):
+    validation = data.Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
+    original, reads = data.read_sample, []
+    monkeypatch.setattr(data, "read_sample", lambda row: reads.append(row) or original(row))
     first, again = validation[3], validation[3]
     assert len(reads) == (1 if fits else 2)
     assert (first["image"] == again["image"]).all()
@@ -236,78 +426,184 @@ def test_validation_pictures_are_decoded_once_where_memory_allows(roads, monkeyp
 
 def test_augmentation_takes_its_arguments_and_fills_with_ignore():
     """albumentations only warns of an argument that it does not know."""
-    import train
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        augment = train.augmentation(CFG)
+        augment = train.augmentation(CONFIG)
         augment.set_random_seed(0)
-        seen = [
-            augment(image=np.full((64, 192, 3), 128, np.uint8), mask=np.ones((64, 192), np.uint8)) for _ in range(40)
-        ]
-    borders = [pair["mask"] == utils.IGNORE for pair in seen]
+        grey, road = np.full((64, 192, 3), 128, np.uint8), np.ones((64, 192), np.uint8)
+        changed = [augment(image=grey, mask=road) for _ in range(40)]
+    borders = [pair["mask"] == IGNORE for pair in changed]
     assert any(border.any() for border in borders)
-    assert all(set(np.unique(pair["mask"])) <= {1, utils.IGNORE} for pair in seen)
-    bare = [pair["image"][border] for pair, border in zip(seen, borders, strict=True)]
-    assert np.concatenate(bare).mean() < 60, "what is filled in is not told from what was seen"
+    assert all(set(np.unique(pair["mask"])) <= {1, IGNORE} for pair in changed)
+    filled = [pair["image"][border] for pair, border in zip(changed, borders, strict=True)]
+    assert np.concatenate(filled).mean() < 60, "the filled border looks like the image"
 
 
 def test_workers_and_epochs_draw_different_augmentations(roads):
-    import torch
-
-    import train
-
-    samples = utils.find_samples(str(roads), training=True).iloc[[0] * 8].copy()
+    samples = with_pairs(training_samples(roads).iloc[[0] * 8].reset_index(drop=True))
     samples["fold"] = [0] + [1] * 7
-    cfg = dataclasses.replace(CFG, batch_size=1, workers=2)
 
     def draw(workers):
-        settings = dataclasses.replace(cfg, workers=workers)
-        loader, _ = train.loaders(samples, utils.read_all(samples, settings), settings)
-        images = []
+        config = dataclasses.replace(CONFIG, batch_size=1, workers=workers)
+        loader, _ = train.make_loaders(config, MODEL, samples)
+        batches = []
         for epoch in range(2):
             loader.sampler.set_epoch(epoch)
-            images += [batch["image"] for batch in loader]
-        return images  # the same picture 14 times
+            batches += [batch["image"] for batch in loader]
+        return batches  # the same image 14 times
 
     drawn = draw(workers=2)
     assert len(drawn) == 14
-    different = {tuple(image.flatten()[::97].tolist()) for image in drawn}
+    different = {tuple(batch.flatten()[::97].tolist()) for batch in drawn}
     assert len(different) >= 12, "workers or epochs repeat each other"
-    assert all(map(torch.equal, drawn, draw(workers=0))), "whichever worker draws it, the seed decides"
+    assert all(map(torch.equal, drawn, draw(workers=0))), "the seed decides, not the worker"
 
 
-def test_pixels_that_are_not_valid_change_no_loss():
-    import torch
-
-    import train
-
+def test_ignored_pixels_change_no_loss():
     torch.manual_seed(0)
     logits, mask = torch.randn(2, 1, 8, 8), torch.randint(0, 2, (2, 1, 8, 8)).float()
-    mask[:, :, :4] = utils.IGNORE
-    elsewhere = logits.clone()
-    elsewhere[:, :, :4] = 50
-    assert train.loss(logits, mask, 1.0).item() == pytest.approx(train.loss(elsewhere, mask, 1.0).item())
-    assert train.loss(logits, mask, 1.0).item() == pytest.approx(
-        train.loss(logits[:, :, 4:], mask[:, :, 4:], 1.0).item(), rel=1e-5)  # fmt: skip
-    assert torch.isfinite(train.loss(logits, torch.full_like(mask, utils.IGNORE), 1.0))
+    mask[:, :, :4] = IGNORE
+    changed = logits.clone()
+    changed[:, :, :4] = 50
+    value = train.loss(logits, mask, CONFIG).item()
+    assert value == pytest.approx(train.loss(changed, mask, CONFIG).item())
+    without = train.loss(logits[:, :, 4:], mask[:, :, 4:], CONFIG).item()
+    assert value == pytest.approx(without, rel=1e-5)
+    assert torch.isfinite(train.loss(logits, torch.full_like(mask, IGNORE), CONFIG))
 
 
-def test_auto_finds_kitti_at_any_depth(roads, tmp_path, monkeypatch):
-    work = tmp_path / "working"
-    work.mkdir()
-    shutil.copytree(roads, tmp_path / "input" / "datasets" / "owner" / "slug" / "data_road")
-    monkeypatch.chdir(work)
-    assert len(utils.find_samples("auto", training=True)) == 24
+# --------------------------------------------------------------------------------------------------
+#  Defaults that belong to the layout
+# --------------------------------------------------------------------------------------------------
 
 
-def test_comparison_shows_each_error_in_its_colour():
-    picture = np.full((100, 620, 3), 90, np.uint8)
+def resolved(collection, **changes):
+    """What `resolve` makes of a collection for fold 0."""
+    samples = data.scan_dataset(collection.samples)
+    samples["fold"] = data.assign_folds(samples, 10, 0)
+    config = train.Config(encoder="resnet18", encoder_weights="none", **changes)
+    return train.resolve(config, collection._replace(samples=samples), 0)
+
+
+@pytest.fixture
+def low_masks(tmp_path):
+    """Pairs whose foreground is the lower quarter of the image, as on a road."""
+    for stem in "abcd":
+        mask = np.zeros((100, 100), np.uint8)
+        mask[75:] = 255
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(mask).save(tmp_path / folder / f"{stem}.png")
+    return tmp_path
+
+
+def test_the_crop_at_the_top_is_the_default_for_kitti_alone(roads, low_masks):
+    config, model_config = resolved(data.find_samples(str(roads), training=True))
+    assert 0.15 < config.top < 0.6, "the sky is cut off"
+    assert model_config.top == config.top
+    folder = data.find_samples(str(low_masks), training=True)
+    config, model_config = resolved(folder)
+    assert (config.top, model_config.top) == (0, 0)
+    assert resolved(folder, top=-1)[1].top == 0.7, "on request: 5 % above the highest mask"
+    assert resolved(folder, top=0.3)[1].top == 0.3
+    assert resolved(data.find_samples(str(roads), training=True), top=0)[1].top == 0
+
+
+def test_the_default_metric_belongs_to_the_layout(roads, low_masks):
+    kitti_road = data.find_samples(str(roads), training=True)
+    assert resolved(kitti_road)[0].metric == "maxf"
+    assert resolved(kitti_road, metric="iou")[0].metric == "iou"
+    folder = data.find_samples(str(low_masks), training=True)
+    assert resolved(folder)[0].metric == "dice"
+    folder.samples["category"] = ["left", "left", "right", "right"]  # a group, scored by itself
+    assert resolved(folder)[0].metric == "dice"
+
+
+def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
+    collection = data.find_samples(str(low_masks), training=True)
+    config, model_config = resolved(collection, lr="auto")
+    settings = dataclasses.asdict(config)
+    for name in ("data", "masks", "resume"):  # where files are, not what is computed
+        settings.pop(name)
+    assert [name for name, value in settings.items() if value == "auto"] == ["lr"]
+    for field in dataclasses.fields(ModelConfig):  # fields of one name are copied
+        if field.name in settings and field.name not in ("precision", "min_pixels"):
+            assert getattr(model_config, field.name) == settings[field.name], field.name
+
+
+# --------------------------------------------------------------------------------------------------
+#  Identity of a run's data
+# --------------------------------------------------------------------------------------------------
+
+
+def identity_of(root):
+    """What a run remembers of its data: {id: [digest of the mask, fold]}."""
+    samples = data.scan_dataset(training_samples(root))
+    samples["fold"] = data.assign_folds(samples, 2, 0)
+    return resume.identify({}, samples)
+
+
+def what_differs(before, after):
+    settings, words = resume.differences(after, before)
+    assert not settings
+    return words
+
+
+def test_a_run_knows_its_masks_and_folds_and_not_its_folder(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    before = identity_of(write_pairs(here, [f"p{number}" for number in range(6)]))
+    assert what_differs(before, identity_of(shutil.copytree(here, there))) == []
+    os.utime(here / "masks" / "p2.png", (0, 0))
+    Image.open(here / "masks" / "p2.png").save(here / "masks" / "p2.png", compress_level=0)
+    assert what_differs(before, identity_of(here)) == [], "the same pixels in another file"
+
+    mask = np.zeros((6, 8), np.uint8)
+    mask[-2:, :4] = 255  # another mask with as many pixels of foreground
+    Image.fromarray(mask).save(there / "masks" / "p3.png")
+    assert what_differs(before, identity_of(there)) == ["1 masks differ: p3"]
+
+    for folder in ("images", "masks"):
+        (here / folder / "p3.png").rename(here / folder / "q3.png")
+    words = what_differs(before, identity_of(here))
+    assert words == ["1 images were added: q3", "1 images are gone: p3"]
+
+
+def test_a_run_knows_its_folds(tmp_path):
+    samples = data.scan_dataset(training_samples(write_pairs(tmp_path, ["a", "b", "c"])))
+    before = resume.identify({}, samples.assign(fold=[0, 1, 1]))
+    after = resume.identify({}, samples.assign(fold=[1, 0, 1]))
+    assert what_differs(before, after) == ["the folds differ"]
+
+
+def test_a_run_knows_the_run_lengths_of_a_csv(tmp_path):
+    (tmp_path / "train").mkdir()
+    for stem in "abcd":
+        Image.new("L", (8, 6)).save(tmp_path / "train" / f"{stem}.png")
+
+    def identity(a):
+        (tmp_path / "train.csv").write_text(f"id,rle_mask\na,{a}\nb,1 1\nc,\nd,-\n")
+        return identity_of(tmp_path)
+
+    before = identity("3 4")
+    assert what_differs(before, identity("3 4")) == []
+    assert what_differs(before, identity("3 2 5 2")) == [], "the same pixels in other words"
+    assert what_differs(before, identity("3 5")) == ["1 masks differ: a"]
+    assert what_differs(before, identity("")) == ["1 masks differ: a"]
+
+
+# --------------------------------------------------------------------------------------------------
+#  Comparisons
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_shows_each_error_in_its_colour():
+    image = np.full((100, 620, 3), 90, np.uint8)
     truth, mask = np.zeros((100, 620), np.uint8), np.zeros((100, 620), bool)
     truth[:, :400], mask[:, 200:500] = 1, True
-    drawn = utils.comparison(picture, truth, mask, "street", "um_road")
+    drawn = visualize.comparison(image, truth, mask, "street")
     errors = drawn[130 + 30 + 50, 626:].astype(int)
-    for column, colour in ((100, utils.BLUE), (300, utils.GREEN), (450, utils.RED)):
+    colours = ((100, visualize.BLUE), (300, visualize.GREEN), (450, visualize.RED))
+    for column, colour in colours:
         assert np.abs(errors[column] - (0.6 * np.array(colour) + 0.4 * 90)).max() < 3
     assert np.ptp(errors[600]) == 0
     assert cv2.imencode(".jpg", drawn)[0]

@@ -1,12 +1,18 @@
-"""The KITTI Road measures beside a plain implementation of their definition."""
+"""The KITTI Road measures compared with a plain implementation of their definition."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 
-import train
-import utils
-from utils import Config
+import images
+import metrics
+import predict
+from images import IGNORE
+from kitti import BirdsEyeView, bev_cells, read_calibration
+from model import ModelConfig, TrainedModel, build_network
+from utils import UserError
 
 
 def by_definition(probability, truth):
@@ -15,21 +21,18 @@ def by_definition(probability, truth):
     points = []
     for t in np.arange(256) / 255:
         tp, fp, fn = ((p >= t) & road).sum(), ((p >= t) & ~road).sum(), ((p < t) & road).sum()
-        points.append(
-            (tp / (tp + fp) if tp else 0, tp / (tp + fn), tp / (tp + fp + fn), fp / max(1, (~road).sum()), tp)
-        )
+        precision, recall = tp / (tp + fp) if tp else 0, tp / (tp + fn)
+        points.append((precision, recall, tp / (tp + fp + fn), fp / max(1, (~road).sum()), tp))
     f1 = [2 * pre * rec / (pre + rec) if tp else 0 for pre, rec, _, _, tp in points]
     best = int(np.argmax(f1))
-    ap = np.mean(
-        [
-            max([pre for pre, rec, _, _, tp in points if rec >= level and tp], default=0)
-            for level in np.arange(0, 1.1, 0.1)
-        ]
-    )
+    reached = []
+    for level in np.arange(0, 1.1, 0.1):
+        above = [precision for precision, recall, _, _, tp in points if recall >= level and tp]
+        reached.append(max(above, default=0))
     pre, rec, iou, fpr, _ = points[best]
     return {
         "MaxF": f1[best],
-        "AP": ap,
+        "AP": np.mean(reached),
         "PRE": pre,
         "REC": rec,
         "IoU": iou,
@@ -44,92 +47,191 @@ def test_scores_equal_the_definition(seed):
     rng = np.random.default_rng(seed)
     truth = rng.choice(np.uint8([0, 1, 255]), (40, 60), p=(0.6, 0.3, 0.1))
     probability = np.clip(rng.normal(90 + 80 * (truth == 1), 50), 0, 255).astype(np.uint8)
-    found = utils.scores(utils.pixel_counts(probability, truth).numpy())
+    scores = metrics.scores(metrics.pixel_counts(probability, truth).numpy())
     for name, value in by_definition(probability, truth).items():
-        assert found[name] == pytest.approx(100 * value, abs=1e-3), name
-    assert found["F1"] == found["MaxF"]
+        assert scores[name] == pytest.approx(100 * value, abs=1e-3), name
+    assert scores["F1"] == scores["MaxF"]
 
 
-def test_counts_pool_over_pictures():
+class Sample:
+    """A row of the samples table, as far as `Evaluation` looks at it."""
+
+    def __init__(self, category="", views=()):
+        self.category, self.views = category, views
+
+
+def random_pairs(widths):
+    """Probabilities (20, n) uint8 with ground truths of 0, 1 and 255."""
     rng = np.random.default_rng(0)
-    pairs = [(rng.integers(0, 256, (20, n), np.uint8), rng.choice(np.uint8([0, 1, 255]), (20, n))) for n in (5, 30)]
-    pooled = sum(utils.pixel_counts(p, t) for p, t in pairs)
-    joined = utils.pixel_counts(np.hstack([p for p, _ in pairs]), np.hstack([t for _, t in pairs]))
+    truths = np.uint8([0, 1, 255])
+    return [(rng.integers(0, 256, (20, n), np.uint8), rng.choice(truths, (20, n))) for n in widths]
+
+
+def test_counts_pool_over_images():
+    pairs = random_pairs((5, 30))
+    pooled = sum(metrics.pixel_counts(p, t) for p, t in pairs)
+    joined = metrics.pixel_counts(
+        np.hstack([p for p, _ in pairs]), np.hstack([t for _, t in pairs])
+    )
     assert (pooled == joined).all()
-    board = utils.Scoreboard()
-    for name, (p, t) in zip(("um_road", "uu_road"), pairs, strict=True):
-        board.add(name, {"image": utils.pixel_counts(p, t)})
-    report = board.report()["image"]
+    evaluation = metrics.Evaluation()
+    for category, (p, t) in zip(("um_road", "uu_road"), pairs, strict=True):
+        evaluation.add(Sample(category), p, p >= 128, t)
+    report = evaluation.report()["image"]
     assert report["all"]["images"] == 2
     assert report["uu_road"]["images"] == 1
-    assert report["all"]["MaxF"] == utils.scores(joined.numpy())["MaxF"]
+    assert report["all"]["MaxF"] == metrics.scores(joined.numpy())["MaxF"]
+
+
+def test_an_evaluation_of_parts_merges_into_the_whole(tmp_path):
+    """Each process of infer.py fills one of its own."""
+    categories = ("um_road", "uu_road", "", "um_road")
+    whole, parts = metrics.Evaluation(), [metrics.Evaluation() for _ in range(3)]
+    for index, (p, t) in enumerate(random_pairs((5, 30, 8, 9))):
+        for evaluation in (whole, parts[index % 2]):  # the third has no image
+            evaluation.add(Sample(categories[index]), p, p >= 128, t)
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert parts[0].report() == whole.report()
+    assert sorted(parts[0].masks) == sorted(whole.masks)
+    written = []
+    for name, evaluation in (("parts", parts[0]), ("whole", whole)):
+        (tmp_path / name).mkdir()
+        evaluation.write(tmp_path / name, 0.5)
+        written.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+        assert (tmp_path / name / "pr_curve.png").stat().st_size > 5000
+    assert written[0] == written[1]
+    assert set(written[0]) == {"threshold", "mean", "image"}
+    assert set(written[0]["image"]) == {"all", "um_road", "uu_road"}
+    names = {"MaxF", "AP", "PRE", "REC", "FPR", "FNR", "IoU", "F1", "IoU50", "images"}
+    assert all(names <= set(block) for block in written[0]["image"].values())
 
 
 def test_every_threshold_takes_its_own_level_in():
-    levels = np.arange(256)
-    assert all((utils.to_mask(levels, k / 255) == (levels >= k)).all() for k in range(256))
+    levels = np.arange(256)[None]
+    for k in range(256):
+        assert (predict.postprocess(levels, k / 255, 0) == (levels >= k)).all()
+
+
+def test_postprocess_applies_the_threshold_before_the_minimum_area():
+    probability = np.zeros((9, 9), np.uint8)
+    probability[1:4, 1:4] = 60  # one component of 9 pixels, of which 4 reach 0.4
+    probability[2:4, 2:4] = 120
+    probability[6, 6:9] = 250  # 3 pixels
+    for min_pixels, pixels in ((0, 7), (3, 7), (4, 4), (5, 0)):
+        mask = predict.postprocess(probability, 0.4, min_pixels)
+        assert (mask.dtype, mask.sum()) == (bool, pixels), min_pixels
+    assert predict.postprocess(probability, 0.2, 9).sum() == 9
 
 
 @pytest.mark.parametrize(("probability", "truth", "expected"), [
     (0, 0, {"MaxF": 0, "AP": 0, "threshold": 128 / 255}),  # no road at all
     (200, 0, {"MaxF": 0, "IoU": 0, "threshold": 128 / 255}),
     (200, 1, {"MaxF": 100, "AP": 100, "FNR": 0, "FPR": 0}),  # all road
-    (200, 255, {"MaxF": 0, "AP": 0, "threshold": 128 / 255}),  # nothing valid
+    (200, 255, {"MaxF": 0, "AP": 0, "threshold": 128 / 255}),  # all ignored
 ])  # fmt: skip
 def test_degenerate_cases_are_defined(probability, truth, expected):
-    counts = utils.pixel_counts(np.full((4, 4), probability, np.uint8), np.full((4, 4), truth, np.uint8))
-    found = utils.scores(counts.numpy())
-    assert all(np.isfinite(value) for value in found.values())
-    assert {name: found[name] for name in expected} == expected
+    full = [np.full((4, 4), value, np.uint8) for value in (probability, truth)]
+    scores = metrics.scores(metrics.pixel_counts(*full).numpy())
+    assert all(np.isfinite(value) for value in scores.values())
+    assert {name: scores[name] for name in expected} == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-#  bird's-eye view
+# --------------------------------------------------------------------------------------------------
+#  Bird's-eye view
+# --------------------------------------------------------------------------------------------------
 
 CALIBRATION = """P0: 1 0 0 0 0 1 0 0 0 0 1 0
 P2: 721.5377 0 609.5593 44.85728 0 721.5377 172.854 0.2163791 0 0 1 0.002745884
-R0_rect: 0.9999239 0.00983776 -0.007445048 -0.009869795 0.9999421 -0.004278459 0.007402527 0.004351614 0.9999631
-Tr_cam_to_road: 0.99995 -0.0055 -0.00745 0.0096 0.005425 0.99993 -0.0111 -1.6 0.0075 0.011 0.9999 -0.27
+R0_rect: 0.999924 0.009838 -0.007445 -0.00987 0.999942 -0.004278 0.007403 0.004352 0.999963
+Tr_cam_to_road: 0.99995 -0.0055 -0.00745 0.0096 0.0054 0.99993 -0.011 -1.6 0.0075 0.011 0.9999 -0.27
 """
+SIZE = (375, 1242)
 
 
 @pytest.fixture
-def calib(tmp_path):
+def calibration(tmp_path):
     (tmp_path / "um_000000.txt").write_text(CALIBRATION)
-    return str(tmp_path / "um_000000.txt")
+    return tmp_path / "um_000000.txt"
 
 
-def test_each_cell_of_the_ground_shows_its_own_pixel(calib):
-    """Beside a plain projection of single ground points, point by point, in the words of the definition."""
-    size = (375, 1242)
-    cells = utils.bev_cells(calib, size)
-    assert cells.shape == (800, 400)
+def project(row, column):
+    """A cell's point in the image, (u, v) counted from 1, in the words of the definition."""
     lines = dict(line.split(": ") for line in CALIBRATION.splitlines())
-    p2, to_road = (np.array(lines[name].split(), float).reshape(3, 4) for name in ("P2", "Tr_cam_to_road"))
-    rectify = np.array(lines["R0_rect"].split(), float).reshape(3, 3)
+    matrices = [
+        np.array(lines[name].split(), float) for name in ("P2", "R0_rect", "Tr_cam_to_road")
+    ]
+    p2, rectify, to_road = matrices[0].reshape(3, 4), matrices[1].reshape(3, 3), matrices[2]
+    to_road = to_road.reshape(3, 4)
+    ground = np.array([-10 + 0.05 * (column + 0.5), 0, 46 - 0.05 * (row + 0.5)])
+    camera = np.linalg.solve(to_road[:, :3], ground - to_road[:, 3])
+    u, v, depth = p2 @ [*(rectify @ camera), 1]
+    return u / depth, v / depth
+
+
+def expected_cell(row, column):
+    """The flat index of the pixel that a cell shows; -1 where it is not inside the image."""
+    u, v = project(row, column)
+    if not (1 <= u <= SIZE[1] and 1 <= v <= SIZE[0]):
+        return -1
+    return (int(np.floor(v)) - 1) * SIZE[1] + int(np.floor(u)) - 1
+
+
+def test_each_cell_of_the_ground_shows_its_own_pixel(calibration):
+    """Compared with a plain projection of single ground points."""
+    cells = bev_cells(calibration, SIZE)
+    assert cells.shape == (800, 400)
+    chosen = np.random.default_rng(0).integers(0, (800, 400), (500, 2))
+    assert [cells[row, column] for row, column in chosen] == [expected_cell(*c) for c in chosen]
+    inside = sum(cells[row, column] >= 0 for row, column in chosen)
+    assert 300 < inside < 500, "some of the ground is outside the image"
+
+
+def test_a_cell_is_inside_up_to_the_last_pixel_and_no_further(calibration):
+    """1 <= u <= width and 1 <= v <= height, of the real numbers.
+
+    Rounded down first, u and v up to width + 1 and height + 1 would count too: every cell on the
+    edge is compared, and there are some between width and width + 1.
+    """
+    cells = bev_cells(calibration, SIZE)
+    known = (cells >= 0).astype(int)
+    edge = np.zeros(cells.shape, bool)
+    edge[:, 1:] |= np.diff(known, axis=1) != 0
+    edge[:, :-1] |= np.diff(known, axis=1) != 0
+    edge[1:] |= np.diff(known, axis=0) != 0
+    edge[:-1] |= np.diff(known, axis=0) != 0
+    edge[-200:] = True  # near the camera, where the ground leaves the image at its bottom
+    beyond = 0
+    for row, column in np.argwhere(edge)[::3]:
+        assert cells[row, column] == expected_cell(row, column), (row, column)
+        u, v = project(row, column)
+        beyond += SIZE[1] < u < SIZE[1] + 1 or SIZE[0] < v < SIZE[0] + 1
+    assert beyond > 5
+
+
+def test_the_birds_eye_view_is_upright(calibration):
+    """The image's left is left, its bottom is the bottom; what is outside is ignored."""
+    view = BirdsEyeView(calibration)
+    view.check()
+    across = np.broadcast_to(np.linspace(0, 255, SIZE[1]).astype(np.uint8), SIZE)
+    down = np.broadcast_to(np.linspace(0, 255, SIZE[0]).astype(np.uint8)[:, None], SIZE)
+    assert (np.diff(view.warp(across)[300, 100:300].astype(int)) >= 0).all()
+    assert (np.diff(view.warp(down)[:600, 200].astype(int)) >= 0).all()
+    truth = view.warp(np.ones(SIZE, np.uint8), IGNORE)
+    assert ((truth == IGNORE) == (bev_cells(calibration, SIZE) < 0)).all()
+    assert view.warp(np.zeros((*SIZE, 3), np.uint8)).shape == (800, 400, 3)
+
+
+def test_an_evaluation_scores_each_view_of_an_image(calibration):
     rng = np.random.default_rng(0)
-    seen = 0
-    for row, column in rng.integers(0, (800, 400), (500, 2)):
-        ground = np.array([-10 + 0.05 * (column + 0.5), 0, 46 - 0.05 * (row + 0.5)])
-        camera = np.linalg.solve(to_road[:, :3], ground - to_road[:, 3])  # the road's coordinates to the camera's
-        u, v, depth = p2 @ [*(rectify @ camera), 1]
-        u, v = int(np.floor(u / depth)), int(np.floor(v / depth))  # counted from 1
-        inside = 1 <= u <= size[1] and 1 <= v <= size[0]
-        assert cells[row, column] == ((v - 1) * size[1] + u - 1 if inside else -1)
-        seen += inside
-    assert 300 < seen < 500, "some of the ground lies outside the picture"
-
-
-def test_the_road_from_above_stands_upright(calib):
-    """The picture's left is the left above, its bottom is the bottom; outside nothing is valid."""
-    cells = utils.bev_cells(calib, (375, 1242))
-    across = np.broadcast_to(np.linspace(0, 255, 1242).astype(np.uint8), (375, 1242))
-    down = np.broadcast_to(np.linspace(0, 255, 375).astype(np.uint8)[:, None], (375, 1242))
-    assert (np.diff(utils.to_bev(across, cells)[300, 100:300].astype(int)) >= 0).all()
-    assert (np.diff(utils.to_bev(down, cells)[:600, 200].astype(int)) >= 0).all()
-    truth = utils.to_bev(np.ones((375, 1242), np.uint8), cells, utils.IGNORE)
-    assert ((truth == utils.IGNORE) == (cells < 0)).all()
-    assert utils.to_bev(np.zeros((375, 1242, 3), np.uint8), cells).shape == (800, 400, 3)
+    probability = rng.integers(0, 256, SIZE, np.uint8)
+    truth = rng.choice(np.uint8([0, 1, 255]), SIZE)
+    view, evaluation = BirdsEyeView(calibration), metrics.Evaluation()
+    evaluation.add(Sample("um_road", (view,)), probability, probability >= 128, truth)
+    counts = metrics.pixel_counts(view.warp(probability), view.warp(truth, IGNORE))
+    report = evaluation.report()
+    assert report["bev"]["um_road"] == metrics.scores(counts.numpy()) | {"images": 1}
+    assert report["bev"]["all"]["MaxF"] != report["image"]["all"]["MaxF"]
 
 
 DAMAGED = [
@@ -144,20 +246,48 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("broken", DAMAGED)
-def test_damaged_calibrations_are_named(tmp_path, broken):
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_damaged_calibrations_are_named(tmp_path, damaged):
     path = tmp_path / "um_000001.txt"
-    path.write_text(broken, encoding="latin-1")
-    with pytest.raises(utils.UserError, match="um_000001.txt"):
-        utils.read_calibration(str(path))
+    path.write_text(damaged, encoding="latin-1")
+    with pytest.raises(UserError, match="um_000001.txt"):
+        read_calibration(path)
+    with pytest.raises(UserError, match="um_000001.txt"):
+        BirdsEyeView(path).check()
+
+
+# --------------------------------------------------------------------------------------------------
+#  Temperature
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["Unet", "FPN", "Segformer", "DeepLabV3Plus"])
-def test_softened_logits_are_the_same_divided(arch):
+def test_the_temperature_divides_the_logits(arch):
     torch.manual_seed(0)
-    network = utils.build_model(Config(arch=arch, encoder="resnet18")).eval()
-    picture = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        whole, soft = network(picture), train.softened(network)(picture)
-        assert torch.equal(whole, network(picture)), "the model that goes on training is unchanged"
-    assert (soft - whole / train.SOFT).abs().max() < 1e-6
+    shape = {"arch": arch, "encoder": "resnet18", "height": 64, "width": 96, "precision": "32"}
+    network = build_network(ModelConfig(**shape)).eval()
+    pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    for temperature in (1.0, 2.0, 5.0):
+        config = ModelConfig(**shape, temperature=temperature)
+        with torch.inference_mode():
+            logits = network(images.normalise(pixels, config))
+        trained = TrainedModel(network, config, {}, {})
+        probabilities = predict.predict_inputs(trained, pixels, tta=False)
+        assert (probabilities - (logits[:, 0] / temperature).sigmoid()).abs().max() < 1e-6
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, weights[name]), "the weights are unchanged"
+
+
+def test_the_temperature_softens_and_keeps_the_mask_at_one_half():
+    assert ModelConfig().temperature == 2
+    logits = torch.linspace(-9, 9, 1800).reshape(2, 1, 30, 30)  # none is 0
+    sharp, soft = (predict.to_probabilities(logits, value) for value in (1.0, 2.0))
+    assert sharp.shape == soft.shape == (2, 30, 30)
+    assert ((sharp >= 0.5) == (soft >= 0.5)).all()
+    assert ((soft - 0.5).abs() < (sharp - 0.5).abs()).all()
+    sure = logits[:, 0] > 4
+    levels = [len(predict.to_8bit(one[sure]).unique()) for one in (sharp, soft)]
+    assert levels[1] > 4 * levels[0], "8 bits tell nearly sure from sure"
+    half = predict.to_probabilities(logits.half(), 2.0)
+    assert half.dtype == torch.float32

@@ -1,0 +1,363 @@
+"""What happens around the steps: the clock, checkpoints and resuming, interruption, full memory."""
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.utilities import rank_zero_only
+
+import resume
+from model import read_checkpoint, reestimate_batch_norm, save_model
+from resume import Identity
+from utils import UserError, writable_folder, write_file
+
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
+warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+# The best epoch of a few validation images is luck: the last one was better on held-out sequences
+# in 8 of 8 trainings (docs/results.md). model.pt holds the last epoch's weights, unless its MaxF is
+# this many points below the best: then the training went wrong, or was interrupted early.
+FALL_BACK = 5.0
+CHECKPOINT_SECONDS = 120  # between two last.ckpt: 400 MB take 2 s
+
+# --------------------------------------------------------------------------------------------------
+#  Clock
+# --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Progress from 0 to 1 by epochs or minutes, whichever ends first. Resumed parts count."""
+
+    def __init__(
+        self, epochs: int, max_minutes: float, started: float, deadline: float = math.inf
+    ) -> None:
+        """0: no limit. `started`, `deadline` (of this session): time.monotonic()."""
+        self.epochs, self.limit = epochs, 60 * max_minutes
+        self.started, self.deadline = started, deadline
+        self.earlier = 0.0  # seconds of the resumed parts
+        self.reserve = 0.0  # seconds that the end of the run will take
+
+    def seconds(self) -> float:
+        """Since the start, in all parts."""
+        return self.earlier + time.monotonic() - self.started
+
+    def progress(self, step: int, steps_per_epoch: int) -> float:
+        """0 at the first step, 1 at the last step that epochs or minutes allow."""
+        last_step = self.epochs * steps_per_epoch - 1
+        by_steps = step / max(1, last_step) if self.epochs else 0.0
+        by_time = self.seconds() / max(self.limit - self.reserve, 1e-9) if self.limit else 0.0
+        return max(by_steps, by_time)
+
+    def session_over(self) -> bool:
+        """Whether this session has to end, with the reserve for exporting."""
+        return time.monotonic() >= self.deadline - self.reserve
+
+    def finished(self, epochs: int) -> bool:
+        """Whether a run that made so many epochs, resumed now, has used up epochs or minutes."""
+        out_of_time = 0 < self.limit <= self.earlier + self.reserve
+        return out_of_time or 0 < self.epochs <= epochs
+
+
+# --------------------------------------------------------------------------------------------------
+#  Checkpoints, metrics.csv and resuming
+# --------------------------------------------------------------------------------------------------
+
+
+class TrainingCallback(pl.Callback):
+    """Tells the module its progress, stops in time, keeps model.pt, last.ckpt and metrics.csv.
+
+    Lightning's ModelCheckpoint would leave half a file where it is killed while writing.
+    """
+
+    def __init__(
+        self, out: Path, root: Path, clock: Clock, lr: float | str, identity: Identity
+    ) -> None:
+        """`root`: `out`, or for one of all folds the folder above; `lr` may be "auto" for now."""
+        self.out, self.root, self.clock, self.lr = out, root, clock, lr
+        self.identity, self.settings = identity, identity.settings
+        self.reasons: list[str] = []  # to start over
+        self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.best = -1.0  # the largest MaxF
+        self.saved = 0.0  # when last.ckpt was written, time.monotonic()
+        self.checkpoint: Path | None = None  # that the run is resumed from
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "lr": self.lr,
+            "best": self.best,
+            "rows": self.rows,
+            "seconds": self.clock.seconds(),
+            "reserve": self.clock.reserve,
+            **self.identity._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lr, self.rows = state["lr"], state["rows"]  # `best` follows from model.pt too
+        self.clock.earlier, self.clock.reserve = state["seconds"], state["reserve"]
+
+    def reserve_for(self, validation: float) -> None:
+        """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export."""
+        self.clock.reserve = 12 + 6 * validation
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
+    ) -> None:
+        if index == 0:
+            seed = self.settings["seed"] + trainer.current_epoch
+            torch.manual_seed(seed)  # of dropout: the same in a resumed run
+            self.epoch_started = time.monotonic()
+        if index == 20 and not self.clock.reserve:  # no validation yet: it takes a third of a step
+            step = (time.monotonic() - self.epoch_started) / index
+            self.reserve_for(step / 3 * trainer.num_val_batches[0])
+        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        now = self.clock.progress(trainer.global_step, steps), self.clock.session_over()
+        progress, session_over = trainer.strategy.broadcast(now)  # one clock for all processes
+        module.set_progress(progress)
+        trainer.should_stop = session_over or (self.clock.limit > 0 and progress >= 1)  # last step
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.validation_started = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.reserve_for(time.monotonic() - self.validation_started)
+        score = module.evaluation.report()["image"]["all"]
+        if score["MaxF"] > self.best - FALL_BACK and trainer.is_global_zero:
+            self.best = max(self.best, score["MaxF"])
+            network, config = module.ema.module, module.current_config()
+            save_model(self.out / "model.pt", network, config, self.settings, {"epoch": score})
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "seconds": round(self.clock.seconds(), 1),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        for name in ("train_loss", "val_loss", "MaxF", "AP", "IoU50"):
+            row[name] = round(float(trainer.callback_metrics[name]), 4)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
+            if not sys.stdout.isatty():
+                print(epoch_line(row, self.clock.epochs), flush=True)
+        due = module.is_last_epoch() or time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        if trainer.strategy.broadcast(due):
+            self.save_checkpoint(trainer)
+
+    def save_checkpoint(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt whole. All processes take part, the first one writes."""
+        if trainer.is_global_zero:
+            write_file(self.out / "last.ckpt", trainer.save_checkpoint)
+        else:
+            trainer.save_checkpoint(self.out / "last.ckpt")
+        self.saved = time.monotonic()
+
+    def find_checkpoint(self, wanted: str, defaults: dict[str, Any]) -> None:
+        """Take over the state that `wanted` (--resume) means, if any; see `resume.decide`."""
+        if self.root.is_dir() and rank_zero_only.rank == 0:
+            resume.lock_folder(self.root)
+        decision = resume.decide(self.identity, wanted, self.out, self.root, defaults)
+        self.checkpoint, self.reasons = decision.checkpoint, decision.reasons
+        if self.checkpoint:
+            self.load_state_dict(decision.state)
+            model = self.checkpoint.with_name("model.pt")  # may be newer than the checkpoint
+            content = read_checkpoint(model, "--resume") if model.exists() else {}
+            reached = content.get("metrics", {}).get("epoch", {}).get("MaxF", -1.0)
+            self.best = max(decision.state["best"] if content else -1.0, reached)
+
+    def prepare_out(self) -> None:
+        """Make the folder; an earlier run in it that is not resumed is renamed, never overwritten.
+
+        Brings along the model of a run that is resumed from elsewhere.
+        """
+        first = rank_zero_only.rank == 0
+        if self.reasons and first:
+            title = "RESUMING" if self.checkpoint else "STARTING OVER"
+            resume.keep_earlier(self.root, self.out, title, self.reasons)
+        writable_folder(self.out)
+        if first:
+            resume.lock_folder(self.root)
+        if self.checkpoint and self.checkpoint.parent.resolve() != self.out.resolve():
+            model = self.checkpoint.with_name("model.pt")
+            if model.exists():
+                write_file(self.out / "model.pt", model.read_bytes())
+
+    def nothing_to_train(self) -> str:
+        """A message where the run that is resumed has used up its epochs or minutes, else ""."""
+        if not (self.clock.finished(len(self.rows)) and (self.out / "model.pt").exists()):
+            return ""
+        remedy = "for more raise --epochs or --max_minutes, to start over --resume none"
+        return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}"
+
+    def restart(self) -> Path | None:
+        """After memory ran out: the run's own last.ckpt, if there is one by now."""
+        path = self.out / "last.ckpt"
+        if not path.exists():
+            return None
+        self.clock.started = time.monotonic()  # the checkpoint knows the seconds before it
+        return path
+
+
+def exported_epoch(rows: list[dict[str, float]]) -> int:
+    """The epoch whose weights are in model.pt, by the rule of `FALL_BACK`."""
+    table = pd.DataFrame(rows)
+    return int(table[table.MaxF > table.MaxF.cummax() - FALL_BACK].epoch.iloc[-1])
+
+
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    """One epoch in a line, for output into a file."""
+    total = f" of {epochs}" if epochs else ""
+    losses = f"loss {row['train_loss']:.4f} · validation loss {row['val_loss']:.4f}"
+    scores = f"MaxF {row['MaxF']:.2f} % · IoU {row['IoU50']:.2f} %"
+    return f"epoch {row['epoch']}{total} · {row['seconds']:.0f} s · {losses} · {scores}"
+
+
+class BatchNormReestimation(pl.Callback):
+    """Before each validation: BatchNorm of the EMA weights from 32 training images at once.
+
+    Four times 32 in the last epoch; see `model.reestimate_batch_norm`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        reestimate_batch_norm(module.ema, self.batches(trainer, module))
+
+    def batches(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[torch.Tensor]:
+        """Images (N, 3, H, W) as the network gets them in training."""
+        loader = trainer.train_dataloader
+        count = 128 if module.is_last_epoch() else 32
+        order = np.random.default_rng(self.seed).permutation(len(loader.dataset))
+        chosen = order[:count].tolist()
+        parts = -(-len(chosen) * trainer.accumulate_grad_batches // 32)
+        for part in np.array_split(chosen, max(1, min(len(chosen) // 2, parts))):
+            batch = loader.collate_fn([loader.dataset[index] for index in part])
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            with trainer.precision_plugin.val_step_context():
+                yield module.resized(batch)[0]
+
+
+class EpochBar(TQDMProgressBar):
+    """Lightning's progress bar, one line per epoch; the short validation has none of its own."""
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+
+def progress_bar() -> list[pl.Callback]:
+    """A bar on a terminal; output into a file gets one line per epoch instead."""
+    return [EpochBar(leave=True)] if sys.stdout.isatty() else []
+
+
+# --------------------------------------------------------------------------------------------------
+#  Interruption, and memory that runs out
+# --------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Leave the block on Ctrl-C and SIGTERM; a second one ends the process at once.
+
+    Yields a list that holds the signal's number afterwards.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        came.append(number)
+        raise Interrupted
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield came
+    except Interrupted:
+        print("\ninterrupted: exports what was reached; the same command resumes", flush=True)
+    finally:
+        for number in set(numbers) - set(came):
+            signal.signal(number, handlers[number])
+
+
+def with_gradient_accumulation(fit: Callable[[int], Any], batch_size: int, device: str) -> Any:
+    """Call fit(1); where the device's memory runs out fit(2), fit(4), ... parts of a batch.
+
+    Returns what `fit` returns. Raises UserError where memory cannot hold one image.
+    """
+    parts = 1
+    while parts <= batch_size:
+        try:
+            return fit(parts)
+        except torch.OutOfMemoryError:
+            parts *= 2
+        except RuntimeError as error:
+            if "bus error" in str(error).lower():  # of a loader's worker
+                raise UserError("shared memory ran out; take --workers 0") from None
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        words = f"batches of {batch_size} with gradient accumulation over {parts} parts"
+        print(f"out of memory: continues with {words}", flush=True)
+    remedy = "take smaller --height and --width, or a smaller --encoder"
+    raise UserError(f"the {device}'s memory cannot hold one image; {remedy}")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Trainer: processes, learning-rate finder
+# --------------------------------------------------------------------------------------------------
+
+
+def cluster() -> TorchElasticEnvironment | None:
+    """torchrun's environment where it started this process, also below SLURM."""
+    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None
+
+
+def count_processes(devices: int) -> tuple[int, int]:
+    """How many processes train together, in all and on this host: torchrun's, else `devices`."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    return devices, devices
+
+
+def available(wanted: int, device: str) -> int:
+    """As many GPUs as there are, at most."""
+    count = torch.cuda.device_count() if device == "cuda" else wanted
+    if wanted > count:
+        print(f"--devices {wanted}: there is only {count}, which is used", flush=True)
+    return min(wanted, count)
+
+
+def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:
+    """Lightning's learning-rate finder: 50 steps in a Trainer of its own. Raises UserError.
+
+    In the training's own Trainer a short run would end before the finder does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(max_epochs=-1, limit_val_batches=0, default_root_dir=folder)
+        options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
+        finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
+    lr = finder.suggestion()
+    if lr is None:
+        raise UserError("--lr auto: found none, the loss left the numbers; give --lr 5e-4")
+    print(f"--lr auto: chose {lr:.2e} after {len(finder.results['lr'])} steps")
+    return lr

@@ -1,0 +1,400 @@
+"""From a folder to a table of samples: layouts, a scan of all masks, folds, the order of training.
+
+A new layout is one function and one entry in `LAYOUTS`.
+"""
+
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import images
+import kitti
+import rle
+from images import Collection, MaskFile
+from utils import UserError, closest, first_five, reason_of
+
+DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
+BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
+
+# --------------------------------------------------------------------------------------------------
+#  Layouts: each function recognises a folder, or returns None
+# --------------------------------------------------------------------------------------------------
+
+
+def mask_place(folder: Path, masks: str, training: bool) -> Path | None:
+    """The folder of masks, or the csv, that belongs to a folder of images. Raises UserError."""
+    parent = folder.parent
+    if masks != "auto":
+        named = (Path(masks), parent / masks, parent.parent / masks)
+        place = next((path for path in named if path.exists()), None)
+        if not place:
+            raise UserError(f"--masks {masks}: not found; name a folder of masks or a csv of RLE")
+        return place
+    if folder.name in ("test", "test_images") or (folder.name, parent.name) == ("images", "test"):
+        return None
+    roots = [folder, parent, parent.parent][: 3 if folder.name == "images" else 2]
+    for root in roots:
+        if (root / "train.csv").is_file() and rle.mask_columns(root / "train.csv"):
+            return root / "train.csv"
+    usual = (parent / "masks", parent / "train_masks", folder / "masks")
+    places = [place for place in usual if images.list_images(place)]
+    if not places:
+        tables = [path for root in roots for path in sorted(root.glob("*.csv"))]
+        places = [path for path in tables if rle.mask_columns(path)]
+    if len(places) > 1 and training:
+        both = " and ".join(map(str, places))
+        raise UserError(f"--data: {both} hold masks; choose one with --masks")
+    return places[0] if places else None
+
+
+def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+    """A folder of images with a csv of RLE, one row per image or per object."""
+    folder = images.image_folder(root, training)
+    place = mask_place(folder, masks, training) if folder else None
+    if not place or place.suffix.lower() != ".csv":
+        return None
+    paths = images.list_images(folder)
+    found, fields = rle.read_masks(place, set(paths))
+    samples = table(paths, found).assign(fields=[fields.get(stem) for stem in paths])
+    return Collection("csv of RLE masks", samples)
+
+
+def mask_folder(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+    """A folder of images and a folder of masks with the same names."""
+    folder = images.image_folder(root, training)
+    place = mask_place(folder, masks, training) if folder else None
+    if not place or not place.is_dir():
+        return None
+    found = {stem: MaskFile(path) for stem, path in images.list_images(place).items()}
+    return Collection("one mask file per image", table(images.list_images(folder), found))
+
+
+def images_alone(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+    """Images without masks, to predict: a folder, or one file."""
+    if root.is_file() and root.suffix.lower() in images.IMAGE_SUFFIXES:
+        return Collection("one image", table({root.stem: root}, {}))
+    folder = images.image_folder(root, training)
+    return (
+        Collection("images without masks", table(images.list_images(folder), {}))
+        if folder
+        else None
+    )
+
+
+def table(paths: dict[str, Path], masks: dict[str, Any]) -> pd.DataFrame:
+    """The samples of a layout; both by the image's stem."""
+    samples = pd.DataFrame({"id": list(paths), "image": list(paths.values())})
+    return samples.assign(mask=[masks.get(stem) for stem in paths])
+
+
+LAYOUTS = [kitti.kitti_road, csv_of_masks, mask_folder, images_alone]
+
+# --------------------------------------------------------------------------------------------------
+#  The samples table
+# --------------------------------------------------------------------------------------------------
+
+
+def find_root(data: str, target: str, training: bool) -> Path:
+    """The folder or file meant by --data. "auto": where the first layout finds its own.
+
+    Looks below /kaggle/input, then ../input, then asks kagglehub. Raises UserError.
+    """
+    if data != "auto":
+        if not Path(data).exists():
+            raise UserError(f"--data {data}: not found; name a folder of images, an image, or auto")
+        return Path(os.path.abspath(data))  # not resolved: a link may have another name
+    root = find_attached(target, training) or download_default()
+    print(f"--data auto: {root}")
+    return root
+
+
+def find_attached(target: str, training: bool) -> Path | None:
+    """The first folder below Kaggle's mounts that the first layout recognises."""
+    for mount in ("/kaggle/input", "../input"):
+        for folder, below, _ in os.walk(mount, followlinks=True):
+            below.sort()
+            if LAYOUTS[0](Path(folder), "auto", target, training):
+                return Path(folder)
+    return None
+
+
+def download_default() -> Path:
+    """Fetch the default dataset with kagglehub. Raises UserError where that is impossible."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):  # here kagglehub waits forever
+        reason = "no KITTI Road in the notebook's input"
+        raise UserError(f"--data auto: {reason}; add {DEFAULT_DATASET}, or name a folder")
+    try:
+        import kagglehub  # here: nothing else needs it
+
+        return Path(kagglehub.dataset_download(DEFAULT_DATASET))
+    except Exception as error:  # whatever kagglehub or the network raise
+        reason = f"not attached, and {DEFAULT_DATASET} cannot be fetched ({reason_of(error)})"
+        raise UserError(f"--data auto: {reason}; download it and give its folder") from None
+
+
+def find_samples(
+    data: str, masks: str = "auto", target: str = "road", training: bool = False
+) -> Collection:
+    """Understand a folder by the first layout that recognises it.
+
+    The samples table has a row for each image, with the columns `id` (names the outputs), `image`
+    (path), `mask` (None or an object with `read(size)`), `category` (a group that is scored by
+    itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None).
+    With `training` every image has a mask. Raises UserError.
+    """
+    root = find_root(data, target, training)
+    if root.is_file() and (training or root.suffix.lower() not in images.IMAGE_SUFFIXES):
+        kinds = f"a folder, a video or an image ({', '.join(images.IMAGE_SUFFIXES)})"
+        wanted = "a folder of images with masks" if training else kinds
+        raise UserError(f"--data {data}: is a file; name {wanted}")
+    layouts = (layout(root, masks, target, training) for layout in LAYOUTS)
+    collection = next((found for found in layouts if found), None)
+    if not collection:
+        expected = "training/image_2 and training/gt_image_2 (KITTI), images and masks, or train"
+        raise UserError(f"--data {data}: no images in it; expected {expected} and train.csv")
+    samples = collection.samples
+    for column, default in (("category", ""), ("views", ()), ("fields", None)):
+        if column not in samples:
+            samples[column] = [default] * len(samples)
+    if training:
+        check_pairs(samples, data, target)
+    elif root.is_dir() and "test" in str(Path(samples.image[0]).parent.relative_to(root)):
+        hint = "to score images with a ground truth, name their folder"
+        print(f"--data {data}: predicts {Path(samples.image[0]).parent}; {hint}")
+    return collection
+
+
+def check_pairs(samples: pd.DataFrame, data: str, target: str) -> None:
+    """Raise UserError where an image has no mask or there are too few pairs to train."""
+    if target != "road" and not samples.category.str.endswith(target).any():
+        reason = "not in the KITTI layout, which alone has lanes; leave the flag out"
+        raise UserError(f"--target {target}: {data} is {reason}")
+    alone = [path.name for path in samples.image[samples["mask"].isna()]]
+    pairs = f"{len(samples) - len(alone)} pairs"
+    if alone:
+        count = f"{len(alone)} of {len(samples)} images have no mask ({pairs} are complete)"
+        remedy = "add the masks, name them with --masks, or move away"
+        raise UserError(f"--data {data}: {count}; {remedy}: {first_five(alone)}")
+    if len(samples) < 2:
+        raise UserError(f"--data {data}: {pairs}; at least 2 are needed, to train and to validate")
+
+
+def in_parallel(function: Callable, samples: pd.DataFrame) -> list[Any]:
+    """Call the function for each row of the samples in threads; the results in order."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, samples.itertuples()))
+
+
+def scan_dataset(samples: pd.DataFrame) -> pd.DataFrame:
+    """Read image headers and masks: the samples with more columns.
+
+    `height`, `width` of the image; `share` of foreground, 0..1; `above`, how much of the height is
+    above the foreground, 0..1 (1 for an empty mask); `digest` of the mask's pixels. A pair that
+    cannot be read is 1x1 and empty here; `decode_samples` names it.
+    """
+
+    def scan(sample: Any) -> dict[str, Any]:
+        try:
+            height, width = images.image_size(sample.image)
+            mask = sample.mask.read((height, width))
+        except UserError:
+            return {"height": 1, "width": 1, "share": 0.0, "above": 1.0, "digest": 0}
+        rows = (mask == 1).any(1)
+        return {
+            "height": height,
+            "width": width,
+            "share": float((mask == 1).mean()),
+            "above": float(rows.argmax() / height) if rows.any() else 1.0,
+            "digest": zlib.crc32(mask.tobytes()),
+        }
+
+    return samples.join(pd.DataFrame(in_parallel(scan, samples), index=samples.index))
+
+
+def describe(collection: Collection, samples: pd.DataFrame) -> str:
+    """What was understood, in one line for people. `samples`: from `scan_dataset`."""
+    sizes = sorted(zip(samples.height, samples.width, strict=True))
+    smallest, largest = (f"{width}x{height}" for height, width in (sizes[0], sizes[-1]))
+    share, empty = 100 * samples.share.mean(), 100 * (samples.share == 0).mean()
+    return (
+        f"data: {collection.name} · {len(samples)} pairs · {smallest} to {largest} · "
+        f"{share:.1f} % foreground · {empty:.0f} % of the masks empty"
+    )
+
+
+def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The image (h, w, 3) uint8 and its mask (h, w) uint8. Raises UserError."""
+    image = images.read_image(sample.image)
+    return image, sample.mask.read(image.shape[:2])
+
+
+def decode_samples(samples: pd.DataFrame, config: Any, memory: int) -> list:
+    """Decode every pair once, to check it: what `images.prepare_pair` makes of each.
+
+    `config`: a ModelConfig. None for each where all pairs take more than so many bytes of memory.
+    Raises one UserError that names the bad files.
+    """
+    pixels = (samples.height * samples.width).sum()
+    pixels = pixels if config.tiles else len(samples) * config.height * config.width
+
+    def decode(sample: Any) -> Any:
+        try:
+            pair = read_sample(sample)
+            for view in sample.views:
+                view.check()
+        except UserError as error:
+            return error
+        return images.prepare_pair(*pair, config) if 4 * pixels < memory else None
+
+    pairs = in_parallel(decode, samples)
+    bad = [pair for pair in pairs if isinstance(pair, UserError)]
+    if bad:
+        count = f"{len(bad)} of {len(samples)} pairs cannot be used"
+        raise UserError(f"--data: {count}: {first_five(bad, ' | ')}")
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------
+#  Folds, and the order of training
+# --------------------------------------------------------------------------------------------------
+
+
+def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") -> np.ndarray:
+    """Split the samples of `scan_dataset` into folds; what belongs together stays in one.
+
+    Together stay equal values of the csv's column `group`, otherwise `BLOCK` consecutive frames.
+    Stratified by category, or where there is none by the foreground's share: empty, little, more,
+    much. Returns int (n,), each sample's fold. Few samples make fewer folds, at least two.
+    """
+    sizes = samples.category.value_counts()
+    groups = columns_of(samples, group) if group else frame_blocks(samples, sizes.min() // folds)
+    count = max(2, min(folds, len(set(groups)), sizes.max()))
+    strata = samples.category
+    if not strata.any():
+        thirds = samples.share.rank(pct=True).mul(3).round()
+        strata = pd.Series(np.where(samples.share > 0, thirds, -1))
+    if strata.value_counts().max() < count:  # a handful of images
+        strata = pd.Series(0, samples.index)
+    fold = np.zeros(len(samples), int)
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
+        for number, (_, part) in enumerate(splitter.split(samples, strata, groups)):
+            fold[part] = number
+    return fold
+
+
+def frame_blocks(samples: pd.DataFrame, most: int) -> list[str]:
+    """Names of blocks of consecutive numbers, at most `most` and `BLOCK` long."""
+    names = [re.fullmatch(r"(.*?)(\d*)", name, re.DOTALL) for name in samples.id]
+    return [f"{name[1]}{int(name[2] or 0) // max(1, min(BLOCK, most))}" for name in names]
+
+
+def columns_of(samples: pd.DataFrame, column: str) -> list[str]:
+    """A column of the csv, for each sample; the id where it has no row. Raises UserError."""
+    header = next((list(fields) for fields in samples.fields if fields), [])
+    if column not in header:
+        raise UserError(f"--group {column}: no such column{closest(column, header)}")
+    pairs = zip(samples.fields, samples.id, strict=True)
+    return [fields[column] if fields else name for fields, name in pairs]
+
+
+def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
+    """The folds to train: one, or all. Raises UserError for one that there is not."""
+    folds = sorted(set(samples.fold))
+    if fold != "all" and fold not in folds:
+        made = f"the {len(samples)} pairs make folds 0 to {folds[-1]}"
+        raise UserError(f"--fold {fold}: {made}, or all")
+    return folds if fold == "all" else [fold]
+
+
+def describe_folds(samples: pd.DataFrame, fold: int) -> str:
+    """How many pairs train and validate, in a line for people."""
+    count = int((samples.fold == fold).sum())
+    return f"fold {fold}: {len(samples) - count} pairs to train and {count} to validate on"
+
+
+class Cached(Dataset):
+    """A dataset whose items are always the same, kept in memory up to so many bytes."""
+
+    def __init__(self, dataset: Dataset, limit: int) -> None:
+        self.dataset, self.free = dataset, limit
+        self.items: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.items:
+            return self.items[index]
+        item = self.dataset[index]
+        self.free -= sum(value.nbytes for value in item.values() if hasattr(value, "nbytes"))
+        if self.free > 0:
+            self.items[index] = item
+        return item
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the tensors; names and ground truths, which have their own sizes, stay in lists."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()}
+
+
+def make_loader(
+    dataset: Dataset, shuffle: bool, batch_size: int, workers: int, processes: int, seed: int
+) -> DataLoader:
+    """A loader of this process's items; shuffled it drops the last, smaller batch."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=ShardedSampler(dataset, processes, seed, shuffle),
+        drop_last=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate,
+    )
+
+
+class ShardedSampler(Sampler):
+    """This process's items, in an order that follows from seed and epoch alone.
+
+    So a resumed run draws what the whole one would have drawn. torch's DistributedSampler would
+    repeat items, and so count validation images twice.
+    """
+
+    def __init__(self, dataset: Any, processes: int, seed: int, shuffle: bool) -> None:
+        self.dataset, self.processes = dataset, processes
+        self.seed, self.shuffle = seed, shuffle
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it. The dataset's `epoch` is a shared tensor, which its workers see."""
+        if self.shuffle:
+            self.dataset.epoch.fill_(epoch)
+
+    def items(self) -> list[int]:
+        """The items of this process."""
+        order = np.arange(len(self.dataset))
+        if self.shuffle:  # every process gets as many, or one would wait for the others
+            epoch = int(self.dataset.epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            order = order[: len(order) // self.processes * self.processes]
+        rank = torch.distributed.get_rank() if self.processes > 1 else 0
+        return order[rank :: self.processes].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items())
+
+    def __len__(self) -> int:
+        return len(self.items())

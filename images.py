@@ -1,0 +1,294 @@
+"""Images and masks: read, write, resize, cut into tiles, to the network's input and back."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from model import ModelConfig
+from utils import UserError, check_file, reason_of, write_file
+
+IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
+TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
+MARKER = ".written_by_segmentation_kit"  # in every --out
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others, such as EPS, could run a program
+
+warnings.filterwarnings("ignore", module="PIL")  # large images, damaged EXIF: reading decides
+
+
+def strict_augmentation(augmentation: Callable, config: Any) -> Any:
+    """Call `augmentation(config)`. Raises UserError for an argument that albumentations lacks.
+
+    albumentations itself only warns, and takes the default. Not for threads: filters are global.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not valid for transform")
+        try:
+            return augmentation(config)
+        except UserWarning as warning:
+            raise UserError(f"augmentation in train.py: {reason_of(warning)}") from None
+
+
+class Collection(NamedTuple):
+    """A folder of images as a layout understood it."""
+
+    name: str  # of the layout, for people
+    samples: pd.DataFrame  # a row for each image, see `data.find_samples`
+    top: float = 0.0  # default of --top
+    metric: str = "dice"  # default of --metric
+
+
+# --------------------------------------------------------------------------------------------------
+#  Read
+# --------------------------------------------------------------------------------------------------
+
+
+def list_images(folder: Path) -> dict[str, Path]:
+    """{stem: path} of the images in a folder, sorted. Raises UserError where two share a stem.
+
+    What the kit has written is no data: a folder with, or next to, its `MARKER` counts as empty.
+    """
+    found: dict[str, Path] = {}
+    own = (folder / MARKER).exists() or (folder.parent / MARKER).exists()
+    for path in sorted(folder.iterdir()) if folder.is_dir() and not own else ():
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            if path.stem in found:
+                both = f"{found[path.stem].name} and {path.name}"
+                raise UserError(f"{folder}: {both} share a name; rename one of them")
+            found[path.stem] = path
+    return found
+
+
+def image_folder(root: Path, training: bool) -> Path | None:
+    """The folder of images in `root`; test images first where they are not for training."""
+    names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
+    return next((root / name for name in names if list_images(root / name)), None)
+
+
+def open_header(path: str | Path) -> Image.Image:
+    """Open an image without decoding it. Raises UserError."""
+    try:
+        check_file(path)
+        return Image.open(path, formats=IMAGE_FORMATS)
+    except Exception as error:  # Pillow raises anything on a damaged file
+        raise unreadable(path, error) from None
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode an image as a whole and turn it upright (EXIF). Raises UserError.
+
+    Pillow, not OpenCV: it refuses what is cut off or damaged, and reads palettes.
+    """
+    image = open_header(path)
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except Exception as error:  # Pillow raises anything on a damaged file
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str | Path, error: Exception) -> UserError:
+    """The message for a file that is no image."""
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    reason = "not an image" if unknown else reason_of(error)
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        reason = "empty file"
+    return UserError(f"{path}: {reason}; replace the file or move it away")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image once it is upright, from its header. Raises UserError."""
+    with open_header(path) as image:
+        try:
+            turned = image.getexif().get(0x0112, 1) > 4  # EXIF: the camera was held upright
+        except Exception as error:  # Pillow raises anything on damaged EXIF
+            raise unreadable(path, error) from None
+        return image.size if turned else image.size[::-1]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image as (h, w, 3) uint8 RGB: also grey, palette, alpha, 16-bit and turned ones.
+
+    Raises UserError where it is damaged, empty, over 179 million pixels, or no image.
+    """
+    image = open_image(path)
+    if image.mode in ("I", "F", "I;16", "I;16B"):
+        values = np.asarray(image)
+        if values.dtype == np.float32 or values.min() < 0 or values.max() > 65535:
+            remedy = "save it with 8 or 16 bits per channel"
+            raise UserError(f"{path}: grey values outside 0 to 65535; {remedy}")
+        return cv2.cvtColor((values // 257).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+    return np.asarray(image.convert("RGB"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskFile:
+    """A mask in a file of 0 and 1, or of 0 and its type's largest value."""
+
+    path: Path
+
+    def read(self, size: tuple[int, int]) -> np.ndarray:
+        """(h, w) uint8: 1 foreground, 0 background, 255 ignored. `size`: its image's (h, w).
+
+        255 next to 1 is ignored; JPEG's noise is cut at half. Raises UserError for other values.
+        """
+        values = np.asarray(open_mask(self.path, size))
+        if values.ndim == 3:
+            grey = values[..., :1]
+            if values.shape[2] > 2 and (values[..., :3] != grey).any():
+                wanted = "expected one channel of 0 and 1, or 0 and 255"
+                raise UserError(f"{self.path}: a coloured mask; {wanted}")
+            values = grey[..., 0]
+        if {1, IGNORE} <= set(np.unique(values).tolist()) <= {0, 1, IGNORE}:
+            return values.astype(np.uint8)
+        full = {"bool": 1, "uint8": 255}.get(values.dtype.name, 65535)
+        if 1 < values.max() <= full // 2:
+            wanted = f"expected 0 and 1, or 0 and {full}"
+            raise UserError(f"{self.path}: mask values up to {values.max()}; {wanted}")
+        return (values > (full // 2 if values.max() > 1 else 0)).astype(np.uint8)
+
+
+def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Decode a mask file. Raises UserError, also where it does not have its image's (h, w)."""
+    image = open_image(path)
+    if image.size != size[::-1]:
+        mask, own = ("x".join(map(str, s)) for s in (image.size, size[::-1]))
+        raise UserError(f"{path}: is {mask}, but its image is {own}; replace one of them")
+    return image
+
+
+# --------------------------------------------------------------------------------------------------
+#  From pixels to the network, and back
+# --------------------------------------------------------------------------------------------------
+
+
+def preprocess(image: np.ndarray, config: ModelConfig) -> torch.Tensor:
+    """(h, w, 3) uint8 RGB to (3, height, width) uint8, which `normalise` takes on the device."""
+    return to_tensor(resize_image(image, config))
+
+
+def prepare_pair(
+    image: np.ndarray, mask: np.ndarray, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask at the network's size; for tiles as they are, to be cut later."""
+    if config.tiles:
+        return image, mask
+    return resize_image(image, config), resize_mask(mask, config)
+
+
+def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Cut off the top and resize the rest: (h, w, 3) to (height, width, 3) uint8."""
+    image = image[round(config.top * image.shape[0]) :]
+    smaller = image.shape[0] > config.height and image.shape[1] > config.width
+    method = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR  # area: thin lines stay
+    return cv2.resize(image, (config.width, config.height), interpolation=method)
+
+
+def resize_mask(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The same for a mask, by the nearest pixel: (h, w) to (height, width) uint8."""
+    mask = mask[round(config.top * mask.shape[0]) :]
+    size = (config.width, config.height)
+    return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(h, w, 3) uint8 to (3, h, w) uint8."""
+    return torch.from_numpy(np.array(cv2.split(pixels)))
+
+
+def normalise(images: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """(N, 3, h, w) of 0..255 to float32, channels_last, (x - mean) / std, on the same device."""
+    mean = 255 * torch.tensor(config.mean, device=images.device)[:, None, None]
+    std = 255 * torch.tensor(config.std, device=images.device)[:, None, None]
+    return (images.to(memory_format=torch.channels_last) - mean) / std
+
+
+def restore(
+    probabilities: torch.Tensor, size: tuple[int, int], config: ModelConfig
+) -> torch.Tensor:
+    """(height, width) float32 probabilities to the image's own (h, w), interpolated linearly.
+
+    The part that was cut off at the top is 0.
+    """
+    assert probabilities.shape == (config.height, config.width), probabilities.shape
+    top = round(config.top * size[0])
+    seen = F.interpolate(probabilities[None, None], (size[0] - top, size[1]), mode="bilinear")
+    return F.pad(seen[0, 0], (0, 0, top, 0))
+
+
+# --------------------------------------------------------------------------------------------------
+#  Tiles
+# --------------------------------------------------------------------------------------------------
+
+
+def tile_corners(
+    size: Iterable[int], config: ModelConfig, overlap: float = 0.0
+) -> list[tuple[int, int]]:
+    """The upper left corners (y, x) of the tiles that cover an image of `size` (h, w)."""
+    starts = []
+    for whole, tile in zip(size, (config.height, config.width), strict=True):
+        count = max(1, -int(-(whole - overlap * tile) // (tile * (1 - overlap))))
+        places = np.linspace(0, max(0, whole - tile), count).round().astype(int)
+        starts.append(places.tolist())
+    return [(y, x) for y in starts[0] for x in starts[1]]
+
+
+def cut_tile(
+    pixels: np.ndarray, corner: tuple[int, int], config: ModelConfig, outside: int | None = None
+) -> np.ndarray:
+    """The tile at a corner, (height, width, ...). Outside the image: its edge, or a value."""
+    y, x = corner
+    tile = pixels[y : y + config.height, x : x + config.width]
+    below, right = config.height - tile.shape[0], config.width - tile.shape[1]
+    if not (below or right):
+        return tile
+    border = cv2.BORDER_REPLICATE if outside is None else cv2.BORDER_CONSTANT
+    return cv2.copyMakeBorder(tile, 0, below, 0, right, border, value=outside)
+
+
+def item_places(
+    samples: pd.DataFrame, config: ModelConfig
+) -> list[tuple[int, tuple[int, int] | None]]:
+    """The items of a dataset: an image each, or with tiles an image and a corner (y, x) each."""
+    if not config.tiles:
+        return [(index, None) for index in range(len(samples))]
+    places = []
+    for index, size in enumerate(zip(samples.height, samples.width, strict=True)):
+        places += [(index, corner) for corner in tile_corners(size, config)]
+    return places
+
+
+# --------------------------------------------------------------------------------------------------
+#  Write
+# --------------------------------------------------------------------------------------------------
+
+
+def encode_image(pixels: np.ndarray, suffix: str) -> bytes:
+    """(h, w) or (h, w, 3) RGB uint8 as the bytes of a PNG or JPEG."""
+    bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else []
+    done, content = cv2.imencode(suffix, bgr, options)
+    assert done, suffix
+    return content.tobytes()
+
+
+def decode_image(content: bytes) -> np.ndarray:
+    """The (h, w) uint8 of a grey image from `encode_image`."""
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """Write (h, w) or (h, w, 3) RGB uint8 as PNG or JPEG, by the suffix, whole or not at all."""
+    write_file(path, encode_image(pixels, path.suffix))

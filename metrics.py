@@ -1,0 +1,277 @@
+"""From pixel counts to the KITTI Road measures, the choice of thresholds, one evaluation for all.
+
+Measures: Fritsch, Kuehnl, Geiger, ITSC 2013. Pixel counts are pooled over images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from images import IGNORE, decode_image, read_image, write_image
+from utils import write_file
+from visualize import comparison, draw_pr_curves, stack
+
+# --------------------------------------------------------------------------------------------------
+#  Measures
+# --------------------------------------------------------------------------------------------------
+
+
+def pixel_counts(
+    probability: np.ndarray | torch.Tensor, ground_truth: np.ndarray | torch.Tensor
+) -> torch.Tensor:
+    """Count pixels by ground truth and probability: int64 (2, 256), row 1 is foreground.
+
+    `probability` (h, w) uint8, `ground_truth` (h, w) uint8 of 0, 1 and 255 (ignored). Every measure
+    follows from these counts and their sums. torchmetrics would loop over the 256 thresholds.
+    """
+    truth = torch.as_tensor(ground_truth, dtype=torch.int64)
+    cells = truth << 8 | torch.as_tensor(probability, dtype=torch.int64)
+    return torch.bincount(cells.flatten(), minlength=512)[:512].reshape(2, 256)
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b; 0 / 0 is 0."""
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+
+
+def at_thresholds(counts: np.ndarray) -> np.ndarray:
+    """Counts (..., 2, 256) to false and true positives at each threshold, float (..., 2, 256)."""
+    return counts[..., ::-1].cumsum(-1)[..., ::-1].astype(float)
+
+
+def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall at the thresholds that find any foreground, float (n,) each."""
+    fp, tp = at_thresholds(counts)
+    return ratio(tp, tp + fp)[tp > 0], ratio(tp, tp[:1])[tp > 0]
+
+
+def scores(counts: np.ndarray) -> dict[str, float]:
+    """The measures in percent, from (2, 256) counts.
+
+    A pixel is foreground at the threshold t/255 when its 8-bit probability is at least t. MaxF is
+    the largest F1; PRE, REC, FPR, FNR, IoU, F1 and "threshold" (0..1, the lowest of equals) belong
+    to it. AP is the 11-point Pascal VOC average precision, IoU50 is the IoU at 0.5. Without any
+    foreground MaxF is 0 and the threshold 0.5.
+    """
+    fp, tp = at_thresholds(counts)
+    fn = tp[0] - tp
+    precision, recall = ratio(tp, tp + fp), ratio(tp, tp[:1])
+    f1, iou = ratio(2 * tp, 2 * tp + fp + fn), ratio(tp, tp + fp + fn)
+    best = int(f1.argmax()) if f1.any() else 128
+    levels = np.arange(0, 1.1, 0.1)
+    reached = [precision[(recall >= level) & (tp > 0)].max(initial=0) for level in levels]
+    measures = {
+        "MaxF": f1[best],
+        "AP": np.mean(reached),
+        "PRE": precision[best],
+        "REC": recall[best],
+        "FPR": ratio(fp, fp[:1])[best],
+        "FNR": 1 - recall[best] if tp[0] else 0.0,
+        "IoU": iou[best],
+        "F1": f1[best],
+        "IoU50": iou[128],
+    }
+    percent = {name: round(100 * float(value), 4) for name, value in measures.items()}
+    return percent | {"threshold": best / 255}
+
+
+def mask_scores(mask: np.ndarray, ground_truth: np.ndarray) -> tuple[float, float]:
+    """(Dice, IoU) of a mask, bool (h, w), 0..1, without ignored pixels; 1 where both are empty."""
+    truth = ground_truth == 1
+    both = int((mask & truth).sum())
+    union = int(((mask & (ground_truth != IGNORE)) | truth).sum())
+    return (2 * both / (both + union), both / union) if union else (1.0, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Choice of threshold and minimum component area
+# --------------------------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """One validation image, predicted by a model that was not trained on it."""
+
+    sample: Any
+    png: bytes  # its probability: many images fit into memory
+
+    @property
+    def probability(self) -> np.ndarray:
+        """(h, w) uint8."""
+        return decode_image(self.png)
+
+    @property
+    def ground_truth(self) -> np.ndarray:
+        """(h, w) uint8 of 0, 1 and 255."""
+        return self.sample.mask.read(self.probability.shape)
+
+
+def tune(
+    predictions: list[Prediction], metric: str, min_pixels: int, postprocess: Callable
+) -> tuple[float, int]:
+    """The threshold, and the minimum component area, that serve a metric best.
+
+    `min_pixels`: fixed, or -1 to choose it too (not for maxf). `postprocess`: that of predict.py.
+    """
+    counts = [pixel_counts(p.probability, p.ground_truth).numpy() for p in predictions]
+    threshold = choose_threshold(scores_by_threshold(counts, metric))
+    if metric == "maxf" or min_pixels >= 0:
+        return threshold, max(0, min_pixels)
+    area = np.median([int(pixels.sum()) for pixels in counts])
+    sizes = [int(area * part) for part in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
+    values = np.zeros((len(predictions), len(sizes)))
+    for row, prediction in enumerate(predictions):
+        probability, truth = prediction.probability, prediction.ground_truth
+        for column, size in enumerate(sizes):
+            dice, iou = mask_scores(postprocess(probability, threshold, size), truth)
+            values[row, column] = iou if metric == "iou" else dice
+    return threshold, sizes[int(values.mean(0).argmax())]
+
+
+def write_validation(
+    out: Path,
+    predictions: list[Prediction],
+    threshold: float,
+    min_pixels: int,
+    postprocess: Callable,
+    title: str = "validation",
+) -> dict[str, Any]:
+    """Write metrics.json, pr_curve.png and validation.jpg; returns the report."""
+    evaluation = Evaluation()
+    for prediction in predictions:
+        probability = prediction.probability
+        mask = postprocess(probability, threshold, min_pixels)
+        evaluation.add(prediction.sample, probability, mask, prediction.ground_truth)
+    ious = [iou for _, iou in evaluation.masks]
+    order = np.argsort(ious, kind="stable")
+    rows = []
+    for name, index in zip(
+        ("worst", "median", "best"), order[[0, len(order) // 2, -1]], strict=True
+    ):
+        sample, truth = predictions[index].sample, predictions[index].ground_truth
+        mask = postprocess(predictions[index].probability, threshold, min_pixels)
+        words = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
+        rows.append(comparison(read_image(sample.image), truth, mask, words))
+    write_image(out / "validation.jpg", stack(rows))
+    tuned = f"threshold {threshold:.3f}, components from {min_pixels} pixels on"
+    print(f"{title}: {evaluation.summary()}, {tuned}")
+    return evaluation.write(out, threshold)
+
+
+def scores_by_threshold(counts: list[np.ndarray], metric: str) -> np.ndarray:
+    """A metric of each of n images at each of the 256 thresholds, (n, 256), 0..1.
+
+    "dice" and "iou" are the image's own; without foreground 1 where none is found, else 0. "maxf"
+    is the pooled F1 plus the image's part in it, to first order: the mean over images is the pooled
+    F1, their spread its error.
+    """
+    fp, tp = at_thresholds(np.stack(counts)).transpose(1, 0, 2)
+    union = fp + tp[:, :1]
+    above, below = (tp, union) if metric == "iou" else (2 * tp, union + tp)
+    if metric != "maxf":
+        return np.where(below > 0, ratio(above, below), 1.0)
+    pooled = ratio(above.sum(0), below.sum(0))
+    mean = np.broadcast_to(below.mean(0), below.shape)
+    return pooled + ratio(above - pooled * below, mean)
+
+
+def choose_threshold(values: np.ndarray) -> float:
+    """From `scores_by_threshold`: the one nearest to 0.5 within two standard errors of the best.
+
+    The best threshold of a few images is luck (docs/results.md).
+    """
+    worse = values[:, [values.mean(0).argmax()]] - values
+    error = worse.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    good = np.flatnonzero(worse.mean(0) <= 2 * error + 1e-12)
+    return float(good[np.abs(good - 127.5).argmin()]) / 255
+
+
+# --------------------------------------------------------------------------------------------------
+#  Evaluation
+# --------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """Adds up images and writes metrics.json and pr_curve.png, for training and inference alike."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, torch.Tensor]] = {}  # {view: {category: counts}}
+        self.images: dict[tuple[str, str], int] = {}  # {(view, category): number of images}
+        self.masks: list[tuple[float, float]] = []  # `mask_scores` of each image
+
+    def add(
+        self, sample: Any, probability: np.ndarray, mask: np.ndarray, ground_truth: np.ndarray
+    ) -> None:
+        """Add one image, all (h, w): uint8 probability, bool mask, uint8 ground truth."""
+        self.masks.append(mask_scores(mask, ground_truth))
+        self.add_counts("image", sample.category, pixel_counts(probability, ground_truth))
+        for view in sample.views:
+            warped = view.warp(probability), view.warp(ground_truth, IGNORE)
+            self.add_counts(view.name, sample.category, pixel_counts(*warped))
+
+    def add_counts(self, view: str, category: str, counts: torch.Tensor, images: int = 1) -> None:
+        """Add the counts of images to those of their category and to "all"."""
+        sums = self.counts.setdefault(view, {})
+        for name in ("all", category) if category else ("all",):
+            sums[name] = sums.get(name, 0) + counts
+            self.images[view, name] = self.images.get((view, name), 0) + images
+
+    def merge(self, other: Evaluation) -> None:
+        """Add what another process has evaluated."""
+        self.masks += other.masks
+        for view, sums in other.counts.items():
+            own = self.counts.setdefault(view, {})
+            for name, counts in sums.items():
+                own[name] = own.get(name, 0) + counts
+                count = self.images.get((view, name), 0) + other.images[view, name]
+                self.images[view, name] = count
+
+    def reduce(self, view: str, reduce: Callable, device: torch.device) -> None:
+        """Sum the counts of a view over processes, with Lightning's `strategy.reduce`."""
+        sums = self.counts.setdefault(view, {})
+        own = sums.get("all", torch.zeros(2, 256, dtype=torch.int64, device=device))
+        sums["all"] = reduce(own, reduce_op="sum")
+        self.images.setdefault((view, "all"), 0)  # this process may have had no image
+
+    def report(self) -> dict[str, dict[str, dict[str, float]]]:
+        """{view: {category: measures, with the number of images}}."""
+        report: dict[str, dict[str, dict[str, float]]] = {}
+        for view, sums in self.counts.items():
+            report[view] = {}
+            for name, counts in sums.items():
+                measures = scores(counts.cpu().numpy())
+                report[view][name] = measures | {"images": self.images[view, name]}
+        return report
+
+    def mean(self) -> dict[str, float]:
+        """The mean Dice and IoU of the masks, in percent."""
+        dice, iou = (100 * np.mean(self.masks, axis=0)).round(4).tolist()
+        return {"Dice": dice, "IoU": iou}
+
+    def write(self, out: Path, threshold: float) -> dict[str, Any]:
+        """Write metrics.json and pr_curve.png; returns the report. `threshold`: of the masks."""
+        report = self.report()
+        content = {"threshold": threshold, "mean": self.mean()} | report
+        write_file(out / "metrics.json", json.dumps(content, indent=2) + "\n")
+        curves = {
+            name: (*precision_recall(counts.cpu().numpy()), report["image"][name])
+            for name, counts in self.counts["image"].items()
+        }
+        write_file(out / "pr_curve.png", lambda part: draw_pr_curves(curves, part))
+        return report
+
+    def summary(self) -> str:
+        """The pooled measures in one line for people."""
+        parts = []
+        for view, measures in self.report().items():
+            pooled = measures["all"]
+            values = "  ".join(f"{name} {pooled[name]:.2f} %" for name in ("MaxF", "AP", "IoU"))
+            title = "" if view == "image" else f"{view}: "
+            parts.append(f"{title}{values}  ({pooled['images']} images)")
+        return "; ".join([*parts, f"mean Dice of the masks {self.mean()['Dice']:.2f} %"])

@@ -1,0 +1,390 @@
+"""The network: its settings, sizes, encoder weights, device, EMA and BatchNorm, and model.pt."""
+
+import ctypes
+import dataclasses
+import io
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import huggingface_hub.constants
+import segmentation_models_pytorch as smp
+import torch
+from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from utils import UserError, check_fields, closest, reason_of, write_file
+
+FORMAT = 2  # of model.pt
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # private: the base class of BatchNorm1d to 3d
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """All that inference needs to know about a network. Raises ValueError for impossible values."""
+
+    arch: str = "Unet"  # an architecture of smp
+    encoder: str = "resnet34"  # an encoder of smp
+    classes: int = 1  # [1..] channels of the logits
+    height: int = 256  # [1..16384] pixels of the input, or of a tile
+    width: int = 256  # [1..16384] as height
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # [-1..2] of red, green, blue in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
+    top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
+    tiles: bool = False  # cut the image into tiles instead of resizing it
+    target: str = "road"  # what the mask means, for layouts with several targets
+    tta: bool = True  # average with the prediction of the horizontally flipped image
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
+    temperature: float = 2.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
+    threshold: float = 0.5  # [0..1] a pixel is foreground from this probability on
+    min_pixels: int = 0  # [0..1000000000] smaller components are removed from a mask
+
+    def __post_init__(self) -> None:
+        try:
+            check_fields(self)
+            if (len(self.mean), len(self.std)) != (3, 3):
+                raise ValueError("mean and std need three numbers each")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def describe(self) -> str:
+        """The network in a line for people."""
+        top = f" below the upper {100 * self.top:.0f} %" if self.top else ""
+        size = f"{self.height}x{self.width}{' in tiles' if self.tiles else top}"
+        return f"model: {self.arch} {self.encoder}, input {size}"
+
+
+class TrainedModel(NamedTuple):
+    """A model from a model.pt, ready to predict."""
+
+    network: torch.nn.Module
+    config: ModelConfig
+    settings: dict[str, Any]  # of the training, for people
+    metrics: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+
+# --------------------------------------------------------------------------------------------------
+#  Build
+# --------------------------------------------------------------------------------------------------
+
+
+def build_network(config: ModelConfig, weights: str = "none") -> torch.nn.Module:
+    """Build the network: (N, 3, H, W) float32 to logits (N, classes, H, W).
+
+    `weights`: "none" (for inference always), "imagenet" (from the Hub or its cache), or a file for
+    the encoder. Raises UserError for unknown names and for weights that cannot be had.
+    """
+    classes = [getattr(smp, name) for name in smp.__all__ if name[0].isupper()]
+    archs = [arch.__name__ for arch in classes]
+    if config.arch.lower() not in [arch.lower() for arch in archs]:
+        raise UserError(f"--arch {config.arch}: unknown{closest(config.arch, archs)}")
+    encoders = list(smp.encoders.encoders)
+    if config.encoder not in encoders and not config.encoder.startswith(("tu-", "timm-")):
+        raise UserError(f"--encoder {config.encoder}: unknown{closest(config.encoder, encoders)}")
+    try:
+        network = smp.create_model(
+            config.arch, config.encoder, encoder_weights=None, classes=config.classes
+        )
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        both = f"--arch {config.arch} --encoder {config.encoder}"
+        raise UserError(f"{both}: do not fit together ({error})") from None
+    if weights != "none":
+        network.encoder.load_state_dict(encoder_weights(config.encoder, network.encoder, weights))
+    return network
+
+
+def size_step(network: torch.nn.Module) -> int:
+    """Height and width must be multiples of this."""
+    return network.encoder.output_stride if network.requires_divisible_input_shape else 1
+
+
+def scale_input(config: ModelConfig, part: float, step: int) -> ModelConfig:
+    """A part of height and width, in whole steps (of 16 where any size will do)."""
+    step = 16 if step == 1 else step
+    height, width = (step * round(part * n / step) for n in (config.height, config.width))
+    return dataclasses.replace(config, height=max(32, height), width=max(32, width))
+
+
+def fit_size(height: float, width: float, pixels: float) -> tuple[int, int]:
+    """The size in steps of 32 that keeps the shape within so many pixels; never larger."""
+    scale = min(1.0, math.sqrt(pixels / (height * width)))
+    return tuple(max(32, 32 * round(length * scale / 32)) for length in (height, width))
+
+
+def check_size(config: ModelConfig) -> int:
+    """Try the network at the size of the config. Returns its `size_step`; raises UserError.
+
+    It draws its weights from a random state of its own.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        network = build_network(config).eval()
+        step, names = size_step(network), f"{config.arch} with {config.encoder}"
+        for flag, value in (("height", config.height), ("width", config.width)):
+            if value % step:
+                below, above = value // step * step, -(-value // step) * step
+                near = f"{below} or {above}" if below else f"{above}"
+                reason = f"{names} takes multiples of {step}; take {near}"
+                raise UserError(f"--{flag} {value}: {reason}")
+        try:
+            network(torch.zeros(1, 3, config.height, config.width))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            size = f"--height {config.height} --width {config.width}"
+            reason = f"not possible with {names} ({reason_of(error)}); take a larger size"
+            raise UserError(f"{size}: {reason}") from None
+    return step
+
+
+def input_normalisation(encoder: str, weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and std, of 0..1, that the encoder's ImageNet weights were trained with."""
+    if weights != "imagenet":
+        return ModelConfig.mean, ModelConfig.std
+    own = smp.encoders.get_preprocessing_params(encoder, "imagenet")
+    return tuple(own["mean"]), tuple(own["std"])
+
+
+# --------------------------------------------------------------------------------------------------
+#  Encoder weights
+# --------------------------------------------------------------------------------------------------
+
+REMEDY = "--encoder_weights FILE (.safetensors or .pth), or --encoder_weights none (much weaker)"
+
+
+def encoder_weights(encoder: str, module: torch.nn.Module, weights: str) -> dict[str, torch.Tensor]:
+    """The encoder's pretrained state dict, from the Hub or a file. Raises UserError."""
+    if weights == "imagenet":
+        return hub_weights(encoder)
+    state, own = read_weights(weights), module.state_dict()
+    state = {key: value for key, value in state.items() if key in own}
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = missing + [k for k in state if getattr(state[k], "shape", None) != own[k].shape]
+    if wrong:
+        count = f"{len(wrong)} of {len(own)} tensors do not fit, such as {wrong[0]}"
+        reason = f"not the weights of {encoder} ({count}); name its own file"
+        raise UserError(f"--encoder_weights {weights}: {reason}")
+    return {key: state.get(key, value) for key, value in own.items()}
+
+
+def hub_weights(encoder: str) -> dict[str, torch.Tensor]:
+    """ImageNet weights from the Hugging Face Hub or its cache. Raises UserError."""
+    hub_offline_unless_reachable()
+    try:
+        return smp.encoders.get_encoder(encoder, weights="imagenet").state_dict()
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        ways = f"internet (or HF_HUB_CACHE set to a copy of the Hub's cache), {REMEDY}"
+        reason = f"cannot be had ({reason_of(error)}). Three ways out: {ways}"
+        raise UserError(f"ImageNet weights for {encoder} {reason}") from None
+
+
+def hub_offline_unless_reachable() -> None:
+    """Where the Hub cannot be reached, use its cache alone: 0.6 s instead of 26 s of retries."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return
+    address = urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def read_weights(file: str) -> dict[str, torch.Tensor]:
+    """Read a .safetensors or .pth file without running code in it. Raises UserError."""
+    if not Path(file).is_file():
+        raise UserError(f"--encoder_weights {file}: no such file; imagenet, {REMEDY}")
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        if zipfile.is_zipfile(file):  # torch's older files are not
+            check_archive(Path(file))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise anything on a damaged file
+        reason = f"cannot be read ({reason_of(error)}); replace it"
+        raise UserError(f"--encoder_weights {file}: {reason}") from None
+    return state if isinstance(state, dict) else {}
+
+
+# --------------------------------------------------------------------------------------------------
+#  Device
+# --------------------------------------------------------------------------------------------------
+
+
+def best_device() -> str:
+    """The accelerator that torch finds ("cuda", "mps"), else "cpu"."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else "cpu"
+
+
+def check_gpu() -> None:
+    """Raise UserError for a GPU that this torch has no kernels for, such as Kaggle's P100."""
+    if not torch.cuda.is_available():  # true with a P100
+        return
+    built = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < min(built, default=0):
+        remedy = "on Kaggle choose the accelerator GPU T4 x2"
+        raise UserError(f"{torch.cuda.get_device_name()}: too old for this torch; {remedy}")
+
+
+def resolve_precision(wanted: str, device: str, training: bool = False) -> str:
+    """The precision to compute in, in Lightning's words; auto is the fastest native one.
+
+    Training does as told. Inference on a device without 16 bits ignores what a GPU was told.
+    """
+    if wanted == "32" or (wanted != "auto" and (training or device == "cuda")):
+        return wanted
+    if device == "cuda":  # a T4 only emulates bf16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if native else "16-mixed"
+    return "bf16-mixed" if device == "cpu" and cpu_has_bf16() else "32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes bf16 natively; emulated, it took 16 times as long as float32."""
+    # private: torch has no public question for it; without the function the answer is no
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The context that computes in a precision of Lightning's words."""
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return torch.autocast(device, half, enabled=half is not None)
+
+
+def reuse_memory() -> None:
+    """Keep freed memory for the next batch on a CPU with glibc, instead of fresh zeroed pages.
+
+    A training step at 64x352, batch 4, took 250 ms instead of 295.
+    """
+    if best_device() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        m_mmap_max, m_trim_threshold, m_arena_max = -4, -1, -8
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_arena_max, 1)):
+            libc.mallopt(option, value)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Weights in training: EMA and BatchNorm
+# --------------------------------------------------------------------------------------------------
+
+
+def make_ema(network: torch.nn.Module, decay: float) -> AveragedModel:
+    """A copy with the EMA of the weights; faster at the start, to forget the first steps."""
+
+    def update(average: list, weights: list, updates: torch.Tensor) -> None:
+        steps = int(updates) + 1
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(average, weights, updates)
+
+    return AveragedModel(network, multi_avg_fn=update).requires_grad_(False)
+
+
+def reestimate_batch_norm(network: torch.nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Set BatchNorm's statistics to their mean over large batches (N, 3, H, W), in place.
+
+    Precise BN (Wu and Johnson, arXiv 2105.07576). The running statistics of small batches miss how
+    images differ from batch to batch. torch's `update_bn` would also switch dropout on.
+    """
+    norms = [part for part in network.modules() if isinstance(part, BATCH_NORM)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    for images in batches:
+        network(images)
+    for norm in norms:
+        norm.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+#  model.pt
+# --------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    path: Path,
+    network: torch.nn.Module,
+    config: ModelConfig,
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """Write model.pt: built-in types and tensors only. `settings`: of the training, for people."""
+    tensors = network.state_dict().items()
+    content = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(config),
+        "config": settings,
+        "state_dict": {key: value.detach().cpu().contiguous() for key, value in tensors},
+        "metrics": metrics,
+    }
+    buffer = io.BytesIO()  # on a full disk torch's own writing ends in an unclear error
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError for a zip that is damaged or unpacks to more than its own size."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("unpacks to more than its size")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
+
+
+def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
+    """Read a file of torch.save without running code in it. Raises UserError with the flag."""
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file; train.py writes it")
+    try:
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise anything on a damaged file
+        reason = f"damaged or not a model ({reason_of(error)}); train again"
+        raise UserError(f"{flag} {path}: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: holds no model; train.py writes model.pt")
+    return content
+
+
+def load_model(path: Path, device: str) -> TrainedModel:
+    """Read a model.pt and rebuild its network. Raises UserError for any other file."""
+    content = read_checkpoint(path, "--model")
+    if "pytorch-lightning_version" in content:
+        remedy = "give the model.pt next to it"
+        raise UserError(f"--model {path}: is a Lightning checkpoint, for --resume; {remedy}")
+    if content.get("format") != FORMAT:
+        found = content.get("format", "unknown")
+        reason = f"not a model.pt of format {FORMAT} (found {found}); train again with this version"
+        raise UserError(f"--model {path}: {reason}")
+    try:
+        config = ModelConfig(**content["model"])
+        network = build_network(config)
+        network.load_state_dict(content["state_dict"])
+        metrics = dict(content["metrics"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
+        reason = f"damaged or from another version ({reason_of(error)}); train again"
+        raise UserError(f"--model {path}: {reason}") from None
+    network = network.eval().requires_grad_(False)
+    network = network.to(device, memory_format=torch.channels_last)
+    return TrainedModel(network, config, content.get("config", {}), metrics)
+
+
+def export(trained: TrainedModel, out: Path, threshold: float, min_pixels: int) -> None:
+    """Write model.pt with a threshold and a minimum component area, and config.json."""
+    config = dataclasses.replace(trained.config, threshold=threshold, min_pixels=min_pixels)
+    save_model(out / "model.pt", trained.network, config, trained.settings, trained.metrics)
+    everything = trained.settings | dataclasses.asdict(config)
+    write_file(out / "config.json", json.dumps(everything, indent=2) + "\n")

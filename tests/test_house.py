@@ -1,0 +1,307 @@
+"""The house of the code: its imports, its lengths, what a fork changes or takes out."""
+
+import ast
+import difflib
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import KIT, TINY, run, succeed
+from PIL import Image
+
+import model
+
+IMPORTS = {  # a file imports only the files in its row, which all come after it
+    "train": "data images model predict metrics visualize callbacks resume utils",
+    "infer": "data images model predict metrics visualize kitti rle utils",
+    "data": "kitti rle images utils",
+    "predict": "images model utils",
+    "metrics": "images visualize utils",
+    "visualize": "images",
+    "kitti": "images utils",
+    "rle": "images utils",
+    "callbacks": "resume model utils",
+    "resume": "model utils",
+    "images": "model utils",
+    "model": "utils",
+    "utils": "",
+}
+SCRIPTS = ("train", "infer")
+AT_HOME = ("kernel", "notebook", "demo", "bench")  # these do not travel to Kaggle
+
+
+def parse(name):
+    return ast.parse((KIT / f"{name}.py").read_text())
+
+
+def imported(name):
+    """The modules that a file imports, anywhere in it, by the first part of their names."""
+    modules = set()
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the files are flat: no relative imports"
+            modules.add(node.module.split(".")[0])
+    return modules
+
+
+def kit_files(name):
+    """The kit's own files that a file imports."""
+    return {module for module in imported(name) if (KIT / f"{module}.py").exists()}
+
+
+# --------------------------------------------------------------------------------------------------
+#  Imports
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_two_scripts_need_exactly_the_files_of_the_table():
+    travelling, todo = set(), list(SCRIPTS)
+    while todo:
+        name = todo.pop()
+        if name not in travelling:
+            travelling.add(name)
+            todo += kit_files(name)
+    assert travelling == set(IMPORTS)
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_file_imports_only_the_files_in_its_row(name):
+    assert kit_files(name) <= set(IMPORTS[name].split())
+    order = list(IMPORTS)
+    assert all(order.index(other) > order.index(name) for other in kit_files(name))
+
+
+def test_no_file_below_imports_a_script():
+    for name in set(IMPORTS) - set(SCRIPTS):
+        assert not imported(name) & {*SCRIPTS, *AT_HOME}, name
+    assert not imported("train") & {"infer", *AT_HOME}
+    assert not imported("infer") & {"train", *AT_HOME}
+
+
+def test_only_training_imports_lightning():
+    for name in IMPORTS:
+        lightning = imported(name) & {"pytorch_lightning", "lightning", "lightning_fabric"}
+        assert not lightning or name in ("train", "callbacks"), name
+
+
+def test_utils_imports_the_standard_library_alone():
+    assert imported("utils") <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", [("--help",), ("--no_such_flag", "1")], ids=" ".join)
+def test_help_and_a_mistyped_flag_do_not_wait_for_torch(script, flags):
+    command = [sys.executable, "-X", "importtime", str(KIT / f"{script}.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "utils" in loaded
+    heavy = {"torch", "numpy", "pandas", "cv2", "PIL", "matplotlib", "sklearn", "pytorch_lightning"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+    if flags == ("--help",):
+        assert done.returncode == 0
+        assert "--batch_size X" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: unknown flag --no_such_flag")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Lengths
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_files_and_functions_are_short(name):
+    lines = (KIT / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= (500 if name == "train" else 400)
+    for node in ast.walk(parse(name)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno + 1 <= 45, node.name
+
+
+@pytest.mark.parametrize("name", [*IMPORTS, *AT_HOME])
+def test_no_line_is_over_100_characters(name):
+    lines = (KIT / f"{name}.py").read_text().splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]
+
+
+# --------------------------------------------------------------------------------------------------
+#  Private parts of libraries
+# --------------------------------------------------------------------------------------------------
+
+PRIVATE = {"_BatchNorm", "_step_supports_amp_scaling", "_is_avx512_bf16_supported"}
+NAMED_TUPLE = {"_replace", "_asdict", "_fields"}
+
+
+def test_private_parts_of_libraries_are_known():
+    """Each has a comment in the code that says why, and a test below that fails when it goes."""
+    used = set()
+    for name in IMPORTS:
+        for node in ast.walk(parse(name)):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+            elif isinstance(node, ast.ImportFrom):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # of getattr
+                used.add(node.value)
+    private = {name for name in used if re.fullmatch(r"_[A-Za-z]\w*", name)}
+    assert private - NAMED_TUPLE == PRIVATE
+
+
+def test_a_fused_optimizer_says_that_it_scales_gradients():
+    """So that Lightning refuses to clip them; train.py takes it back."""
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert torch.optim.AdamW(weights, fused=True)._step_supports_amp_scaling is True
+    assert not getattr(torch.optim.AdamW(weights), "_step_supports_amp_scaling", False)
+
+
+def test_torch_says_whether_the_cpu_computes_bf16():
+    assert torch.cpu._is_avx512_bf16_supported() in (True, False)
+
+
+def test_batch_norm_has_one_base_class():
+    base = torch.nn.modules.batchnorm._BatchNorm
+    for norm in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d):
+        assert issubclass(norm, base)
+    assert not issubclass(torch.nn.GroupNorm, base)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Forks: what a person changes or takes out
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """6 small pairs in the images and masks layout."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    mask = np.zeros((48, 64), np.uint8)
+    mask[24:, 16:48] = 255
+    for number in range(6):
+        image = rng.integers(0, 255, (48, 64, 3), np.uint8)
+        for folder, pixels in (("images", image), ("masks", mask)):
+            (root / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(root / folder / f"p{number}.png")
+    return root
+
+
+def copy_kit(folder, without=()):
+    """The files that travel, in a folder of their own."""
+    folder.mkdir()
+    for name in set(IMPORTS) - set(without):
+        shutil.copy(KIT / f"{name}.py", folder)
+    return folder
+
+
+def changed_lines(kit):
+    """{file: the lines that a fork adds or changes}."""
+    changed = {}
+    for path in sorted(kit.glob("*.py")):
+        ours = (KIT / path.name).read_text().splitlines()
+        difference = list(difflib.ndiff(ours, path.read_text().splitlines()))
+        added = [line[2:] for line in difference if line.startswith("+ ")]
+        if added or any(line.startswith("- ") for line in difference):
+            changed[path.name] = added
+    return changed
+
+
+def replace(path, old, new):
+    """Replace the only occurrence of a text in a file."""
+    code = path.read_text()
+    assert code.count(old) == 1, (path.name, old)
+    path.write_text(code.replace(old, new))
+
+
+def weights_of(out):
+    return torch.load(out / "model.pt", weights_only=True)["state_dict"]
+
+
+def test_kitti_can_be_deleted(pairs, tmp_path):
+    """The file, its imports, its entry in data.LAYOUTS and its entry in infer.SUBMISSIONS."""
+    kit = copy_kit(tmp_path / "kit", without=["kitti"])
+    for name, entry in (("data", r"kitti\.\w+,\s*"), ("infer", r',\s*"kitti": kitti\.\w+')):
+        code = re.sub(r"^import kitti\n", "", (kit / f"{name}.py").read_text(), flags=re.MULTILINE)
+        code, count = re.subn(entry, "", code)
+        assert count == 1
+        (kit / f"{name}.py").write_text(code)
+        names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+        assert "kitti" not in names
+    changed = changed_lines(kit)
+    assert {name: len(lines) for name, lines in changed.items()} == {"data.py": 1, "infer.py": 1}
+    for path in kit.glob("*.py"):
+        assert not re.search(r"^\s*(import|from) kitti\b", path.read_text(), re.MULTILINE), (
+            path.name
+        )
+    out, predictions = tmp_path / "out", tmp_path / "predictions"
+    flags = ("--data", pairs, "--out", out, *TINY, "--epochs", 1)
+    succeed("train.py", *flags, kit=kit, fresh=True)  # a process that cannot find our kitti.py
+    flags = ("--data", pairs, "--out", predictions, "--submission", "rle")
+    succeed("infer.py", "--model", out, *flags, kit=kit, fresh=True)
+    assert len(list((predictions / "masks").glob("*.png"))) == 6
+    assert (predictions / "metrics.json").exists()
+    assert len((predictions / "submission.csv").read_text().splitlines()) == 7
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """The kit with one more setting, used in the loss."""
+    kit = copy_kit(tmp_path_factory.mktemp("fork") / "kit")
+    dice = next(
+        line for line in (kit / "train.py").read_text().splitlines() if "    dice: float" in line
+    )
+    replace(kit / "train.py", dice, f"{dice}\n    pos_weight: float = 1.0")
+    plain = 'F.binary_cross_entropy_with_logits(logits, truth, reduction="none")'
+    weighted = plain.replace(")", ", pos_weight=torch.tensor(config.pos_weight))")
+    replace(kit / "train.py", plain, weighted)
+    return kit
+
+
+@pytest.fixture(scope="module")
+def original(pairs, tmp_path_factory):
+    """The --out of a run of the original kit, one epoch."""
+    out = tmp_path_factory.mktemp("original") / "out"
+    succeed("train.py", "--data", pairs, "--out", out, *TINY, "--epochs", 1)
+    return out
+
+
+def test_a_setting_is_one_line_and_its_use(fork):
+    changed = changed_lines(fork)
+    assert list(changed) == ["train.py"]
+    assert len(changed["train.py"]) == 2
+    assert "--pos_weight X [1.0]" in " ".join(succeed("train.py", "--help", kit=fork).split())
+
+
+def test_a_fork_trains_with_its_setting_and_its_model_loads(fork, original, pairs, tmp_path):
+    flags = ("--data", pairs, "--out", tmp_path / "out", *TINY, "--epochs", 1)
+    succeed("train.py", *flags, "--pos_weight", 2, kit=fork)
+    ours, theirs = weights_of(original), weights_of(tmp_path / "out")
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours), "the loss is the same"
+    trained = model.load_model(tmp_path / "out" / "model.pt", "cpu")  # the original kit's reader
+    assert trained.settings["pos_weight"] == 2.0
+    flags = ("--data", pairs / "images", "--out", tmp_path / "predictions")
+    succeed("infer.py", "--model", tmp_path / "out", *flags, kit=fork)
+    assert len(list((tmp_path / "predictions" / "masks").iterdir())) == 6
+
+
+def test_a_fork_resumes_a_run_that_lacks_its_setting(fork, original, pairs, tmp_path):
+    flags = ("--data", pairs, *TINY, "--epochs", 2, "--resume", original / "last.ckpt")
+    printed = succeed("train.py", *flags, "--out", tmp_path / "out", kit=fork)
+    assert "resume: from" in printed
+    rows = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    earlier = pd.read_csv(original / "metrics.csv")
+    assert rows.epoch.tolist() == [1, 2]
+    assert rows.train_loss[0] == earlier.train_loss[0]
+    other = ("--out", tmp_path / "other", "--pos_weight", 2)
+    done = run("train.py", *flags, *other, kit=fork)
+    assert done.returncode == 2
+    assert "--pos_weight" in done.stderr.strip().splitlines()[-1]
+    assert not os.path.exists(tmp_path / "other" / "model.pt")

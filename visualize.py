@@ -1,0 +1,189 @@
+"""Comparisons, curves and overlays: the mask in green, its errors in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files alone
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from sklearn.metrics import PrecisionRecallDisplay
+
+from images import IGNORE
+
+GREEN, BLUE, RED = (46, 204, 64), (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
+BLACK, GREY = (0, 0, 0), (30, 30, 30)
+PANEL_WIDTH = 620  # pixels of one of two panels in a row
+Colour = tuple[int, int, int]
+
+# --------------------------------------------------------------------------------------------------
+#  Images
+# --------------------------------------------------------------------------------------------------
+
+
+def tint(image: np.ndarray, mask: np.ndarray, colour: Colour, strength: float = 0.5) -> np.ndarray:
+    """Lay a colour over the pixels of a mask, bool (h, w); image (h, w, 3) uint8 in and out."""
+    flat = np.full_like(image, colour)
+    mixed = cv2.addWeighted(image, 1 - strength, flat, strength, 0)
+    return np.where(mask[..., None], mixed, image)
+
+
+def comparison(
+    image: np.ndarray, ground_truth: np.ndarray | None, mask: np.ndarray, title: str
+) -> np.ndarray:
+    """Image and prediction and, where there is one, ground truth and errors, in a grid.
+
+    `image` (h, w, 3) uint8, `ground_truth` (h, w) uint8 of 0, 1, 255, or None, `mask` (h, w) bool.
+    Returns RGB uint8.
+    """
+    columns = 2 if image.shape[1] >= image.shape[0] else 4  # upright images in one row
+    width = 2 * PANEL_WIDTH // columns
+    size = (width, max(1, round(width * image.shape[0] / image.shape[1])))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    predicted = resize_labels(mask.astype(np.uint8), size) > 0
+    legend = [("foreground", GREEN)]
+    panels = [panel(small, title), panel(outlined(small, predicted), "prediction", legend)]
+    if ground_truth is not None:
+        truth = resize_labels(ground_truth, size)
+        known = tint(tint(small, truth == 1, GREEN), truth == IGNORE, BLACK, 0.7)
+        ignored = [("ignored", BLACK)] if (truth == IGNORE).any() else []
+        panels.append(panel(known, "ground truth", legend + ignored))
+        kinds = [("hit", GREEN), ("miss", BLUE), ("false alarm", RED)]
+        panels.append(panel(errors(small, truth, predicted), "errors", kinds))
+    return grid(panels, min(columns, len(panels)))
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize (h, w) uint8 labels to (width, height) by the nearest pixel."""
+    return cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask in green with a contour."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    green = np.ascontiguousarray(tint(image, mask, GREEN))
+    return cv2.drawContours(green, contours, -1, GREEN, 2, cv2.LINE_AA)
+
+
+def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Hits green, misses blue, false alarms red over the grey image."""
+    result = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    result = tint(result, (truth == 1) & predicted, GREEN, 0.6)
+    result = tint(result, (truth == 1) & ~predicted, BLUE, 0.6)
+    return tint(result, (truth == 0) & predicted, RED, 0.6)
+
+
+def panel(image: np.ndarray, title: str, legend: Iterable[tuple[str, Colour]] = ()) -> np.ndarray:
+    """An image under a white bar with its title, and a legend of coloured squares on the right."""
+    bar = np.full((30, image.shape[1], 3), 255, np.uint8)
+    font, scale = cv2.FONT_HERSHEY_DUPLEX, 0.5
+    cv2.putText(bar, title, (4, 20), font, scale, GREY, 1, cv2.LINE_AA)
+    right = bar.shape[1]
+    for name, colour in reversed(list(legend)):
+        right -= cv2.getTextSize(name, font, scale, 1)[0][0] + 34
+        cv2.rectangle(bar, (right, 8), (right + 14, 22), colour, -1)
+        cv2.putText(bar, name, (right + 20, 20), font, scale, GREY, 1, cv2.LINE_AA)
+    return np.vstack([bar, image])
+
+
+def grid(panels: list[np.ndarray], columns: int) -> np.ndarray:
+    """Panels of one size in rows, with white gaps between the columns."""
+    gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
+    rows = []
+    for start in range(0, len(panels), columns):
+        spaced = [part for one in panels[start : start + columns] for part in (one, gap)]
+        rows.append(np.hstack(spaced[:-1]))
+    return np.vstack(rows)
+
+
+def stack(images: list[np.ndarray]) -> np.ndarray:
+    """Images of different widths one above the other, filled up with white."""
+    width = max(image.shape[1] for image in images)
+    padded = [((0, 0), (0, width - image.shape[1]), (0, 0)) for image in images]
+    pairs = zip(images, padded, strict=True)
+    return np.vstack([np.pad(image, pad, constant_values=255) for image, pad in pairs])
+
+
+# --------------------------------------------------------------------------------------------------
+#  Curves
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_training_curves(rows: list[dict[str, float]], kept: float, path: Path) -> None:
+    """Losses and scores over the epochs, as PNG. `kept`: the epoch that is in model.pt."""
+    table = pd.DataFrame(rows).set_index("epoch")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    losses = table[["train_loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
+    losses.plot(ax=left, title="Loss", ylim=(0, None), grid=True)
+    measures = table[["MaxF", "IoU50"]].set_axis(["MaxF", "IoU at 0.5"], axis=1)
+    low = max(0, table.MaxF.max() - 40)
+    title = "Validation scores, %"
+    measures.plot(ax=right, title=title, ylim=(low, 100), grid=True, color=["green", "grey"])
+    label = f"in model.pt: {table.MaxF[kept]:.1f} % in epoch {kept:.0f}"
+    right.plot(kept, table.MaxF[kept], "o", color="green", label=label)
+    right.legend()
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def draw_pr_curves(
+    curves: dict[str, tuple[np.ndarray, np.ndarray, dict[str, float]]], path: Path
+) -> None:
+    """Precision over recall, a line for each category, the point of MaxF marked, as PNG.
+
+    `curves`: {category: (precision, recall, its measures in percent)}.
+    """
+    figure, axes = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    low = 0.9
+    for name, (precision, recall, best) in curves.items():
+        label = f"{name}: MaxF {best['MaxF']:.1f} %, AP {best['AP']:.1f} %"
+        display = PrecisionRecallDisplay(precision=precision, recall=recall)
+        display.plot(ax=axes, name=label)
+        display.line_.set_linewidth(2.5 if name == "all" else 1.2)
+        at = best["REC"] / 100, best["PRE"] / 100
+        axes.plot(*at, "o", color=display.line_.get_color())
+        low = min(low, *at)
+    limits = (max(0.0, low - 0.1), 1.005)
+    axes.set(title="Precision and recall; o: largest F1", xlim=limits, ylim=limits)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Video
+# --------------------------------------------------------------------------------------------------
+
+
+class OverlayVideo:
+    """An mp4 that is written under a temporary name and renamed when it is whole."""
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
+        """`size`: (height, width) of a frame; `rate`: frames per second."""
+        self.path, self.part = path, path.with_name(f".{path.stem}.part.mp4")
+        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        self.writer = cv2.VideoWriter(str(self.part), codec, rate, size[::-1])
+        self.opened = self.writer.isOpened()
+
+    def __enter__(self) -> OverlayVideo:
+        return self
+
+    def add(self, frame: np.ndarray, mask: np.ndarray) -> None:
+        """Append a frame (h, w, 3) RGB uint8 with its mask, bool (h, w), in green."""
+        self.writer.write(cv2.cvtColor(tint(frame, mask, GREEN), cv2.COLOR_RGB2BGR))
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.writer.release()
+        if kind is None:
+            self.part.replace(self.path)
+        self.part.unlink(missing_ok=True)
