@@ -1,4 +1,4 @@
-# make demo   installs, draws synthetic roads, trains, predicts: pictures in demo/
+# make demo   installs, draws synthetic roads, trains, predicts: images in demo/
 # make test   installs, lints, tests
 # make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image

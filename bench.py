@@ -349,13 +349,13 @@ def scoring(samples: pd.DataFrame, options: argparse.Namespace) -> dict[str, flo
     import data
     import metrics
 
-    truths = [data.read_sample(row)[1] for row in samples.itertuples()]
+    targets = [data.read_sample(row)[1] for row in samples.itertuples()]
     rng = np.random.default_rng(0)
-    probabilities = [rng.integers(0, 256, truth.shape, np.uint8) for truth in truths]
+    probabilities = [rng.integers(0, 256, target.shape, np.uint8) for target in targets]
     evaluation, started = metrics.Evaluation(), time.perf_counter()
     for number in range(options.images):
-        index = number % len(truths)
-        counts = metrics.pixel_counts(probabilities[index], truths[index])
+        index = number % len(targets)
+        counts = metrics.pixel_counts(probabilities[index], targets[index])
         evaluation.add_counts("image", "", counts)
     evaluation.report()
     return {SPEED: options.images / (time.perf_counter() - started)}

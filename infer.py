@@ -167,18 +167,18 @@ def write_outputs(
 ) -> np.ndarray | None:
     """Write one image's files. Returns its ground truth (h, w) uint8 where there is one."""
     options, out = plan.options, plan.out
-    truth = sample.mask.read(image.shape[:2]) if sample.mask else None
+    ground_truth = sample.mask.read(image.shape[:2]) if sample.mask else None
     write_image(out / "masks" / f"{sample.id}.png", mask.astype(np.uint8) * 255)
     if options.save_probs:
         write_image(out / "probs" / f"{sample.id}.png", probability)
     if options.comparisons:
         path = out / "comparisons" / f"{sample.id}.jpg"
-        write_image(path, comparison(image, truth, mask, sample.id))
+        write_image(path, comparison(image, ground_truth, mask, sample.id))
     for view in sample.views if options.bev else ():
-        warped = None if truth is None else view.warp(truth, IGNORE)
+        warped = None if ground_truth is None else view.warp(ground_truth, IGNORE)
         seen = view.warp(image), warped, view.warp(mask.astype(np.uint8)) > 0
         write_image(out / view.name / f"{sample.id}.jpg", comparison(*seen, sample.id))
-    return truth
+    return ground_truth
 
 
 class Results(NamedTuple):
@@ -199,12 +199,12 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
         while len(pending) > most:
             sample, probability, mask, future = pending.pop(0)
             try:
-                truth = future.result()
+                ground_truth = future.result()
             except UserError as error:
                 unreadable.append((sample, error))
                 continue
-            if truth is not None:
-                results.evaluation.add(sample, probability, mask, truth)
+            if ground_truth is not None:
+                results.evaluation.add(sample, probability, mask, ground_truth)
 
     options = plan.options
     found = predict(plan.models, samples, options.batch_size or 8, options.tta, unreadable)

@@ -31,8 +31,8 @@ def pixel_counts(
     `probability` (h, w) uint8, `ground_truth` (h, w) uint8 of 0, 1 and 255 (ignored). Every measure
     follows from these counts and their sums. torchmetrics would loop over the 256 thresholds.
     """
-    truth = torch.as_tensor(ground_truth, dtype=torch.int64)
-    cells = truth << 8 | torch.as_tensor(probability, dtype=torch.int64)
+    target = torch.as_tensor(ground_truth, dtype=torch.int64)
+    cells = target << 8 | torch.as_tensor(probability, dtype=torch.int64)
     return torch.bincount(cells.flatten(), minlength=512)[:512].reshape(2, 256)
 
 
@@ -84,9 +84,9 @@ def scores(counts: np.ndarray) -> dict[str, float]:
 
 def mask_scores(mask: np.ndarray, ground_truth: np.ndarray) -> tuple[float, float]:
     """(Dice, IoU) of a mask, bool (h, w), 0..1, without ignored pixels; 1 where both are empty."""
-    truth = ground_truth == 1
-    both = int((mask & truth).sum())
-    union = int(((mask & (ground_truth != IGNORE)) | truth).sum())
+    target = ground_truth == 1
+    both = int((mask & target).sum())
+    union = int(((mask & (ground_truth != IGNORE)) | target).sum())
     return (2 * both / (both + union), both / union) if union else (1.0, 1.0)
 
 
@@ -127,9 +127,9 @@ def tune(
     sizes = [int(area * part) for part in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
     values = np.zeros((len(predictions), len(sizes)))
     for row, prediction in enumerate(predictions):
-        probability, truth = prediction.probability, prediction.ground_truth
+        probability, target = prediction.probability, prediction.ground_truth
         for column, size in enumerate(sizes):
-            dice, iou = mask_scores(postprocess(probability, threshold, size), truth)
+            dice, iou = mask_scores(postprocess(probability, threshold, size), target)
             values[row, column] = iou if metric == "iou" else dice
     return threshold, sizes[int(values.mean(0).argmax())]
 
@@ -154,10 +154,10 @@ def write_validation(
     for name, index in zip(
         ("worst", "median", "best"), order[[0, len(order) // 2, -1]], strict=True
     ):
-        sample, truth = predictions[index].sample, predictions[index].ground_truth
+        sample, target = predictions[index].sample, predictions[index].ground_truth
         mask = postprocess(predictions[index].probability, threshold, min_pixels)
         words = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
-        rows.append(comparison(read_image(sample.image), truth, mask, words))
+        rows.append(comparison(read_image(sample.image), target, mask, words))
     write_image(out / "validation.jpg", stack(rows))
     tuned = f"threshold {threshold:.3f}, components from {min_pixels} pixels on"
     print(f"{title}: {evaluation.summary()}, {tuned}")

@@ -176,11 +176,11 @@ def loss(logits: torch.Tensor, mask: torch.Tensor, config: Config) -> torch.Tens
     """
     logits = logits.float()  # Dice overflows in 16 bits
     counted = (mask != IGNORE).float()
-    truth = mask * counted
-    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    target = mask * counted
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     bce = (bce * counted).sum() / counted.sum().clamp(min=1)
     p = logits.sigmoid() * counted
-    dice = (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
+    dice = (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
     return bce + config.dice * (1 - dice)
 
 
@@ -264,9 +264,9 @@ class SegmentationModule(pl.LightningModule):
         value = loss(logits, mask, self.config)
         self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
         probabilities = predict.to_probabilities(logits, config.temperature)
-        for probability, truth in zip(probabilities, batch["ground_truth"], strict=True):
-            own_size = predict.to_8bit(images.restore(probability, truth.shape, config))
-            counts = metrics.pixel_counts(own_size, torch.as_tensor(truth).to(self.device))
+        for probability, target in zip(probabilities, batch["ground_truth"], strict=True):
+            own_size = predict.to_8bit(images.restore(probability, target.shape, config))
+            counts = metrics.pixel_counts(own_size, torch.as_tensor(target).to(self.device))
             self.evaluation.add_counts("image", "", counts)
 
     def on_validation_epoch_end(self) -> None:
@@ -431,8 +431,7 @@ def train_fold(
     predictions = evaluate_and_export(config, samples, run.rows) if first else []
     if nothing:
         print(nothing, flush=True)
-    for number in signals:  # end as the signal would have
-        os.kill(os.getpid(), number)
+    callbacks.end_process(signals)
     return predictions
 
 

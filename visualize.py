@@ -51,12 +51,12 @@ def comparison(
     legend = [("foreground", GREEN)]
     panels = [panel(small, title), panel(outlined(small, predicted), "prediction", legend)]
     if ground_truth is not None:
-        truth = resize_labels(ground_truth, size)
-        known = tint(tint(small, truth == 1, GREEN), truth == IGNORE, BLACK, 0.7)
-        ignored = [("ignored", BLACK)] if (truth == IGNORE).any() else []
+        target = resize_labels(ground_truth, size)
+        known = tint(tint(small, target == 1, GREEN), target == IGNORE, BLACK, 0.7)
+        ignored = [("ignored", BLACK)] if (target == IGNORE).any() else []
         panels.append(panel(known, "ground truth", legend + ignored))
         kinds = [("hit", GREEN), ("miss", BLUE), ("false alarm", RED)]
-        panels.append(panel(errors(small, truth, predicted), "errors", kinds))
+        panels.append(panel(errors(small, target, predicted), "errors", kinds))
     return grid(panels, min(columns, len(panels)))
 
 
@@ -72,12 +72,12 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return cv2.drawContours(green, contours, -1, GREEN, 2, cv2.LINE_AA)
 
 
-def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def errors(image: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Hits green, misses blue, false alarms red over the grey image."""
     result = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    result = tint(result, (truth == 1) & predicted, GREEN, 0.6)
-    result = tint(result, (truth == 1) & ~predicted, BLUE, 0.6)
-    return tint(result, (truth == 0) & predicted, RED, 0.6)
+    result = tint(result, (target == 1) & predicted, GREEN, 0.6)
+    result = tint(result, (target == 1) & ~predicted, BLUE, 0.6)
+    return tint(result, (target == 0) & predicted, RED, 0.6)
 
 
 def panel(image: np.ndarray, title: str, legend: Iterable[tuple[str, Colour]] = ()) -> np.ndarray:

@@ -57,6 +57,8 @@ class Command:
 def become(args, cwd, env, outputs):
     """Turn this process into the command."""
     os.setsid()
+    default = multiprocessing.get_all_start_methods()[0]  # of worker processes
+    multiprocessing.set_start_method(default, force=True)
     for number, path in enumerate(outputs, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

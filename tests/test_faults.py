@@ -452,8 +452,7 @@ def test_two_processes_train_one_model_also_on_two_hosts_of_slurm(roads, tmp_pat
     printed = torchrun("train.py", *flags, "--out", tmp_path / "hosts", hosts=2, slurm=True)
     one, two = (pd.read_csv(tmp_path / out / "metrics.csv") for out in ("host", "hosts"))
     assert one.epoch.tolist() == [1, 2]
-    for rows in (one, two):
-        rows.drop(columns="seconds", inplace=True)
+    one, two = one.drop(columns="seconds"), two.drop(columns="seconds")
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     for out in ("host", "hosts"):
         assert read_metrics(tmp_path / out)["image"]["all"]["images"] == 3
@@ -475,8 +474,8 @@ def test_two_processes_share_the_images(roads, trained, tmp_path):
 
 
 MISTAKES = {
-    "a fold": ("train.py", ("--fold", 40), "--fold 40"),
-    "a folder": ("train.py", ("--masks", "nowhere"), "--masks nowhere"),
+    "a fold": ("train.py", (*TINY, "--fold", 40), "--fold 40"),
+    "a size": ("train.py", (*TINY, "--height", 65), "--height 65"),
     "a flag": ("train.py", ("--epoch", 2), "--epoch"),
     "a model": ("infer.py", ("--model", "nowhere"), "--model nowhere"),
 }

@@ -250,6 +250,12 @@ def test_a_killed_training_resumes_where_it_was(roads, tmp_path):
     assert "--resume none" in refused.stderr
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_that_are_nowhere_are_refused(roads, training):
+    with pytest.raises(UserError, match="--masks nowhere: "):
+        data.find_samples(str(roads), "nowhere", training=training)
+
+
 # --------------------------------------------------------------------------------------------------
 #  The model file
 # --------------------------------------------------------------------------------------------------
