@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import os
@@ -25,7 +26,6 @@ from pytorch_lightning.utilities import rank_zero_only
 
 import resume
 from model import read_checkpoint, reestimate_batch_norm, save_model
-from resume import Identity
 from utils import UserError, writable_folder, write_file
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
@@ -87,16 +87,22 @@ class TrainingCallback(pl.Callback):
     """
 
     def __init__(
-        self, out: Path, root: Path, clock: Clock, lr: float | str, identity: Identity
+        self, out: Path, root: Path, clock: Clock, settings: dict[str, Any], samples: pd.DataFrame
     ) -> None:
-        """`root`: `out`, or for one of all folds the folder above; `lr` may be "auto" for now."""
-        self.out, self.root, self.clock, self.lr = out, root, clock, lr
-        self.identity, self.settings = identity, identity.settings
+        """`root`: `out`, or for one of all folds the folder above."""
+        self.out, self.root, self.clock = out, root, clock
+        self.settings, self.samples = settings, samples
+        self.lr: float | str = settings["lr"]  # "auto" until it is found
         self.reasons: list[str] = []  # to start over
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         self.best = -1.0  # the largest MaxF
         self.saved = 0.0  # when last.ckpt was written, time.monotonic()
         self.checkpoint: Path | None = None  # that the run is resumed from
+
+    @functools.cached_property
+    def identity(self) -> resume.Identity:
+        """What makes this run's weights."""
+        return resume.identify(self.settings, self.samples)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -344,14 +350,6 @@ def count_processes(devices: int) -> tuple[int, int]:
     if TorchElasticEnvironment.detect():
         return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     return devices, devices
-
-
-def available(wanted: int, device: str) -> int:
-    """As many GPUs as there are, at most."""
-    count = torch.cuda.device_count() if device == "cuda" else wanted
-    if wanted > count:
-        print(f"--devices {wanted}: there is only {count}, which is used", flush=True)
-    return min(wanted, count)
 
 
 def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:

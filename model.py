@@ -238,6 +238,14 @@ def check_gpu() -> None:
         raise UserError(f"{torch.cuda.get_device_name()}: too old for this torch; {remedy}")
 
 
+def resolve_devices(wanted: int, device: str) -> int:
+    """As many GPUs as there are, at most."""
+    count = torch.cuda.device_count() if device == "cuda" else wanted
+    if wanted > count:
+        print(f"--devices {wanted}: there is only {count}, which is used", flush=True)
+    return min(wanted, count)
+
+
 def resolve_precision(wanted: str, device: str, training: bool = False) -> str:
     """The precision to compute in, in Lightning's words; auto is the fastest native one.
 

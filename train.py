@@ -88,7 +88,6 @@ import images
 import metrics
 import model
 import predict
-import resume
 import visualize
 from callbacks import Clock, TrainingCallback
 from images import IGNORE, Collection
@@ -301,11 +300,13 @@ def make_loaders(
     config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
 ) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
+    processes, _ = callbacks.count_processes(config.devices)
     validates, seed = samples.fold == config.fold, config.seed
     augment = images.strict_augmentation(augmentation, config)
-    training = SegmentationDataset(samples[~validates], model_config, seed, augment)
-    validation = SegmentationDataset(samples[validates], model_config, seed, None)
-    processes, _ = callbacks.count_processes(config.devices)
+    training, validation = (
+        SegmentationDataset(samples[chosen], model_config, seed, change)
+        for chosen, change in ((~validates, augment), (validates, None))
+    )
     if len(training) < processes:
         raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
     size = -(-config.batch_size // (parts * processes))
@@ -324,11 +325,12 @@ TILES_FROM = 2e6  # pixels of the median image
 
 def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, ModelConfig]:
     """Make all decisions for one fold; only the learning rate may stay "auto". Raises UserError."""
-    samples, device = collection.samples, model.best_device()
-    precision = model.resolve_precision(config.precision, device, training=True)
+    samples = collection.samples
     median = samples.height.median(), samples.width.median()
     tiles = bool(median[0] * median[1] > TILES_FROM) if config.tiles == "auto" else config.tiles
     top = 0.0 if tiles else resolve_top(config, collection, fold)
+    device = model.best_device()
+    precision = model.resolve_precision(config.precision, device, training=True)
     fast_cpu = device == "cpu" and precision == "bf16-mixed"
     pixels = INPUT_PIXELS["cpu bf16" if fast_cpu else device] * (2 if tiles else 1)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
@@ -352,7 +354,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         batch_size=config.batch_size or batch_size,
         metric=collection.metric if config.metric == "auto" else config.metric,
         precision=precision,
-        devices=callbacks.available(config.devices, device),
+        devices=model.resolve_devices(config.devices, device),
         workers=config.workers if config.workers >= 0 else 4 * (device != "cpu"),
     )
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
@@ -396,29 +398,37 @@ def train(config: Config, started: float | None = None) -> Path:
     predictions, out = [], Path(config.out)
     for fold in folds:
         resolved, model_config = resolve(config, collection._replace(samples=samples), fold)
-        clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
-        predictions += train_fold(resolved, model_config, samples, clock, out)
+        predictions += train_fold(resolved, model_config, samples, out, started, deadline)
         started = time.monotonic()
-        if clock.session_over() and fold != folds[-1]:
+        if deadline - started < 60 and fold != folds[-1]:
             print(f"--session_minutes: over after fold {fold}; the same command resumes")
             return out
     if config.fold == "all" and predictions:
-        tune_all_folds(resolved, out, folds, predictions)
+        wanted = resolved.metric, config.min_pixels
+        tuned = metrics.tune(predictions, *wanted, predict.postprocess)  # for all models alike
+        metrics.write_validation(out, predictions, *tuned, predict.postprocess, "out of fold")
+        for folder in (out / f"fold{fold}" for fold in folds):
+            model.export(model.load_model(folder / "model.pt", "cpu"), folder, *tuned)
     return out
 
 
 def train_fold(
-    config: Config, model_config: ModelConfig, samples: pd.DataFrame, clock: Clock, root: Path
+    config: Config,
+    model_config: ModelConfig,
+    samples: pd.DataFrame,
+    root: Path,
+    started: float,
+    deadline: float,
 ) -> list[metrics.Prediction]:
     """Train on all folds but one and predict that one. `root`: --out, above that of each fold."""
-    identity = resume.identify(asdict(config), samples)
-    run = TrainingCallback(Path(config.out), root, clock, config.lr, identity)
+    clock = Clock(config.epochs, config.max_minutes, started, deadline)
+    run = TrainingCallback(Path(config.out), root, clock, asdict(config), samples)
     run.find_checkpoint(config.resume, asdict(Config()))
     pl.seed_everything(config.seed, verbose=False)
     network = model.build_network(model_config, config.encoder_weights)
     samples = samples.assign(pair=data.decode_samples(samples, model_config, CACHE))
-    run.prepare_out()
     print(data.describe_folds(samples, config.fold))
+    run.prepare_out()
     how = f"weights {config.encoder_weights}, batch {config.batch_size} in {config.precision}"
     print(f"{model_config.describe()}, {how} on {model.best_device()}", flush=True)
     nothing = run.nothing_to_train()
@@ -476,16 +486,6 @@ def evaluate_and_export(
     write_file(out / "curves.png", lambda part: visualize.draw_training_curves(rows, epoch, part))
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
     return predictions
-
-
-def tune_all_folds(
-    config: Config, out: Path, folds: list[int], predictions: list[metrics.Prediction]
-) -> None:
-    """Tune on the out-of-fold predictions of all samples, for all models alike."""
-    tuned = metrics.tune(predictions, config.metric, config.min_pixels, predict.postprocess)
-    metrics.write_validation(out, predictions, *tuned, predict.postprocess, "out of fold")
-    for folder in (out / f"fold{fold}" for fold in folds):
-        model.export(model.load_model(folder / "model.pt", "cpu"), folder, *tuned)
 
 
 def main() -> None:

@@ -142,17 +142,17 @@ def members(kind: Any) -> list[Any]:
     return list(typing.get_args(kind)) if union else [kind]
 
 
-def words_of(kind: Any) -> list[str]:
-    """The words that a type hint allows: those of its Literals."""
+def words_of(kind: Any) -> dict[str, Any]:
+    """{text: value} of the Literals in a type hint."""
     literals = [part for part in members(kind) if typing.get_origin(part) is Literal]
-    return [word for part in literals for word in typing.get_args(part)]
+    return {str(value): value for part in literals for value in typing.get_args(part)}
 
 
 def convert(name: str, kind: Any, comment: FieldHelp, text: str) -> Any:
     """Turn a flag's text into a value of its type. Raises UserError that says what it takes."""
     words, parts = words_of(kind), members(kind)
     if text in words:
-        return text
+        return words[text]
     if bool in parts and text in ("true", "false"):
         return text == "true"
     if str in parts or typing.get_origin(kind) is list:
@@ -166,7 +166,7 @@ def convert(name: str, kind: Any, comment: FieldHelp, text: str) -> Any:
                     return value
             wanted.append(title + limits_in_words(comment))
     wanted += ["true", "false"] if bool in parts else []
-    raise UserError(f"--{name} {text}: takes {' or '.join(wanted + words)}")
+    raise UserError(f"--{name} {text}: takes {' or '.join([*wanted, *words])}")
 
 
 def limits_in_words(comment: FieldHelp) -> str:

@@ -32,7 +32,6 @@ import images
 import metrics
 import model
 import predict
-import resume
 from model import ModelConfig
 from train import Config
 from utils import UserError
@@ -140,8 +139,7 @@ def test_model_pt_holds_the_last_epoch_unless_it_went_wrong(tmp_path, monkeypatc
         evaluation=evaluation, ema=SimpleNamespace(module=None), current_config=ModelConfig
     )
     clock = callbacks.Clock(6, 0, time.monotonic())
-    identity = resume.Identity({}, {}, {})
-    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, 5e-4, identity)
+    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 5e-4}, None)
     for score in (80.0, 92.0, 90.5, 86.9, 40.0, 88.0):
         scores.append(score)
         callback.on_validation_start()

@@ -369,8 +369,9 @@ def decide(out, settings, wanted="auto", defaults=DEFAULTS):
 @pytest.fixture
 def checkpoint(tmp_path):
     """The last.ckpt of a run of two epochs, as far as `resume.decide` looks at it."""
-    clock, identity = callbacks.Clock(3, 0.0, 0.0), Identity(RUN, CODE, SAMPLES)
-    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, RUN["lr"], identity)
+    clock = callbacks.Clock(3, 0.0, 0.0)
+    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, RUN, None)
+    callback.identity = Identity(RUN, CODE, SAMPLES)
     callback.rows = [{"epoch": 1, "MaxF": 40.0}, {"epoch": 2, "MaxF": 60.0}]
     torch.save({"callbacks": {"TrainingCallback": callback.state_dict()}}, tmp_path / "last.ckpt")
     return tmp_path / "last.ckpt"
@@ -378,8 +379,9 @@ def checkpoint(tmp_path):
 
 def test_the_same_run_is_resumed_with_its_rows_and_seconds(checkpoint, tmp_path):
     assert decide(tmp_path, RUN).checkpoint == checkpoint
-    clock, identity = callbacks.Clock(3, 0.0, 0.0), Identity(RUN, CODE, SAMPLES)
-    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, RUN["lr"], identity)
+    clock = callbacks.Clock(3, 0.0, 0.0)
+    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, RUN, None)
+    callback.identity = Identity(RUN, CODE, SAMPLES)
     callback.find_checkpoint("auto", DEFAULTS)
     assert callback.checkpoint == checkpoint
     assert [row["epoch"] for row in callback.rows] == [1, 2]
