@@ -352,6 +352,11 @@ def count_processes(devices: int) -> tuple[int, int]:
     return devices, devices
 
 
+def default_workers(device: str) -> int:
+    """4 next to a GPU; none on a CPU, whose cores are the network's."""
+    return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
+
+
 def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:
     """Lightning's learning-rate finder: 50 steps in a Trainer of its own. Raises UserError.
 

@@ -132,8 +132,7 @@ def find_attached(target: str, training: bool) -> Path | None:
 def download_default() -> Path:
     """Fetch the default dataset with kagglehub. Raises UserError where that is impossible."""
     if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):  # here kagglehub waits forever
-        reason = "no KITTI Road in the notebook's input"
-        raise UserError(f"--data auto: {reason}; add {DEFAULT_DATASET}, or name a folder")
+        raise UserError(f"--data auto: no KITTI Road attached; add {DEFAULT_DATASET}, or a folder")
     try:
         import kagglehub  # here: nothing else needs it
 
@@ -158,8 +157,8 @@ def find_samples(
         kinds = f"a folder, a video or an image ({', '.join(images.IMAGE_SUFFIXES)})"
         wanted = "a folder of images with masks" if training else kinds
         raise UserError(f"--data {data}: is a file; name {wanted}")
-    layouts = (layout(root, masks, target, training) for layout in LAYOUTS)
-    collection = next((found for found in layouts if found), None)
+    found = (layout(root, masks, target, training) for layout in LAYOUTS)
+    collection = next(filter(None, found), None)
     if not collection:
         expected = "training/image_2 and training/gt_image_2 (KITTI), images and masks, or train"
         raise UserError(f"--data {data}: no images in it; expected {expected} and train.csv")
@@ -239,10 +238,10 @@ def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
     return image, sample.mask.read(image.shape[:2])
 
 
-def decode_samples(samples: pd.DataFrame, config: Any, memory: int) -> list:
+def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: int) -> list:
     """Decode every pair once, to check it: what `images.prepare_pair` makes of each.
 
-    `config`: a ModelConfig. None for each where all pairs take more than so many bytes of memory.
+    None for each where all pairs would take more than so many bytes of memory.
     Raises one UserError that names the bad files.
     """
     pixels = (samples.height * samples.width).sum()
@@ -260,8 +259,8 @@ def decode_samples(samples: pd.DataFrame, config: Any, memory: int) -> list:
     pairs = in_parallel(decode, samples)
     bad = [pair for pair in pairs if isinstance(pair, UserError)]
     if bad:
-        count = f"{len(bad)} of {len(samples)} pairs cannot be used"
-        raise UserError(f"--data: {count}: {first_five(bad, ' | ')}")
+        where = f"--data {samples.image.iloc[0].parent}: {len(bad)} of {len(samples)} pairs"
+        raise UserError(f"{where} cannot be used: {first_five(bad, ' | ')}")
     return pairs
 
 
@@ -321,8 +320,8 @@ def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
 
 def describe_folds(samples: pd.DataFrame, fold: int) -> str:
     """How many pairs train and validate, in a line for people."""
-    count = int((samples.fold == fold).sum())
-    return f"fold {fold}: {len(samples) - count} pairs to train and {count} to validate on"
+    counts = (samples.fold != fold).sum(), (samples.fold == fold).sum()
+    return "fold {}: {} pairs to train and {} to validate on".format(fold, *counts)
 
 
 class Cached(Dataset):
@@ -339,8 +338,9 @@ class Cached(Dataset):
         if index in self.items:
             return self.items[index]
         item = self.dataset[index]
-        self.free -= sum(value.nbytes for value in item.values() if hasattr(value, "nbytes"))
-        if self.free > 0:
+        size = sum(value.nbytes for value in item.values() if hasattr(value, "nbytes"))
+        if size < self.free:
+            self.free -= size
             self.items[index] = item
         return item
 

@@ -27,15 +27,15 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others, such as EPS, c
 warnings.filterwarnings("ignore", module="PIL")  # large images, damaged EXIF: reading decides
 
 
-def strict_augmentation(augmentation: Callable, config: Any) -> Any:
-    """Call `augmentation(config)`. Raises UserError for an argument that albumentations lacks.
+def strict_augmentation(build: Callable[[], Any]) -> Any:
+    """Call `build`. Raises UserError for an argument that albumentations does not know.
 
     albumentations itself only warns, and takes the default. Not for threads: filters are global.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not valid for transform")
         try:
-            return augmentation(config)
+            return build()
         except UserWarning as warning:
             raise UserError(f"augmentation in train.py: {reason_of(warning)}") from None
 

@@ -159,7 +159,7 @@ def write_validation(
         words = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
         rows.append(comparison(read_image(sample.image), target, mask, words))
     write_image(out / "validation.jpg", stack(rows))
-    tuned = f"threshold {threshold:.3f}, components from {min_pixels} pixels on"
+    tuned = f"threshold {threshold:.3f}, minimum component area {min_pixels} pixels"
     print(f"{title}: {evaluation.summary()}, {tuned}")
     return evaluation.write(out, threshold)
 

@@ -28,23 +28,23 @@ class Config:
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
     fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
     group: str = ""  # column of the csv whose equal values (a patient) stay in one fold
-    seed: int = 0  # [0..2147483648] of folds, first weights and augmentations
+    seed: int = 0  # [0..2000000000] random numbers of folds, first weights and augmentations
     # --- model ---
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
     encoder_weights: str = "imagenet"  # imagenet, none (from scratch), .safetensors or .pth file
-    height: int = 0  # [0..16384] of the input; 0: from the images' shape and the device's speed
+    height: int = 0  # [0..16384] pixels of the input; 0: from the images' shape and the device
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
     top: float | Literal["auto"] = "auto"
     tiles: bool | Literal["auto"] = "auto"  # cut images into tiles; auto: those over 2 megapixels
     # --- training ---
     epochs: int = 0  # [0..1000000] passes over the data; 0: what max_minutes allows, else 40
-    max_minutes: float = 0  # [0..1000000] of the whole training, which the schedule fits; 0: none
-    session_minutes: float = 0  # [0..1000000] of this session; then it exports, to resume; 0: none
+    max_minutes: float = 0  # [0..1000000] limit of the training, which the schedule fits; 0: none
+    session_minutes: float = 0  # [0..1000000] limit of this session: exports, to resume; 0: none
     batch_size: int = 0  # [0..65536] images per step; 0: 8, on a CPU 4 to 16
-    lr: float | Literal["auto"] = 5e-4  # [1e-9..10] highest of AdamW; auto: learning-rate finder
-    weight_decay: float = 1e-2  # [0..10] of AdamW
+    lr: float | Literal["auto"] = 5e-4  # [1e-9..10] highest learning rate; auto: Lightning's finder
+    weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool = True  # progressive resizing: 1/2, then 3/4 of height and width first
     dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
@@ -302,7 +302,7 @@ def make_loaders(
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
     processes, _ = callbacks.count_processes(config.devices)
     validates, seed = samples.fold == config.fold, config.seed
-    augment = images.strict_augmentation(augmentation, config)
+    augment = images.strict_augmentation(lambda: augmentation(config))
     training, validation = (
         SegmentationDataset(samples[chosen], model_config, seed, change)
         for chosen, change in ((~validates, augment), (validates, None))
@@ -355,7 +355,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         metric=collection.metric if config.metric == "auto" else config.metric,
         precision=precision,
         devices=model.resolve_devices(config.devices, device),
-        workers=config.workers if config.workers >= 0 else 4 * (device != "cpu"),
+        workers=callbacks.default_workers(device) if config.workers < 0 else config.workers,
     )
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
     settings = {name: getattr(resolved, name) for name in shared}

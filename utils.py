@@ -84,9 +84,11 @@ def field_help(settings: type) -> dict[str, FieldHelp]:
     found = {}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
-            token = comments.get(node.end_lineno) or above.get(node.lineno - 1)
+            lines = range(node.lineno, node.end_lineno + 1)
+            inside = [comments[line] for line in lines if line in comments]
+            token = inside[-1] if inside else above.get(node.lineno - 1)
             comment = token.string.lstrip("# ") if token else ""
-            limits = re.match(r"\[([^\]]*?)\.\.([^\]]*?)\] *", comment)
+            limits = re.match(r"\[([-+.\de]*?)\.\.([-+.\de]*)\] *", comment)
             low, high = limits.groups() if limits else ("", "")
             found[node.target.id] = FieldHelp(
                 comment[limits.end() :] if limits else comment,
@@ -119,13 +121,15 @@ def parse(settings: type, doc: str, argv: list[str] | None = None) -> Any:
         missing = field.default is dataclasses.MISSING
         default = field.default_factory() if missing else field.default
         shown = f"{default}".lower() if isinstance(default, bool) else default
+        takes = ", ".join(filter(None, [limits_in_words(comment).strip(), *words_of(kind)]))
+        takes = f" ({takes})" if takes else ""
         parser.add_argument(
             f"--{field.name}",
             type=functools.partial(convert, field.name, kind, comment),
             nargs="+" if typing.get_origin(kind) is list else None,
             default=argparse.SUPPRESS,
             metavar="X",
-            help=f"{comment.text} [{shown}]".strip().replace("%", "%%"),
+            help=f"{comment.text}{takes} [{shown}]".strip().replace("%", "%%"),
         )
     known, extra = parser.parse_known_args(argv)
     for word in extra:
@@ -171,8 +175,8 @@ def convert(name: str, kind: Any, comment: FieldHelp, text: str) -> Any:
 
 def limits_in_words(comment: FieldHelp) -> str:
     """Such as " from 0 to 1"."""
-    low = f" from {comment.low:g}" if comment.low > -math.inf else ""
-    return low + (f" to {comment.high:g}" if comment.high < math.inf else "")
+    low = f" from {comment.low:.10g}" if comment.low > -math.inf else ""
+    return low + (f" to {comment.high:.10g}" if comment.high < math.inf else "")
 
 
 def check_fields(settings: Any) -> None:

@@ -4,14 +4,17 @@ Loading torch, Lightning, albumentations and smp takes ten seconds of a CPU, mos
 tests take less. So multiprocessing's forkserver loads them once; the kit itself it never loads.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+RUNNING = []  # commands that have not ended yet
 LIBRARIES = [
     "albumentations", "cv2", "matplotlib.pyplot", "pandas", "pytorch_lightning",
     "segmentation_models_pytorch", "sklearn.metrics", "sklearn.model_selection", "torch",
@@ -37,6 +40,7 @@ class Command:
         self.process = context.Process(target=become, args=(self.args, cwd, env or {}, outputs))
         self.process.start()
         self.pid = self.process.pid
+        RUNNING.append(self)
 
     def poll(self):
         """The exit status, None while it runs; minus the signal that ended it."""
@@ -48,10 +52,17 @@ class Command:
         self.returncode = self.poll()
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
+        RUNNING.remove(self)
         return self.stdout.read_text(), self.stderr.read_text()
 
     def send_signal(self, number):
         os.kill(self.pid, number)
+
+    def kill(self):
+        """End it and the processes that it has started, as the end of a Kaggle session does."""
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(self.pid, signal.SIGKILL)
+        self.communicate()
 
 
 def become(args, cwd, env, outputs):

@@ -3,13 +3,12 @@
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import Command
+from commands import RUNNING, Command
 
 KIT = Path(__file__).parents[1]
 sys.path.insert(0, str(KIT))
@@ -33,11 +32,7 @@ def run(script, *flags, kit=KIT, cwd=None, env=None, fresh=False):
         options = {"cwd": cwd, "env": os.environ | (env or {}), "timeout": 600}
         return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
     command = Command(args[0], args[1:], cwd, env)
-    try:
-        printed = command.communicate(timeout=600)
-    except subprocess.TimeoutExpired:
-        command.send_signal(signal.SIGKILL)
-        raise
+    printed = command.communicate(timeout=600)
     return subprocess.CompletedProcess(args, command.returncode, *printed)
 
 
@@ -46,6 +41,14 @@ def succeed(script, *flags, **options):
     done = run(script, *flags, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def no_command_is_left():
+    """After a test that failed; pytest would wait for what still runs."""
+    yield
+    for command in list(RUNNING):
+        command.kill()
 
 
 def build_once(factory, name, build):

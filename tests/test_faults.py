@@ -3,7 +3,6 @@
 FAULTS=n in the environment tries n of each kind.
 """
 
-import contextlib
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ import sys
 import time
 import zipfile
 import zlib
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +54,6 @@ def wait_for(path, process, seconds=300):
         time.sleep(0.02)
 
 
-def kill(process):
-    """End a process and its workers as a session limit would."""
-    with contextlib.suppress(ProcessLookupError):  # it was quicker
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 def weights(folder):
     return torch.load(folder / "model.pt", weights_only=True)["state_dict"]
 
@@ -90,7 +83,7 @@ def test_killed_at_random_moments_nothing_is_lost(roads, tmp_path):
                 longest = min(longest, time.monotonic() - began)
                 break
             except subprocess.TimeoutExpired:
-                kill(process)
+                process.kill()
                 kills, survived = kills - 1, survived + 1
             if (out / "last.ckpt").exists():
                 model.read_checkpoint(out / "last.ckpt", "--resume")
@@ -113,7 +106,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(roads, tmp_path, worker
     succeed("train.py", *flags, "--out", tmp_path / "again")
     process = start(*flags, "--out", tmp_path / "cut")
     wait_for(tmp_path / "cut" / "last.ckpt", process)
-    kill(process)
+    process.kill()
     assert "after epoch 1" in succeed("train.py", *flags, "--out", tmp_path / "cut")
     whole = pd.read_csv(tmp_path / "whole" / "metrics.csv").drop(columns="seconds")
     state = weights(tmp_path / "whole")
@@ -136,6 +129,20 @@ def test_interrupted_politely_it_exports_what_was_reached(roads, tmp_path, numbe
     assert read_metrics(tmp_path)["image"]["all"]["images"] == 3
     assert (tmp_path / "last.ckpt").exists()
     assert "Traceback" not in printed
+
+
+def test_while_it_exports_a_second_signal_ends_it_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with callbacks.interruptible():
+            handler = signal.getsignal(signal.SIGTERM)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                signal.signal(signal.SIGTERM, handler)  # as Lightning does at the end of a fit
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,7 +482,7 @@ def test_two_processes_share_the_images(roads, trained, tmp_path):
 
 MISTAKES = {
     "a fold": ("train.py", (*TINY, "--fold", 40), "--fold 40"),
-    "a size": ("train.py", (*TINY, "--height", 65), "--height 65"),
+    "a size": ("train.py", (*TINY, "--arch", "FPN", "--height", 65), "--height 65"),
     "a flag": ("train.py", ("--epoch", 2), "--epoch"),
     "a model": ("infer.py", ("--model", "nowhere"), "--model nowhere"),
 }
@@ -492,7 +499,7 @@ def test_a_mistake_is_one_line_however_many_processes_find_it(roads, tmp_path, n
         environment |= {"TORCHELASTIC_RUN_ID": "none"}
         flags = ("--data", roads, "--out", tmp_path / "out", *flags)
         running.append(Command(KIT / script, flags, env=environment))
-    printed = [process.communicate(timeout=300) for process in running]
+    printed = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [2, 2], printed
     [line] = "".join(stderr for _, stderr in printed).strip().splitlines()
     assert line.startswith("error: ")
@@ -513,32 +520,44 @@ def same_item(one, other):
     )
 
 
+def prepared(folder):
+    """Config, ModelConfig and samples of fold 0, as train.py makes them."""
+    collection = data.find_samples(str(folder), training=True)
+    samples = data.scan_dataset(collection.samples)
+    samples["fold"] = data.assign_folds(samples, 10, 0)
+    size = {"height": 64, "width": 192}
+    config = train.Config(encoder="resnet18", encoder_weights="none", **size)
+    config, model_config = train.resolve(config, collection._replace(samples=samples), 0)
+    samples["pair"] = data.decode_samples(samples, model_config, 1 << 30)
+    return config, model_config, samples
+
+
 def test_validation_items_are_read_once_and_stay_the_same(roads, tmp_path):
     """The kit's default loaders: validation items come from memory from the second epoch on."""
     folder = tmp_path / "data"
     shutil.copytree(roads / "training", folder / "training")
-    collection = data.find_samples(str(folder), training=True)
-    samples = data.scan_dataset(collection.samples)
-    samples["fold"] = data.assign_folds(samples, 10, 0)
-    settings = {"encoder": "resnet18", "encoder_weights": "none", "height": 64, "width": 192}
-    config = train.Config(**settings)
-    config, model_config = train.resolve(config, collection._replace(samples=samples), 0)
-    samples["pair"] = data.decode_samples(samples, model_config, 0)
+    config, model_config, samples = prepared(folder)
     _, loader = train.make_loaders(config, model_config, samples)
     assert isinstance(loader.dataset, data.Cached)
-    validation = samples[samples.fold == 0]
-    plain = train.SegmentationDataset(validation, model_config, 0, None)
+    plain = train.SegmentationDataset(samples[samples.fold == 0], model_config, 0, None)
     expected = [plain[index] for index in range(len(plain))]
     for _ in range(2):
-        batches = list(loader)
-        shutil.rmtree(folder, ignore_errors=True)  # a second reading would fail
-        items = [
-            {key: values[index] for key, values in batch.items()}
-            for batch in batches
-            for index in range(len(batch["name"]))
-        ]
+        items = []
+        for batch in loader:
+            for index in range(len(batch["name"])):
+                items.append({key: values[index] for key, values in batch.items()})
         assert len(items) == len(expected) == 3
         assert all(same_item(*pair) for pair in zip(items, expected, strict=True))
+        shutil.rmtree(folder, ignore_errors=True)  # a second reading would fail
+
+
+def test_datasets_can_be_sent_to_spawned_workers(roads):
+    """As on macOS and Windows, and on Linux from Python 3.14 on."""
+    config, model_config, samples = prepared(roads)
+    for loader in train.make_loaders(config, model_config, samples):
+        sent = pickle.loads(ForkingPickler.dumps(loader.dataset))
+        assert len(sent) == len(loader.dataset)
+        assert same_item(sent[1], loader.dataset[1])
 
 
 def test_what_does_not_fit_into_memory_is_read_again():

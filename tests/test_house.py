@@ -214,13 +214,6 @@ def changed_lines(kit):
     return changed
 
 
-def replace(path, old, new):
-    """Replace the only occurrence of a text in a file."""
-    code = path.read_text()
-    assert code.count(old) == 1, (path.name, old)
-    path.write_text(code.replace(old, new))
-
-
 def weights_of(out):
     return torch.load(out / "model.pt", weights_only=True)["state_dict"]
 
@@ -255,13 +248,18 @@ def test_kitti_can_be_deleted(pairs, tmp_path):
 def fork(tmp_path_factory):
     """The kit with one more setting, used in the loss."""
     kit = copy_kit(tmp_path_factory.mktemp("fork") / "kit")
-    dice = next(
-        line for line in (kit / "train.py").read_text().splitlines() if "    dice: float" in line
-    )
-    replace(kit / "train.py", dice, f"{dice}\n    pos_weight: float = 1.0")
-    plain = 'F.binary_cross_entropy_with_logits(logits, truth, reduction="none")'
-    weighted = plain.replace(")", ", pos_weight=torch.tensor(config.pos_weight))")
-    replace(kit / "train.py", plain, weighted)
+    file = kit / "train.py"
+    code = file.read_text()
+    for place, addition in (
+        (r"    dice: float = .*\n", "{}    pos_weight: float = 1.0\n"),
+        (
+            r"binary_cross_entropy_with_logits\(.*(?=\))",
+            "{}, pos_weight=torch.tensor(config.pos_weight)",
+        ),
+    ):
+        (found,) = re.findall(place, code)
+        code = code.replace(found, addition.format(found))
+    file.write_text(code)
     return kit
 
 

@@ -259,7 +259,8 @@ def test_a_mistyped_argument_of_an_augmentation_is_an_error(kit, pairs, tmp_path
 
 def test_filters_of_warnings_are_as_before():
     before = list(warnings.filters)
-    images.strict_augmentation(train.augmentation, Config(height=32, width=32, tiles=False))
+    config = Config(height=32, width=32, tiles=False)
+    images.strict_augmentation(lambda: train.augmentation(config))
     assert list(warnings.filters) == before
 
 

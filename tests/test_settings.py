@@ -166,14 +166,15 @@ def test_a_comment_is_the_help_and_may_be_absent(capsys):
     for setting in dataclasses.fields(Settings):
         assert f"--{setting.name} " in text
     for words in (
-        "of something, in 100 % [0.5]",
-        "the comment on the line above [2]",
+        "of something, in 100 % (from 0 to 1) [0.5]",
+        "the comment on the line above (from -1 to 3) [2]",
         "--bare X [1.0]",
         "--also_bare X [3]",
         "--word X [none]",
         "on or off [false]",
-        "or all [0]",
-        "where the value is on a line of its own [automatic]",
+        "or all (from 0 to 9, all) [0]",
+        "where the value is on a line of its own "
+        "(from 0 to 1, automatic, by_hand, not_at_all) [automatic]",
     ):
         assert words in text
     assert "belongs to nothing" not in text
