@@ -301,14 +301,13 @@ def interruptible() -> Iterator[list[int]]:
     except Interrupted:
         print("\ninterrupted: exports what was reached; the same command resumes", flush=True)
     finally:
-        for number in set(numbers) - set(came):
-            signal.signal(number, handlers[number])
+        for number in numbers:  # Lightning has put back the handler that it found
+            signal.signal(number, signal.SIG_DFL if number in came else handlers[number])
 
 
 def end_process(signals: list[int]) -> None:
     """End the process as the signal would have, if one came."""
     for number in signals:
-        signal.signal(number, signal.SIG_DFL)  # Lightning has put back the handler that it found
         os.kill(os.getpid(), number)
 
 

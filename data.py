@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import images
 import kitti
+import layouts
 import rle
-from images import Collection, MaskFile
-from utils import UserError, closest, first_five, reason_of
+from images import Collection
+from masks import decide_masks
+from utils import UserError, closest, first_five, list_tables, reason_of
 
 DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
 BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
@@ -32,73 +34,50 @@ BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer wh
 # --------------------------------------------------------------------------------------------------
 
 
-def mask_place(folder: Path, masks: str, training: bool) -> Path | None:
-    """The folder of masks, or the csv, that belongs to a folder of images. Raises UserError."""
+def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
+    """The csv of masks that belongs to a folder of images. Raises UserError."""
     parent = folder.parent
     if masks != "auto":
         named = (Path(masks), parent / masks, parent.parent / masks)
-        place = next((path for path in named if path.exists()), None)
-        if not place:
+        place = next((path for path in named if path.is_file()), None)
+        if masks.lower().endswith(".csv") and not place:
             raise UserError(f"--masks {masks}: not found; name a folder of masks or a csv of RLE")
         return place
     if folder.name in ("test", "test_images") or (folder.name, parent.name) == ("images", "test"):
         return None
     roots = [folder, parent, parent.parent][: 3 if folder.name == "images" else 2]
-    for root in roots:
-        if (root / "train.csv").is_file() and rle.mask_columns(root / "train.csv"):
-            return root / "train.csv"
-    usual = (parent / "masks", parent / "train_masks", folder / "masks")
-    places = [place for place in usual if images.list_images(place)]
-    if not places:
-        tables = [path for root in roots for path in sorted(root.glob("*.csv"))]
-        places = [path for path in tables if rle.mask_columns(path)]
-    if len(places) > 1 and training:
-        both = " and ".join(map(str, places))
-        raise UserError(f"--data: {both} hold masks; choose one with --masks")
-    return places[0] if places else None
+    tables = [path for root in roots for path in list_tables(root) if rle.holds_masks(path)]
+    train = [path for path in tables if path.name.lower() == "train.csv"]
+    if train:
+        return train[0]
+    if layouts.masks_next_to(folder) or any(file.role for file in layouts.list_files(folder)):
+        return None
+    if len(tables) > 1 and training:
+        raise UserError(f"--data: {' and '.join(map(str, tables))} hold masks; choose with --masks")
+    return tables[0] if tables else None
 
 
 def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collection | None:
     """A folder of images with a csv of RLE, one row per image or per object."""
     folder = images.image_folder(root, training)
-    place = mask_place(folder, masks, training) if folder else None
-    if not place or place.suffix.lower() != ".csv":
+    place = csv_place(folder, masks, training) if folder else None
+    if not place:
         return None
     paths = images.list_images(folder)
-    found, fields = rle.read_masks(place, set(paths))
-    samples = table(paths, found).assign(fields=[fields.get(stem) for stem in paths])
+    try:
+        found, fields = rle.read_masks(place, set(paths))
+        rle.check_sizes(place, fields, paths)
+    except UserError as error:
+        if training or masks != "auto":
+            raise
+        print(f"no scores: {error}")  # nobody named this csv
+        return None
+    rows = {"id": list(paths), "image": list(paths.values()), "mask": [found[s] for s in paths]}
+    samples = pd.DataFrame(rows).assign(fields=[fields.get(stem) for stem in paths])
     return Collection("csv of RLE masks", samples)
 
 
-def mask_folder(root: Path, masks: str, target: str, training: bool) -> Collection | None:
-    """A folder of images and a folder of masks with the same names."""
-    folder = images.image_folder(root, training)
-    place = mask_place(folder, masks, training) if folder else None
-    if not place or not place.is_dir():
-        return None
-    found = {stem: MaskFile(path) for stem, path in images.list_images(place).items()}
-    return Collection("one mask file per image", table(images.list_images(folder), found))
-
-
-def images_alone(root: Path, masks: str, target: str, training: bool) -> Collection | None:
-    """Images without masks, to predict: a folder, or one file."""
-    if root.is_file() and root.suffix.lower() in images.IMAGE_SUFFIXES:
-        return Collection("one image", table({root.stem: root}, {}))
-    folder = images.image_folder(root, training)
-    return (
-        Collection("images without masks", table(images.list_images(folder), {}))
-        if folder
-        else None
-    )
-
-
-def table(paths: dict[str, Path], masks: dict[str, Any]) -> pd.DataFrame:
-    """The samples of a layout; both by the image's stem."""
-    samples = pd.DataFrame({"id": list(paths), "image": list(paths.values())})
-    return samples.assign(mask=[masks.get(stem) for stem in paths])
-
-
-LAYOUTS = [kitti.kitti_road, csv_of_masks, mask_folder, images_alone]
+LAYOUTS = [kitti.kitti_road, csv_of_masks, layouts.paired_folders, layouts.images_alone]
 
 # --------------------------------------------------------------------------------------------------
 #  The samples table
@@ -143,14 +122,20 @@ def download_default() -> Path:
 
 
 def find_samples(
-    data: str, masks: str = "auto", target: str = "road", training: bool = False
+    data: str,
+    masks: str = "auto",
+    target: str = "road",
+    foreground: str = "",
+    training: bool = False,
+    runs: str = "auto",
 ) -> Collection:
-    """Understand a folder by the first layout that recognises it.
+    """Understand a folder by the first layout that recognises it, and the values of its masks.
 
     The samples table has a row for each image, with the columns `id` (names the outputs), `image`
     (path), `mask` (None or an object with `read(size)`), `category` (a group that is scored by
-    itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None).
-    With `training` every image has a mask. Raises UserError.
+    itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
+    where folders say so also `group` and `fold`. With `training` every image has a mask.
+    `foreground`: values of mask files; `runs`: the order of RLE. Raises UserError.
     """
     root = find_root(data, target, training)
     if root.is_file() and (training or root.suffix.lower() not in images.IMAGE_SUFFIXES):
@@ -160,21 +145,30 @@ def find_samples(
     found = (layout(root, masks, target, training) for layout in LAYOUTS)
     collection = next(filter(None, found), None)
     if not collection:
-        expected = "training/image_2 and training/gt_image_2 (KITTI), images and masks, or train"
-        raise UserError(f"--data {data}: no images in it; expected {expected} and train.csv")
+        expected = "expected training/image_2 and training/gt_image_2 (KITTI), images and masks"
+        there = layouts.describe_folder(root) if root.is_dir() else "it is a file"
+        raise UserError(
+            f"--data {data}: no images in it; {expected}, or train/ and train.csv; {there}"
+        )
     samples = collection.samples
     for column, default in (("category", ""), ("views", ()), ("fields", None)):
         if column not in samples:
             samples[column] = [default] * len(samples)
     if training:
-        check_pairs(samples, data, target)
-    elif root.is_dir() and "test" in str(Path(samples.image[0]).parent.relative_to(root)):
+        check_pairs(samples, root, target)
+    elif (
+        root.is_dir()
+        and samples["mask"].isna().all()
+        and "test" in str(Path(samples.image[0]).parent.relative_to(root))
+    ):
         hint = "to score images with a ground truth, name their folder"
         print(f"--data {data}: predicts {Path(samples.image[0]).parent}; {hint}")
-    return collection
+    samples["mask"], order = rle.resolve_order(samples, runs)
+    samples["mask"] = decide_masks(samples["mask"], foreground, training)
+    return collection._replace(rle=order)
 
 
-def check_pairs(samples: pd.DataFrame, data: str, target: str) -> None:
+def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
     """Raise UserError where an image has no mask or there are too few pairs to train."""
     if target != "road" and not samples.category.str.endswith(target).any():
         reason = "not in the KITTI layout, which alone has lanes; leave the flag out"
@@ -184,7 +178,8 @@ def check_pairs(samples: pd.DataFrame, data: str, target: str) -> None:
     if alone:
         count = f"{len(alone)} of {len(samples)} images have no mask ({pairs} are complete)"
         remedy = "add the masks, name them with --masks, or move away"
-        raise UserError(f"--data {data}: {count}; {remedy}: {first_five(alone)}")
+        there = "" if len(alone) < len(samples) else f"; {layouts.describe_folder(data)}"
+        raise UserError(f"--data {data}: {count}; {remedy}: {first_five(alone)}{there}")
     if len(samples) < 2:
         raise UserError(f"--data {data}: {pairs}; at least 2 are needed, to train and to validate")
 
@@ -225,10 +220,10 @@ def describe(collection: Collection, samples: pd.DataFrame) -> str:
     """What was understood, in one line for people. `samples`: from `scan_dataset`."""
     sizes = sorted(zip(samples.height, samples.width, strict=True))
     smallest, largest = (f"{width}x{height}" for height, width in (sizes[0], sizes[-1]))
-    share, empty = 100 * samples.share.mean(), 100 * (samples.share == 0).mean()
     return (
         f"data: {collection.name} · {len(samples)} pairs · {smallest} to {largest} · "
-        f"{share:.1f} % foreground · {empty:.0f} % of the masks empty"
+        f"{100 * samples.share.mean():.1f} % foreground · "
+        f"{100 * (samples.share == 0).mean():.0f} % of the masks empty"
     )
 
 
@@ -241,8 +236,7 @@ def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
 def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: int) -> list:
     """Decode every pair once, to check it: what `images.prepare_pair` makes of each.
 
-    None for each where all pairs would take more than so many bytes of memory.
-    Raises one UserError that names the bad files.
+    None for each where all would take more bytes than `memory`. Raises UserError for bad files.
     """
     pixels = (samples.height * samples.width).sum()
     pixels = pixels if config.tiles else len(samples) * config.height * config.width
@@ -272,12 +266,19 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
 def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") -> np.ndarray:
     """Split the samples of `scan_dataset` into folds; what belongs together stays in one.
 
-    Together stay equal values of the csv's column `group`, otherwise `BLOCK` consecutive frames.
+    Together stay equal values of the csv's column `group`, otherwise of the samples' own column
+    `group`, otherwise `BLOCK` consecutive frames. A given column `fold` is taken as it is.
     Stratified by category, or where there is none by the foreground's share: empty, little, more,
     much. Returns int (n,), each sample's fold. Few samples make fewer folds, at least two.
     """
+    if "fold" in samples:
+        return samples.fold.to_numpy()
     sizes = samples.category.value_counts()
-    groups = columns_of(samples, group) if group else frame_blocks(samples, sizes.min() // folds)
+    if group:
+        groups = columns_of(samples, group)
+    else:
+        blocks = frame_blocks(samples, sizes.min() // folds)
+        groups = samples.group.tolist() if "group" in samples else blocks
     count = max(2, min(folds, len(set(groups)), sizes.max()))
     strata = samples.category
     if not strata.any():
@@ -313,8 +314,7 @@ def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
     """The folds to train: one, or all. Raises UserError for one that there is not."""
     folds = sorted(set(samples.fold))
     if fold != "all" and fold not in folds:
-        made = f"the {len(samples)} pairs make folds 0 to {folds[-1]}"
-        raise UserError(f"--fold {fold}: {made}, or all")
+        raise UserError(f"--fold {fold}: {len(samples)} pairs make folds 0 to {folds[-1]}, or all")
     return folds if fold == "all" else [fold]
 
 

@@ -1,6 +1,5 @@
 """Images and masks: read, write, resize, cut into tiles, to the network's input and back."""
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,12 +17,22 @@ from model import ModelConfig
 from utils import UserError, check_file, reason_of, write_file
 
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MARKER = ".written_by_segmentation_kit"  # in every --out
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others, such as EPS, could run a program
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "WEBP",
+)  # others, such as EPS, could run a program
 
+warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # hostile model files
 warnings.filterwarnings("ignore", module="PIL")  # large images, damaged EXIF: reading decides
 
 
@@ -47,6 +56,7 @@ class Collection(NamedTuple):
     samples: pd.DataFrame  # a row for each image, see `data.find_samples`
     top: float = 0.0  # default of --top
     metric: str = "dice"  # default of --metric
+    rle: str = "columns"  # order of RLE in submission.csv, see rle.py
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,26 +64,32 @@ class Collection(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 
-def list_images(folder: Path) -> dict[str, Path]:
-    """{stem: path} of the images in a folder, sorted. Raises UserError where two share a stem.
+def image_paths(folder: Path) -> list[Path]:
+    """The images in a folder, sorted.
 
     What the kit has written is no data: a folder with, or next to, its `MARKER` counts as empty.
     """
+    if not folder.is_dir() or (folder / MARKER).exists() or (folder.parent / MARKER).exists():
+        return []
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def list_images(folder: Path) -> dict[str, Path]:
+    """{stem: path} of the images in a folder, sorted. Raises UserError where two share a stem."""
     found: dict[str, Path] = {}
-    own = (folder / MARKER).exists() or (folder.parent / MARKER).exists()
-    for path in sorted(folder.iterdir()) if folder.is_dir() and not own else ():
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            if path.stem in found:
-                both = f"{found[path.stem].name} and {path.name}"
-                raise UserError(f"{folder}: {both} share a name; rename one of them")
-            found[path.stem] = path
+    for path in image_paths(folder):
+        if path.stem in found:
+            both = f"{found[path.stem].name} and {path.name}"
+            raise UserError(f"{folder}: {both} share a name; rename one of them")
+        found[path.stem] = path
     return found
 
 
 def image_folder(root: Path, training: bool) -> Path | None:
     """The folder of images in `root`; test images first where they are not for training."""
     names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
-    return next((root / name for name in names if list_images(root / name)), None)
+    return next((root / name for name in names if image_paths(root / name)), None)
 
 
 def open_header(path: str | Path) -> Image.Image:
@@ -133,40 +149,17 @@ def read_image(path: str | Path) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskFile:
-    """A mask in a file of 0 and 1, or of 0 and its type's largest value."""
-
-    path: Path
-
-    def read(self, size: tuple[int, int]) -> np.ndarray:
-        """(h, w) uint8: 1 foreground, 0 background, 255 ignored. `size`: its image's (h, w).
-
-        255 next to 1 is ignored; JPEG's noise is cut at half. Raises UserError for other values.
-        """
-        values = np.asarray(open_mask(self.path, size))
-        if values.ndim == 3:
-            grey = values[..., :1]
-            if values.shape[2] > 2 and (values[..., :3] != grey).any():
-                wanted = "expected one channel of 0 and 1, or 0 and 255"
-                raise UserError(f"{self.path}: a coloured mask; {wanted}")
-            values = grey[..., 0]
-        if {1, IGNORE} <= set(np.unique(values).tolist()) <= {0, 1, IGNORE}:
-            return values.astype(np.uint8)
-        full = {"bool": 1, "uint8": 255}.get(values.dtype.name, 65535)
-        if 1 < values.max() <= full // 2:
-            wanted = f"expected 0 and 1, or 0 and {full}"
-            raise UserError(f"{self.path}: mask values up to {values.max()}; {wanted}")
-        return (values > (full // 2 if values.max() > 1 else 0)).astype(np.uint8)
+def outline_length(image: np.ndarray, mask: np.ndarray) -> float:
+    """How many pairs of neighbours in a mask (h, w) differ."""
+    return float((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
 
 
-def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Decode a mask file. Raises UserError, also where it does not have its image's (h, w)."""
-    image = open_image(path)
-    if image.size != size[::-1]:
-        mask, own = ("x".join(map(str, s)) for s in (image.size, size[::-1]))
-        raise UserError(f"{path}: is {mask}, but its image is {own}; replace one of them")
-    return image
+def edge_contrast(image: np.ndarray, mask: np.ndarray) -> float:
+    """The mean gradient of an image (h, w, 3) uint8 along the outline of a mask (h, w) uint8."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    gradient = cv2.magnitude(*(cv2.Sobel(grey, cv2.CV_32F, x, 1 - x) for x in (0, 1)))
+    band = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+    return cv2.mean(gradient, band)[0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,10 @@ class Options:
 
     model: list[str] = field(default_factory=lambda: ["out"])  # model.pt files, or folders of them
     data: str = "auto"  # folder of images, KITTI folder (testing predicts, training scores), image
-    masks: str = "auto"  # folder or csv of masks to score with; auto: what is next to the images
+    masks: str = "auto"  # folder, csv or pattern of masks to score with; auto: what is there
+    foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
+    # order of RLE in a csv of masks and in submission.csv; auto: as it fits, and as trained
+    rle: Literal["auto", "columns", "rows", "relative"] = "auto"
     out: str = "predictions"  # folder for everything that is written
     threshold: float | Literal["auto"] = "auto"  # [0..1] of the foreground; auto: as tuned
     min_pixels: int | Literal["auto"] = (
@@ -112,23 +115,25 @@ def find_images(options: Options, target: str) -> pd.DataFrame:
         if no_test and not any(root.rglob("image_2")):
             print(f"--data {root}: no test images; the submission gets no masks", flush=True)
             return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
-    return data.find_samples(options.data, options.masks, target).samples
+    named = options.data, options.masks, target, options.foreground
+    return data.find_samples(*named, runs=options.rle).samples
 
 
-def make_submission(options: Options, samples: pd.DataFrame) -> Any:
-    """The submission that is asked for, or None; says which sample it follows. Raises UserError."""
+def make_submission(options: Options, samples: pd.DataFrame, trained: str) -> Any:
+    """The submission that is asked for, or None; says which sample it follows. Raises UserError.
+
+    `trained`: the order of RLE that the model was trained on.
+    """
     if options.submission == "none":
         return None
     sample = options.sample_submission
     if sample == "auto":
         folder = Path(samples.image[0]).parent if len(samples) else Path(options.data)
-        sample = rle.find_sample_submission(folder)
-    if options.submission == "rle":
-        none = "none found: a row for each image; name one with --sample_submission"
-        print(f"sample submission: {sample or none}", flush=True)
+        sample = rle.find_sample_submission(folder, samples.id)
     rerun = os.environ.get("KAGGLE_IS_COMPETITION_RERUN")  # on hidden images an error costs all
     on_missing = "empty" if rerun else options.on_missing
-    return SUBMISSIONS[options.submission](samples, sample, on_missing)
+    order = trained if options.rle == "auto" else options.rle
+    return SUBMISSIONS[options.submission](samples, sample, on_missing, order)
 
 
 def check_views(samples: pd.DataFrame) -> None:
@@ -266,7 +271,7 @@ def infer(options: Options) -> Path:
         return overlay_video(plan)
     samples = find_images(options, plan.models[0].config.target)
     check_views(samples)
-    submission = make_submission(options, samples)
+    submission = make_submission(options, samples, plan.models[0].config.rle)
     if plan.rank == 0:
         known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
         models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"

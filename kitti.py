@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from images import IGNORE, Collection, MaskFile, encode_image, list_images, open_mask
+from images import IGNORE, Collection, encode_image, list_images
+from masks import MaskFile, open_mask
 from utils import UserError, first_five, reason_of, write_file
 
 # --------------------------------------------------------------------------------------------------
@@ -32,14 +33,15 @@ def kitti_road(root: Path, masks: str, target: str, training: bool) -> Collectio
     if not training:
         places.insert(0, root / "testing/image_2")
     folders = [place for place in places if place.name == "image_2" and list_images(place)]
-    if not folders or masks.endswith(".csv"):
+    if not folders or masks.endswith(".csv") or "{stem}" in masks:
         return None
     folder = folders[0]
     mask_folder = folder.parent / "gt_image_2"
     if masks != "auto":
-        mask_folder = next(
-            (p for p in (Path(masks), folder.parent / masks) if p.is_dir()), mask_folder
-        )
+        named = [path for path in (Path(masks), folder.parent / masks) if path.is_dir()]
+        if not named:
+            raise UserError(f"--masks {masks}: not found; name a folder of masks")
+        mask_folder = named[0]
     found = list_images(mask_folder)
     rows = []
     for stem, image in list_images(folder).items():
@@ -163,7 +165,7 @@ class KittiSubmission:
     Raises UserError where an image has no calibration: the server rejects an incomplete zip.
     """
 
-    def __init__(self, samples: pd.DataFrame, sample: str, on_missing: str = "error") -> None:
+    def __init__(self, samples: pd.DataFrame, *_: str) -> None:
         scored = samples[~samples.category.isin(["", "umm_lane", "uu_lane"])]  # only um has a lane
         lacking = [Path(row.image).name for row in scored.itertuples() if not row.views]
         if scored.empty or len(lacking) == len(scored):

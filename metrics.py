@@ -184,10 +184,12 @@ def scores_by_threshold(counts: list[np.ndarray], metric: str) -> np.ndarray:
 def choose_threshold(values: np.ndarray) -> float:
     """From `scores_by_threshold`: the one nearest to 0.5 within two standard errors of the best.
 
-    The best threshold of a few images is luck (docs/results.md).
+    The best threshold of a few images is luck (docs/results.md): with one or two it is 0.5.
     """
+    if len(values) <= 2:
+        return 0.5
     worse = values[:, [values.mean(0).argmax()]] - values
-    error = worse.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    error = worse.std(0, ddof=1) / math.sqrt(len(values))
     good = np.flatnonzero(worse.mean(0) <= 2 * error + 1e-12)
     return float(good[np.abs(good - 127.5).argmin()]) / 255
 

@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -41,6 +41,7 @@ class ModelConfig:
     top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
     tiles: bool = False  # cut the image into tiles instead of resizing it
     target: str = "road"  # what the mask means, for layouts with several targets
+    rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
     tta: bool = True  # average with the prediction of the horizontally flipped image
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
     temperature: float = 2.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
@@ -151,7 +152,7 @@ def input_normalisation(encoder: str, weights: str) -> tuple[tuple[float, ...], 
     """The mean and std, of 0..1, that the encoder's ImageNet weights were trained with."""
     if weights != "imagenet":
         return ModelConfig.mean, ModelConfig.std
-    own = smp.encoders.get_preprocessing_params(encoder, "imagenet")
+    own = from_hub(encoder, lambda: smp.encoders.get_preprocessing_params(encoder, "imagenet"))
     return tuple(own["mean"]), tuple(own["std"])
 
 
@@ -165,7 +166,8 @@ REMEDY = "--encoder_weights FILE (.safetensors or .pth), or --encoder_weights no
 def encoder_weights(encoder: str, module: torch.nn.Module, weights: str) -> dict[str, torch.Tensor]:
     """The encoder's pretrained state dict, from the Hub or a file. Raises UserError."""
     if weights == "imagenet":
-        return hub_weights(encoder)
+        hub = from_hub(encoder, lambda: smp.encoders.get_encoder(encoder, weights="imagenet"))
+        return hub.state_dict()
     state, own = read_weights(weights), module.state_dict()
     state = {key: value for key, value in state.items() if key in own}
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -177,11 +179,11 @@ def encoder_weights(encoder: str, module: torch.nn.Module, weights: str) -> dict
     return {key: state.get(key, value) for key, value in own.items()}
 
 
-def hub_weights(encoder: str) -> dict[str, torch.Tensor]:
-    """ImageNet weights from the Hugging Face Hub or its cache. Raises UserError."""
+def from_hub(encoder: str, load: Callable[[], Any]) -> Any:
+    """What `load` takes from the Hugging Face Hub or its cache. Raises UserError."""
     hub_offline_unless_reachable()
     try:
-        return smp.encoders.get_encoder(encoder, weights="imagenet").state_dict()
+        return load()
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         ways = f"internet (or HF_HUB_CACHE set to a copy of the Hub's cache), {REMEDY}"
         reason = f"cannot be had ({reason_of(error)}). Three ways out: {ways}"

@@ -458,11 +458,15 @@ install_smp()
 
 # %% kitti.py _kg_hide-input=true
 
+# %% layouts.py _kg_hide-input=true
+
 # %% rle.py _kg_hide-input=true
 
 # %% callbacks.py _kg_hide-input=true
 
 # %% resume.py _kg_hide-input=true
+
+# %% masks.py _kg_hide-input=true
 
 # %% images.py _kg_hide-input=true
 
@@ -482,7 +486,8 @@ import numpy as np
 def show_pairs(folder):
     """The table of the training images, and the first, the middle and the last one."""
     target = settings().get("TARGET", "road")
-    samples = find_samples(str(folder), MASKS, target, training=True).samples
+    foreground = settings().get("FOREGROUND", "")
+    samples = find_samples(str(folder), MASKS, target, foreground, training=True).samples
     print(f"{len(samples)} images")
     display(samples[["id", "image", "mask"]].head(3))
     figure, axes = plt.subplots(1, 3, figsize=(18, 6), layout="constrained")

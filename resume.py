@@ -19,8 +19,8 @@ except ImportError:  # Windows: folders are not locked
     fcntl = None
 
 MAY_DIFFER = {  # settings that do not identify a run
-    "data", "masks", "out", "epochs", "max_minutes", "session_minutes", "precision", "devices",
-    "workers", "resume", "tta",
+    "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
+    "devices", "workers", "resume", "tta",
 }  # fmt: skip
 
 WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks")  # and the layout's file

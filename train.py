@@ -2,7 +2,6 @@
 
     python train.py --data ../input/kittiroadsegmentation --out out
     python train.py --data my_images --max_minutes 60    # the learning-rate schedule fits the hour
-    python train.py --data my_images --out out           # again: resumes where it was interrupted
 
 What to change first: `Config` (or its flags), then `augmentation` and `loss`.
 """
@@ -23,7 +22,9 @@ class Config:
     # --- data ---
     data: str = "auto"  # folder of images and masks; auto: below /kaggle/input, ../input, kagglehub
     out: str = "out"  # folder for everything that is written
-    masks: str = "auto"  # folder or csv of masks; auto: what is next to the images
+    masks: str = "auto"  # folder, csv, or pattern such as labels/{stem}.png; auto: what is there
+    foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
+    rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
     fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
@@ -49,9 +50,8 @@ class Config:
     dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
-    metric: Literal["auto", "maxf", "dice", "iou"] = (
-        "auto"  # to tune for; auto: KITTI maxf, else dice
-    )
+    # to tune for; auto: KITTI maxf, else dice
+    metric: Literal["auto", "maxf", "dice", "iou"] = "auto"
     min_pixels: int = -1  # [-1..1000000000] minimum component area; -1: tuned for dice or iou
     tta: bool = True  # horizontal-flip test-time augmentation: a little better, twice the time
     # --- machine ---
@@ -145,7 +145,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         index, corner = self.places[position]
         row, item = self.rows[index], {}
-        if not self.augment:
+        if self.augment is None:
             image, mask = data.read_sample(row)
             if corner:
                 image = images.cut_tile(image, corner, self.config)
@@ -348,6 +348,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         max_minutes=config.max_minutes / (samples.fold.nunique() if every else 1),
         height=height,
         width=width,
+        rle=collection.rle,
         top=top,
         tiles=tiles,
         epochs=config.epochs or (0 if config.max_minutes else 40),
@@ -388,7 +389,8 @@ def train(config: Config, started: float | None = None) -> Path:
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.check_gpu()
     model.reuse_memory()
-    collection = data.find_samples(config.data, config.masks, config.target, training=True)
+    named = config.masks, config.target, config.foreground
+    collection = data.find_samples(config.data, *named, True, config.rle)
     samples = data.scan_dataset(collection.samples)
     samples["fold"] = data.assign_folds(samples, config.folds, config.seed, config.group)
     print(data.describe(collection, samples), flush=True)

@@ -1,8 +1,9 @@
-"""Errors for people, the command line from a dataclass, files written whole. Needs no library."""
+"""Errors for people, the command line from a dataclass, files, csv. Needs no library."""
 
 import argparse
 import ast
 import contextlib
+import csv
 import dataclasses
 import difflib
 import functools
@@ -234,3 +235,97 @@ def check_file(path: str | Path) -> None:
     """Raise OSError for a folder, a device, or a pipe, which a reader might wait for forever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("a folder, pipe or device, not a file")
+
+
+# --------------------------------------------------------------------------------------------------
+#  csv
+# --------------------------------------------------------------------------------------------------
+
+ID_COLUMNS = {
+    "id", "imageid", "image_id", "img", "record_id", "image", "filename", "file_name",
+}  # fmt: skip
+MAX_FIELD = 64 << 20  # characters in one field of a csv
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """The csv files of a folder, sorted; names that start with "." are no files."""
+    tables = (path for path in folder.glob("*") if path.suffix.lower() == ".csv")
+    return sorted(path for path in tables if not path.name.startswith("."))
+
+
+def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv with their numbers, the header first. Raises UserError that names the row.
+
+    `csv`, not pandas, which fills up a short row and so turns it into an empty mask. `errors`: of
+    the decoding. Empty fields beyond the header are left out.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    line = width = 0
+    try:
+        check_file(path)
+        with path.open("rb") as file:
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        with path.open(newline="", encoding=encoding, errors=errors) as file:
+            head = file.readline(MAX_FIELD)
+            file.seek(0)
+            separator = max(",;\t", key=head.count)
+            for fields in csv.reader(file, delimiter=separator, strict=True):
+                line += 1
+                fields = [field.strip() for field in fields]
+                while len(fields) > width and not fields[-1]:
+                    fields.pop()
+                width = width or len(fields)
+                if any(fields):
+                    yield line, fields
+    except (OSError, UnicodeError, csv.Error) as error:
+        reason = f"row {line + 1} cannot be read ({reason_of(error)}); fix the csv"
+        raise UserError(f"{path}: {reason}") from None
+
+
+def read_table(path: Path) -> tuple[list[str], dict[int, list[str]]]:
+    """The header of a csv, and {number: row}. Raises UserError, also for a row of another width."""
+    rows = read_rows(path)
+    _, header = next(rows, (0, []))
+    table = dict(rows)
+    for line, fields in table.items():
+        if len(fields) != len(header):
+            counts = f"{len(fields)} fields, the header {len(header)}"
+            raise UserError(f"{path}: row {line} has {counts}; fix the csv")
+    return header, table
+
+
+def id_matcher(stems: Iterable[str]) -> Callable[[str], str]:
+    """A function from an id of a csv to the image's stem that it means; "" for none.
+
+    An id may be a path of any system, have a suffix, have another case, and lack leading zeros.
+    """
+
+    def simplified(name: str) -> str:
+        name = name.casefold()
+        return name.lstrip("0") or "0" if name.isdigit() else name
+
+    exact, loose = set(stems), {}
+    for stem in sorted(exact):
+        loose[simplified(stem)] = "" if simplified(stem) in loose else stem  # "": two images
+
+    def match(name: str) -> str:
+        base = re.split(r"[\\/]", name)[-1]
+        names = (name, base, re.sub(r"\.[A-Za-z0-9]{1,5}$", "", base))
+        known = next((each for each in names if each in exact), "")
+        return known or next((loose[n] for n in map(simplified, names) if n in loose), "")
+
+    return match
+
+
+def id_column(
+    header: list[str], rows: list[list[str]], column: int, match: Callable[[str], str]
+) -> int:
+    """The column with the most ids of images, else the one whose name says so, else the first."""
+
+    def rank(other: int) -> tuple[int, int, bool]:
+        matched = {row[other]: match(row[other]) for row in rows}
+        exact = sum(value == stem for value, stem in matched.items())
+        known = sum(stem != "" for stem in matched.values())
+        return exact, known, header[other].lower() in ID_COLUMNS
+
+    return max((c for c in range(len(header)) if c != column), key=rank)

@@ -20,7 +20,8 @@ from images import IGNORE
 
 GREEN, BLUE, RED = (46, 204, 64), (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
 BLACK, GREY = (0, 0, 0), (30, 30, 30)
-PANEL_WIDTH = 620  # pixels of one of two panels in a row
+PANEL_SIZE = (2000, 620)  # largest height and width of an image in a panel
+BAR_WIDTH = 310  # pixels that title and legend need
 Colour = tuple[int, int, int]
 
 # --------------------------------------------------------------------------------------------------
@@ -29,10 +30,12 @@ Colour = tuple[int, int, int]
 
 
 def tint(image: np.ndarray, mask: np.ndarray, colour: Colour, strength: float = 0.5) -> np.ndarray:
-    """Lay a colour over the pixels of a mask, bool (h, w); image (h, w, 3) uint8 in and out."""
-    flat = np.full_like(image, colour)
-    mixed = cv2.addWeighted(image, 1 - strength, flat, strength, 0)
-    return np.where(mask[..., None], mixed, image)
+    """Lay a colour over the pixels of a mask; image (h, w, 3) uint8 in and out.
+
+    `mask`: (h, w) bool, or float32 of 0..1, the part of the strength.
+    """
+    weight = mask.astype(np.float32) * strength
+    return cv2.blendLinear(image, np.full_like(image, colour), 1 - weight, weight)
 
 
 def comparison(
@@ -41,47 +44,57 @@ def comparison(
     """Image and prediction and, where there is one, ground truth and errors, in a grid.
 
     `image` (h, w, 3) uint8, `ground_truth` (h, w) uint8 of 0, 1, 255, or None, `mask` (h, w) bool.
-    Returns RGB uint8.
+    Up to PANEL_SIZE pixel for pixel, a larger image reduced. Prediction and ground truth are drawn
+    alike. Returns RGB uint8.
     """
     columns = 2 if image.shape[1] >= image.shape[0] else 4  # upright images in one row
-    width = 2 * PANEL_WIDTH // columns
-    size = (width, max(1, round(width * image.shape[0] / image.shape[1])))
+    scale = min(1.0, *(limit / n for limit, n in zip(PANEL_SIZE, image.shape, strict=False)))
+    size = tuple(max(1, round(scale * n)) for n in image.shape[1::-1])
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    predicted = resize_labels(mask.astype(np.uint8), size) > 0
     legend = [("foreground", GREEN)]
-    panels = [panel(small, title), panel(outlined(small, predicted), "prediction", legend)]
+    predicted = tint(small, reduce_mask(mask, size), GREEN)
+    panels = [panel(small, title), panel(predicted, "prediction", legend)]
     if ground_truth is not None:
-        target = resize_labels(ground_truth, size)
-        known = tint(tint(small, target == 1, GREEN), target == IGNORE, BLACK, 0.7)
-        ignored = [("ignored", BLACK)] if (target == IGNORE).any() else []
-        panels.append(panel(known, "ground truth", legend + ignored))
+        ignored = ground_truth == IGNORE
+        known = tint(small, reduce_mask(ground_truth == 1, size), GREEN)
+        known = tint(known, reduce_mask(ignored, size), BLACK, 0.7)
+        legend += [("ignored", BLACK)] if ignored.any() else []
+        panels.append(panel(known, "ground truth", legend))
         kinds = [("hit", GREEN), ("miss", BLUE), ("false alarm", RED)]
-        panels.append(panel(errors(small, target, predicted), "errors", kinds))
+        panels.append(panel(errors(small, ground_truth, mask), "errors", kinds))
     return grid(panels, min(columns, len(panels)))
 
 
-def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize (h, w) uint8 labels to (width, height) by the nearest pixel."""
-    return cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Reduce a mask, bool (h, w), to (width, height) float32 of 0..1.
 
-
-def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The mask in green with a contour."""
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    green = np.ascontiguousarray(tint(image, mask, GREEN))
-    return cv2.drawContours(green, contours, -1, GREEN, 2, cv2.LINE_AA)
+    The root of the part that it covers: at a tenth of the size a line of one pixel keeps a third of
+    its strength, where the nearest pixel would lose most of it.
+    """
+    covered = cv2.resize(255 * mask.astype(np.uint8), size, interpolation=cv2.INTER_AREA)
+    return np.sqrt(covered.astype(np.float32) / 255)
 
 
 def errors(image: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Hits green, misses blue, false alarms red over the grey image."""
+    """Hits green, misses blue, false alarms red over the grey image, which may be reduced."""
     result = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    result = tint(result, (target == 1) & predicted, GREEN, 0.6)
-    result = tint(result, (target == 1) & ~predicted, BLUE, 0.6)
-    return tint(result, (target == 0) & predicted, RED, 0.6)
+    kinds = (
+        ((target == 1) & predicted, GREEN),
+        ((target == 1) & ~predicted, BLUE),
+        ((target == 0) & predicted, RED),
+    )
+    for mask, colour in kinds:
+        result = tint(result, reduce_mask(mask, image.shape[1::-1]), colour, 0.6)
+    return result
 
 
 def panel(image: np.ndarray, title: str, legend: Iterable[tuple[str, Colour]] = ()) -> np.ndarray:
-    """An image under a white bar with its title, and a legend of coloured squares on the right."""
+    """An image under a white bar with its title, and a legend of coloured squares on the right.
+
+    A narrow image is filled up with white on its right.
+    """
+    missing = max(0, BAR_WIDTH - image.shape[1])
+    image = np.pad(image, ((0, 0), (0, missing), (0, 0)), constant_values=255)
     bar = np.full((30, image.shape[1], 3), 255, np.uint8)
     font, scale = cv2.FONT_HERSHEY_DUPLEX, 0.5
     cv2.putText(bar, title, (4, 20), font, scale, GREY, 1, cv2.LINE_AA)

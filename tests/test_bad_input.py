@@ -164,9 +164,16 @@ def test_a_single_pair_is_refused_and_two_are_enough(broken, tmp_path):
     train_refuses(broken, tmp_path, names=["1 pairs", "at least 2"])
 
 
-def test_masks_without_foreground_are_allowed(broken, tmp_path):
+@pytest.mark.parametrize(("value", "word"), [(0, "empty"), (255, "full")])
+def test_masks_that_are_all_alike_are_refused(broken, tmp_path, value, word):
     for path in (broken / "masks").iterdir():
-        Image.new("L", (64, 48)).save(path)
+        Image.new("L", (64, 48), value).save(path)
+    train_refuses(broken, tmp_path, names=[f"all 8 masks are {word}", "--masks", "--foreground"])
+
+
+def test_masks_of_which_some_are_empty_are_allowed(broken, tmp_path):
+    for number in range(6):
+        Image.new("L", (64, 48)).save(broken / "masks" / f"p{number}.png")
     succeed("train.py", "--data", broken, "--out", tmp_path / "out", *TINY, "--epochs", "1")
     assert (tmp_path / "out" / "model.pt").exists()
 

@@ -414,7 +414,9 @@ def test_the_threshold_leaves_one_half_only_for_a_gain_that_is_no_luck():
     lucky = np.stack([tent, tent, 4 * peak])
     assert lucky.mean(0).argmax() == 200
     assert abs(metrics.choose_threshold(lucky) - 0.5) < 0.01, "one of three decides"
-    assert metrics.choose_threshold(peak[None]) == 200 / 255
+    assert metrics.choose_threshold(peak[None]) == 0.5, "one image"
+    assert metrics.choose_threshold(np.stack([peak, peak])) == 0.5, "two images"
+    assert metrics.choose_threshold(np.stack([peak, peak, peak])) == 200 / 255
     few = np.stack([peak, peak, peak, tent])
     assert few.mean(0).argmax() == 200
     assert abs(metrics.choose_threshold(few) - 0.5) < 0.01, "within two standard errors"

@@ -21,8 +21,9 @@ import resume
 import rle
 import train
 import visualize
-from images import IGNORE, Collection, MaskFile
+from images import IGNORE, Collection
 from kitti import KittiMask
+from masks import MaskFile
 from model import ModelConfig
 from utils import UserError
 
@@ -111,23 +112,23 @@ def test_a_new_layout_is_one_function_and_one_entry(tmp_path, monkeypatch):
     """Only `id`, `image` and `mask` are needed; crop and metric are the layout's."""
 
     def label_folder(root, masks, target, training):
-        paths = images.list_images(root / "photos")
+        paths = images.list_images(root / "tiles")
         if not paths:
             return None
-        found = [MaskFile(root / "labels" / f"{stem}.png") for stem in paths]
+        found = [MaskFile(root / "drawn" / f"{stem}.png") for stem in paths]
         rows = {"id": list(paths), "image": list(paths.values()), "mask": found}
-        return Collection("photos and labels", pd.DataFrame(rows), top=0.25, metric="iou")
+        return Collection("tiles and drawings", pd.DataFrame(rows), top=0.25, metric="iou")
 
     write_pairs(tmp_path, ["a", "b", "c"])
-    (tmp_path / "images").rename(tmp_path / "photos")
-    (tmp_path / "masks").rename(tmp_path / "labels")
-    with pytest.raises(UserError, match="no images"):
+    (tmp_path / "images").rename(tmp_path / "tiles")
+    (tmp_path / "masks").rename(tmp_path / "drawn")
+    with pytest.raises(UserError, match=r"no mask.*drawn/ \(a\.png, b\.png, c\.png\), tiles/"):
         training_samples(tmp_path)
     monkeypatch.setattr(data, "LAYOUTS", [label_folder, *data.LAYOUTS])
     collection = data.find_samples(str(tmp_path), training=True)
     samples = data.scan_dataset(collection.samples)
     samples["fold"] = data.assign_folds(samples, 10, 0)
-    assert collection.name == "photos and labels"
+    assert collection.name == "tiles and drawings"
     assert samples.id.tolist() == ["a", "b", "c"]
     assert samples.share.tolist() == [1 / 6] * 3
     config = dataclasses.replace(CONFIG, top="auto", encoder="resnet18", encoder_weights="none")
@@ -236,13 +237,13 @@ def test_255_next_to_1_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "pixels"),
-    [("labels", np.uint8([[0, 1, 5]])), ("red", np.uint8([[[255, 0, 0]]]))],
+    ("example", "pixels"),
+    [("5", np.uint8([[0, 1, 5, 5]])), ("#ff0000", np.uint8([[[255, 0, 0]]]))],
 )
-def test_masks_that_are_not_binary_are_refused(tmp_path, name, pixels):
-    Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    with pytest.raises(UserError, match=name):
-        MaskFile(tmp_path / f"{name}.png").read(pixels.shape[:2])
+def test_masks_that_are_not_binary_are_refused(tmp_path, example, pixels):
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=f"label map.*--foreground {example}"):
+        MaskFile(tmp_path / "m.png").read(pixels.shape[:2])
 
 
 def test_images_of_every_usual_kind(tmp_path):

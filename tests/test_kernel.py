@@ -24,7 +24,8 @@ from PIL import Image
 
 FILES = (
     "train.py", "infer.py", "data.py", "predict.py", "metrics.py", "visualize.py",
-    "kitti.py", "rle.py", "callbacks.py", "resume.py", "images.py", "model.py", "utils.py",
+    "kitti.py", "layouts.py", "rle.py", "callbacks.py", "resume.py", "masks.py", "images.py",
+    "model.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",

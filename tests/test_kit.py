@@ -482,7 +482,7 @@ def test_several_models_are_averaged(trained, roads, tmp_path):
 
 
 def test_the_cores_share_a_batch_and_keep_its_order(roads, trained, tmp_path, monkeypatch):
-    models = model.load_models([str(trained)], "cpu")
+    models = predict.load_models([str(trained)], "cpu")
     samples = data.find_samples(str(roads / "training"), training=True).samples
     alone = {row.id: (image, found) for row, image, found in predict.predict(models, samples)}
     damaged = tmp_path / "damaged.png"
@@ -518,7 +518,7 @@ def test_memory_that_runs_out_halves_the_batch(roads, trained, capsys):
                 raise torch.OutOfMemoryError("made up")
             return self.network(inputs)
 
-    [loaded] = model.load_models([str(trained)], "cpu")
+    [loaded] = predict.load_models([str(trained)], "cpu")
     samples = data.find_samples(str(roads / "training"), training=True).samples[:7]
     predict.print_once.cache_clear()
     plain = [probability for *_, probability in predict.predict([loaded], samples)]

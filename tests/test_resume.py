@@ -79,7 +79,7 @@ def test_an_edit_is_trained_and_nothing_is_overwritten(kit, pairs, tmp_path):
     assert again.count("NOTHING WAS TRAINED") == 2
     assert again.strip().splitlines()[-1].startswith("NOTHING WAS TRAINED")
     edit(kit / "train.py", "# Progressive resizing: until", "# A comment: until")
-    edit(kit / "visualize.py", "PANEL_WIDTH = 620", "PANEL_WIDTH = 310")
+    edit(kit / "visualize.py", "BAR_WIDTH = 310", "BAR_WIDTH = 300")
     assert "NOTHING WAS TRAINED" in succeed("train.py", *flags, kit=kit)
     assert not (tmp_path / "out-1").exists()
 
@@ -277,9 +277,9 @@ def test_a_gpu_without_kernels_is_named(monkeypatch):
 
 def test_more_gpus_than_there_are_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert callbacks.available(2, "cuda") == 1
+    assert model.resolve_devices(2, "cuda") == 1
     assert "--devices 2: there is only 1" in capsys.readouterr().out
-    assert callbacks.available(2, "cpu") == 2
+    assert model.resolve_devices(2, "cpu") == 2
 
 
 def test_shared_memory_that_runs_out_names_the_flag():

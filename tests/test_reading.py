@@ -1,0 +1,394 @@
+"""Folders as people have them: which mask belongs to which image, and what a mask's values mean."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+import data
+import images
+import layouts
+import visualize
+from utils import UserError
+
+COUNT = 8
+
+
+def pair(index, size=(44, 60)):
+    """An image (h, w, 3) uint8 of one bright ellipse, and its mask, bool (h, w)."""
+    rng = np.random.default_rng(index)
+    y, x = np.mgrid[: size[0], : size[1]]
+    centre = rng.uniform(0.4, 0.6, 2) * size
+    mask = ((y - centre[0]) / (0.25 * size[0])) ** 2 + ((x - centre[1]) / (0.2 * size[1])) ** 2 < 1
+    return np.dstack([np.uint8(60 + 120 * mask)] * 3), mask
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+
+
+def grey(mask, value=255):
+    return (mask * value).astype(np.uint8)
+
+
+def write(root, image="images/p{:02d}.png", mask="masks/p{:02d}.png", convert=grey, numbers=()):
+    """Pairs whose names hold their number. `mask`: a pattern, or several of the same mask."""
+    for number in numbers or range(COUNT):
+        pixels, foreground = pair(number)
+        save(root / image.format(number), pixels)
+        for pattern in [mask] if isinstance(mask, str) else mask:
+            save(root / pattern.format(number), convert(foreground))
+    return root
+
+
+def read(root, training=True, **options):
+    """The samples; each mask must be the ellipse of the number in its image's name."""
+    samples = data.find_samples(str(root), training=training, **options).samples
+    for row in samples.itertuples():
+        number = int(re.findall(r"\d+", row.image.relative_to(root).as_posix())[-1])
+        assert ((row.mask.read((44, 60)) == 1) == pair(number)[1]).all(), row.image
+    assert samples.id.is_unique
+    return samples
+
+
+def asked(root, *words, training=True, **options):
+    """The one line of the refusal, which holds the words."""
+    with pytest.raises(UserError) as error:
+        data.find_samples(str(root), training=training, **options)
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line, line
+    return line
+
+
+# --------------------------------------------------------------------------------------------------
+#  Values
+# --------------------------------------------------------------------------------------------------
+
+
+def palette(index, colours):
+    image = Image.fromarray(index.astype(np.uint8), "P")
+    image.putpalette(np.ravel(colours).tolist())
+    return image
+
+
+def blurred(mask):
+    return np.asarray(Image.fromarray(grey(mask)).filter(ImageFilter.GaussianBlur(1)))
+
+
+VALUES = {
+    "0 and 1": grey,
+    "0 and 255": lambda mask: grey(mask, 1),
+    "65535": lambda mask: mask.astype(np.uint16) * 65535,
+    "255 in 16 bits": lambda mask: mask.astype(np.uint16) * 255,
+    "bool": lambda mask: mask,
+    "white is the first colour": lambda mask: palette(~mask, [(255, 255, 255), (0, 0, 0)]),
+    "a coloured palette": lambda mask: palette(mask, [(0, 0, 0), (128, 0, 0)]),
+    "black is the second colour": lambda mask: palette(~mask, [(128, 0, 0), (0, 0, 0)]),
+    "alpha": lambda mask: np.dstack([np.zeros((*mask.shape, 3), np.uint8), grey(mask)]),
+    "alpha of one colour": lambda mask: np.dstack(
+        [np.full((44, 60, 3), (9, 5, 1), np.uint8), grey(mask)]
+    ),
+    "grey and alpha": lambda mask: np.dstack([grey(mask), np.full(mask.shape, 255, np.uint8)]),
+    "three equal channels": lambda mask: np.dstack([grey(mask)] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_usual_values(tmp_path, kind):
+    read(write(tmp_path, convert=VALUES[kind]))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_any_type(tmp_path, dtype):
+    for full in (dtype(1), dtype(255)):
+        root = write(tmp_path / str(full), mask="masks/p{:02d}.tif", convert=full.__mul__)
+        read(root)
+
+
+def test_jpeg_and_soft_levels_are_cut_at_half_and_it_is_said(tmp_path, capsys):
+    read(write(tmp_path / "a", mask="masks/p{:02d}.jpg"))
+    assert "two peaks" in capsys.readouterr().out
+    write(tmp_path / "b", mask="masks/p{:02d}.tif", convert=lambda m: np.float32(0.01 + 0.98 * m))
+    read(tmp_path / "b")
+    assert "foreground is above 0.5" in capsys.readouterr().out
+    root = write(tmp_path / "c", convert=blurred)
+    samples = data.find_samples(str(root), training=True).samples
+    mask = samples["mask"][3].read((44, 60))
+    assert (mask == (np.asarray(Image.open(root / "masks/p03.png")) > 127)).all()
+    assert "foreground is above 127.5" in capsys.readouterr().out
+
+
+def test_255_is_ignored_in_every_file_where_one_file_has_a_1(tmp_path):
+    for number in range(4):
+        pixels, mask = pair(number)
+        values = grey(mask, number % 2)
+        values[:4] = 255
+        save(tmp_path / f"images/{number}.png", pixels)
+        save(tmp_path / f"masks/{number}.png", values)
+    masks = data.find_samples(str(tmp_path), training=True).samples["mask"]
+    assert [sorted(set(mask.read((44, 60)).flat)) for mask in masks] == 2 * [[0, 255], [0, 1, 255]]
+
+
+def labels(*values):
+    """A converter: the first value in the ellipse, the others in rows at the top."""
+
+    def convert(mask):
+        pixels = grey(mask, values[0])
+        for row, value in enumerate(values[1:]):
+            pixels[row, :10] = value
+        return pixels
+
+    return convert
+
+
+LABEL_MAPS = {
+    "one class": labels(15),
+    "two levels": labels(128, 255),
+    "classes and ignored": labels(15, 255),
+    "trainIds": labels(*range(1, 19), 255),
+    "scaled classes": labels(*range(25, 251, 25)),
+    "instances": labels(*range(1, 31), *range(200, 210)),
+    "colours": lambda mask: np.dstack([grey(mask), grey(mask, 0), grey(mask, 128)]),
+    "VOC": lambda mask: palette(grey(mask, 15), [(i, i % 9, 40) for i in range(256)]),
+}
+
+
+@pytest.mark.parametrize("kind", LABEL_MAPS)
+def test_a_label_map_is_never_thresholded(tmp_path, kind):
+    write(tmp_path, convert=LABEL_MAPS[kind])
+    line = asked(tmp_path, "label map", "pixels, 8 images", "--foreground")
+    example = re.search(r"--foreground ([^\s,]+)", line)[1]
+    if kind != "instances":  # there it is any of many
+        read(tmp_path, foreground=example)
+    asked(tmp_path, "--foreground 77", "no mask has this value", foreground="77")
+
+
+def test_levels_saved_as_jpeg_are_a_label_map(tmp_path):
+    write(tmp_path / "a", mask="masks/p{:02d}.jpg", convert=labels(128, *[255] * 10))
+    asked(tmp_path / "a", "label map")
+    write(tmp_path / "b", mask="masks/p{:02d}.jpg", convert=labels(1))
+    asked(tmp_path / "b", "JPEG")
+
+
+def test_foreground_takes_lists_and_ranges(tmp_path):
+    write(tmp_path, convert=labels(15, 20, 255))
+    for foreground, expected in (
+        ("15", (1, 0, 255)),
+        ("15,20", (1, 1, 255)),
+        ("20-255", (0, 1, 1)),
+    ):
+        mask = data.find_samples(str(tmp_path), foreground=foreground).samples["mask"][0]
+        pixels = mask.read((44, 60))
+        assert (pixels[22, 30], pixels[0, 0], pixels[1, 0]) == expected
+
+
+@pytest.mark.parametrize(("value", "word"), [(0, "empty"), (1, "full"), (255, "full")])
+def test_masks_that_are_all_alike_are_refused_for_training_alone(tmp_path, value, word):
+    write(tmp_path, convert=lambda mask: np.full(mask.shape, value, np.uint8))
+    asked(tmp_path, f"all 8 masks are {word}", "--masks")
+    mask = data.find_samples(str(tmp_path)).samples["mask"][0].read((44, 60))
+    assert (mask == (value > 0)).all()
+
+
+# --------------------------------------------------------------------------------------------------
+#  Pairs
+# --------------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "Carvana": ("train/a{:02d}.jpg", "train_masks/a{:02d}_mask.gif"),
+    "DeepGlobe": ("train/{:02d}_sat.jpg", "train/{:02d}_mask.png"),
+    "ISIC": (
+        "Part1_Training_Input/I_{:02d}.jpg",
+        "Part1_Training_GroundTruth/I_{:02d}_segmentation.png",
+    ),
+    "VOC": ("VOC2012/JPEGImages/p{:02d}.jpg", "VOC2012/SegmentationClass/p{:02d}.png"),
+    "zhixuhao": ("membrane/train/image/{}.png", "membrane/train/label/{}.png"),
+    "upper case": ("IMAGES/p{}.JPG", "MASKS/p{}.PNG"),
+    "jfif": ("img/p{}.jpg", "gt/p{}.png"),
+    "a.jpg and a.png": ("p{:02d}.jpg", "p{:02d}.png"),
+    "prefixes": ("imgs/img_{}.png", "annotations/mask_{}.png"),
+    "prefixes in one folder": ("data/img_{}.png", "data/mask_{}.png"),
+    "x.jpg.png": ("images/{}.jpg", "masks/{}.jpg.png"),
+    "one annotator": ("Image_{:02d}.jpg", "Image_{:02d}_observer.png"),
+    "nnU-Net": ("imagesTr/la_{:03d}.png", "labelsTr/la_{:03d}.png"),
+    "DRIVE without its other masks": (
+        "training/images/{}_training.tif",
+        "training/1st_manual/{}_manual.gif",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs(tmp_path, kind, capsys):
+    image, mask = PAIRS[kind]
+    write(tmp_path, image, mask, numbers=range(3, 15))
+    if kind == "jfif":
+        for path in (tmp_path / "img").iterdir():
+            path.rename(path.with_suffix(".jfif"))
+    assert len(read(tmp_path)) == 12
+    assert "pairs: 12 images, such as" in capsys.readouterr().out
+
+
+def test_a_mask_that_is_missing_is_named_although_names_differ(tmp_path):
+    write(tmp_path, "images/img_{}.png", "masks/mask_{}.png", numbers=range(1, 13))
+    (tmp_path / "masks/mask_12.png").unlink()
+    asked(tmp_path, "1 of 12 images have no mask", "img_12.png")
+
+
+def test_masks_of_single_objects_are_united(tmp_path):
+    for root, mask in (("dsb", "train/{0}/masks/{1}.png"), ("flat", "masks/{0}/{1}.png")):
+        for number in range(4):
+            pixels, whole = pair(number)
+            image = (
+                f"train/{number}/images/{number}.png" if root == "dsb" else f"images/{number}.png"
+            )
+            save(tmp_path / root / image, pixels)
+            for part, columns in enumerate((slice(0, 30), slice(30, 60))):
+                values = np.zeros_like(whole)
+                values[:, columns] = whole[:, columns]
+                save(tmp_path / root / mask.format(number, part), grey(values))
+        assert len(read(tmp_path / root)) == 4
+
+
+def test_a_folder_for_each_patient_is_a_group(tmp_path):
+    for patient in range(4):
+        folder = f"scans/patient_{patient}"
+        write(tmp_path, folder + "/s{:02d}.tif", folder + "/s{:02d}_mask.tif", numbers=range(3))
+    samples = data.scan_dataset(read(tmp_path))
+    assert samples.groupby("group").size().tolist() == [3] * 4
+    samples["fold"] = data.assign_folds(samples, 4, 0)
+    assert (samples.groupby("group").fold.nunique() == 1).all()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["images/{}/p{{:02d}}.png", "{}/images/{{:02d}}.png", "{}/{{}}.png"]
+)
+def test_a_given_split_is_the_fold_and_test_images_are_left_out(tmp_path, capsys, pattern):
+    mask = pattern.replace("images", "masks").replace("{}/{{}}", "{}annot/{{}}")
+    for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
+        write(tmp_path, pattern.format(split), mask.format(split), numbers=numbers)
+    samples = read(tmp_path)
+    assert sorted(data.assign_folds(samples, 10, 0)) == [0, 0, *[1] * 6]
+    assert "2 images in val validate" in capsys.readouterr().out
+    assert len(read(tmp_path, training=False)) == 3
+
+
+def test_test_images_never_get_training_masks(tmp_path):
+    write(tmp_path, "train/image/{}.png", "train/label/{}.png")
+    for number in range(3):
+        save(tmp_path / f"test/{number}.png", pair(9)[0])
+    samples = data.find_samples(str(tmp_path)).samples
+    assert len(samples) == 3
+    assert samples["mask"].isna().all()
+
+
+CANDIDATES = {
+    "a field of view": (
+        "training/images/{}.tif",
+        ["training/1st_manual/{}.gif", "training/mask/{}.gif"],
+    ),
+    "annotators": ("Image_{:02d}L.jpg", ["Image_{:02d}L_1stHO.png", "Image_{:02d}L_2ndHO.png"]),
+    "annotators in a folder": ("images/{}.jpg", ["masks/{}_A.png", "masks/{}_B.png"]),
+    "two folders": ("images/{}.jpg", ["labels/{}.png", "masks/{}.png"]),
+}
+
+
+@pytest.mark.parametrize("kind", CANDIDATES)
+def test_two_candidates_are_asked_about_and_both_flags_work(tmp_path, kind, capsys):
+    image, masks = CANDIDATES[kind]
+    write(tmp_path, image, masks, numbers=range(1, 9))
+    names = re.search(r": (\S+) and (\S+) both fit", asked(tmp_path, "--masks"))
+    for name in names.groups():
+        read(tmp_path, masks=name)
+    assert data.find_samples(str(tmp_path)).samples["mask"].isna().all()
+    assert "both fit" in capsys.readouterr().out
+
+
+def test_masks_takes_a_pattern(tmp_path):
+    write(tmp_path, "photos/{}.jpg", "drawn/{}_x.png")
+    read(tmp_path, masks="drawn/{stem}_x.png")
+    asked(tmp_path, "no file fits", "drawn/ (0_x.png", masks="drawn/{stem}_y.png")
+    asked(tmp_path, "{stem}", masks="drawn/x.png")
+
+
+def test_masks_are_no_images_to_predict(tmp_path):
+    write(tmp_path, "test/{:02d}_sat.jpg", "test/{:02d}_mask.png")
+    assert len(read(tmp_path, training=False)) == COUNT
+
+
+# --------------------------------------------------------------------------------------------------
+#  Refusals
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_names_what_is_there_and_the_closest_candidate(tmp_path):
+    write(tmp_path, "a/{:02d}.png", "b/{:02d}.png")
+    asked(tmp_path, "a/ (00.png, 01.png, 02.png, ... (8 files))", "--masks b")
+    read(tmp_path, masks="b")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [('"annotations": []', "COCO"), ('"shapes": []', "labelme")]
+)
+def test_json_is_named_as_not_read(tmp_path, text, kind):
+    for number in range(2):
+        save(tmp_path / f"images/{number}.png", pair(number)[0])
+    (tmp_path / "images.json").write_text("{" + text + "}")
+    asked(tmp_path, f"{kind} json is not read", "2 of 2 images have no mask")
+
+
+def test_a_zip_is_named_with_the_command_that_unpacks_it(tmp_path):
+    (tmp_path / "train.csv").write_text("id,rle\na,1 1\n")
+    (tmp_path / "train.zip").write_bytes(b"")
+    asked(tmp_path, f"unzip -q {tmp_path}/train.zip -d {tmp_path}/train")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Comparisons
+# --------------------------------------------------------------------------------------------------
+
+
+def panels(image, mask):
+    """The prediction and the ground truth panel of a prediction without an error."""
+    drawn = visualize.comparison(image, grey(mask, 1), mask, "")
+    across = 2 if image.shape[1] >= image.shape[0] else 4
+    height, width = drawn.shape[0] // (4 // across), (drawn.shape[1] - 6 * (across - 1)) // across
+    places = [(0, 1), (1, 0)] if across == 2 else [(0, 1), (0, 2)]
+    return [
+        drawn[row * height + 30 : (row + 1) * height, column * (width + 6) :][:, :width]
+        for row, column in places
+    ]
+
+
+@pytest.mark.parametrize("size", [(300, 620), (584, 565), (40, 60), (1500, 2400)])
+def test_prediction_and_ground_truth_are_drawn_alike_and_lines_survive(size):
+    mask = np.zeros(size, bool)
+    mask[:, 17::40] = True  # vessels of one pixel
+    prediction, truth = panels(np.full((*size, 3), 90, np.uint8), mask)
+    assert (prediction == truth).all()
+    row = np.abs(prediction[5].astype(int) - 90)[:, 1]
+    row = row[: min(size[1], 620)]
+    lines = np.flatnonzero((row[1:-1] >= row[:-2]) & (row[1:-1] > row[2:]) & (row[1:-1] > 20))
+    assert len(lines) == mask[0].sum()
+    if size[1] <= 620:
+        assert ((row > 0) == mask[5]).all(), "pixel for pixel"
+
+
+def test_a_strip_makes_no_endless_comparison():
+    for size in ((70000, 24), (24, 70000)):
+        drawn = visualize.comparison(np.zeros((*size, 3), np.uint8), None, np.zeros(size, bool), "")
+        assert images.encode_image(drawn, ".jpg")
+
+
+def test_files_that_start_with_a_dot_are_no_files(tmp_path):
+    write(tmp_path)
+    (tmp_path / "images/._p00.png").write_bytes(b"Mac OS X")
+    (tmp_path / ".cache").mkdir()
+    save(tmp_path / ".cache/masks/p00.png", grey(pair(0)[1]))
+    assert len(layouts.list_files(tmp_path)) == 2 * COUNT
+    read(tmp_path)
