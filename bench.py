@@ -225,7 +225,11 @@ def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[An
     network = model.build_network(model_config)
     module = train.SegmentationModule(config, model_config, network)
     module.lr = config.lr
-    return train.make_trainer(config, max_epochs=1, gradient_clip_val=1.0), module, loader
+    return (
+        train.make_trainer(config.devices, config.precision, max_epochs=1, gradient_clip_val=1.0),
+        module,
+        loader,
+    )
 
 
 def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]:

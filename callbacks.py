@@ -95,7 +95,7 @@ class TrainingCallback(pl.Callback):
         self.lr: float | str = settings["lr"]  # "auto" until it is found
         self.reasons: list[str] = []  # to start over
         self.rows: list[dict[str, float]] = []  # of metrics.csv
-        self.best = -1.0  # the largest MaxF
+        self.best = -1.0  # the largest MaxF, or mIoU
         self.saved = 0.0  # when last.ckpt was written, time.monotonic()
         self.checkpoint: Path | None = None  # that the run is resumed from
 
@@ -144,8 +144,8 @@ class TrainingCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.reserve_for(time.monotonic() - self.validation_started)
         score = module.evaluation.report()["image"]["all"]
-        if score["MaxF"] > self.best - FALL_BACK and trainer.is_global_zero:
-            self.best = max(self.best, score["MaxF"])
+        if main_score(score) > self.best - FALL_BACK and trainer.is_global_zero:
+            self.best = max(self.best, main_score(score))
             network, config = module.ema.module, module.current_config()
             save_model(self.out / "model.pt", network, config, self.settings, {"epoch": score})
 
@@ -155,7 +155,7 @@ class TrainingCallback(pl.Callback):
             "seconds": round(self.clock.seconds(), 1),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        for name in ("train_loss", "val_loss", "MaxF", "AP", "IoU50"):
+        for name in ("train_loss", "val_loss", *module.evaluation.logged):
             row[name] = round(float(trainer.callback_metrics[name]), 4)
         self.rows.append(row)
         if trainer.is_global_zero:
@@ -184,7 +184,7 @@ class TrainingCallback(pl.Callback):
             self.load_state_dict(decision.state)
             model = self.checkpoint.with_name("model.pt")  # may be newer than the checkpoint
             content = read_checkpoint(model, "--resume") if model.exists() else {}
-            reached = content.get("metrics", {}).get("epoch", {}).get("MaxF", -1.0)
+            reached = main_score(content.get("metrics", {}).get("epoch", {}))
             self.best = max(decision.state["best"] if content else -1.0, reached)
 
     def prepare_out(self) -> None:
@@ -220,17 +220,23 @@ class TrainingCallback(pl.Callback):
         return path
 
 
+def main_score(scores: dict[str, float]) -> float:
+    """The score that an epoch counts by: MaxF of one class, mIoU of several; -1 for none."""
+    return scores.get("mIoU", scores.get("MaxF", -1.0))
+
+
 def exported_epoch(rows: list[dict[str, float]]) -> int:
     """The epoch whose weights are in model.pt, by the rule of `FALL_BACK`."""
-    table = pd.DataFrame(rows)
-    return int(table[table.MaxF > table.MaxF.cummax() - FALL_BACK].epoch.iloc[-1])
+    score = pd.Series([main_score(row) for row in rows])
+    return int(rows[score[score > score.cummax() - FALL_BACK].index[-1]]["epoch"])
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
     """One epoch in a line, for output into a file."""
     total = f" of {epochs}" if epochs else ""
     losses = f"loss {row['train_loss']:.4f} · validation loss {row['val_loss']:.4f}"
-    scores = f"MaxF {row['MaxF']:.2f} % · IoU {row['IoU50']:.2f} %"
+    names = {"MaxF": "MaxF", "IoU50": "IoU", "mIoU": "mIoU", "accuracy": "pixel accuracy"}
+    scores = " · ".join(f"{names[key]} {row[key]:.2f} %" for key in names if key in row)
     return f"epoch {row['epoch']}{total} · {row['seconds']:.0f} s · {losses} · {scores}"
 
 
@@ -354,6 +360,24 @@ def count_processes(devices: int) -> tuple[int, int]:
 def default_workers(device: str) -> int:
     """4 next to a GPU; none on a CPU, whose cores are the network's."""
     return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
+
+
+def make_trainer(devices: int, precision: str, **options: Any) -> pl.Trainer:
+    """A Trainer that leaves writing and logging to the TrainingCallback."""
+    processes, local = count_processes(devices)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return pl.Trainer(
+        accelerator="auto",
+        devices=local,
+        num_nodes=processes // local,
+        plugins=cluster(),
+        precision=precision,
+        enable_progress_bar=sys.stdout.isatty(),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **quiet,
+        **options,
+    )
 
 
 def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:

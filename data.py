@@ -1,4 +1,4 @@
-"""From a folder to a table of samples: layouts, a scan of all masks, folds, the order of training.
+"""From a folder to a table of samples: layouts, a scan of all masks, folds.
 
 A new layout is one function and one entry in `LAYOUTS`.
 """
@@ -7,21 +7,22 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.model_selection import StratifiedGroupKFold
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+import class_folders
+import classes
 import images
 import kitti
 import layouts
 import rle
+from classes import ONE_CLASS, Classes
 from images import Collection
 from masks import decide_masks
 from utils import UserError, closest, first_five, list_tables, reason_of
@@ -77,7 +78,13 @@ def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collect
     return Collection("csv of RLE masks", samples)
 
 
-LAYOUTS = [kitti.kitti_road, csv_of_masks, layouts.paired_folders, layouts.images_alone]
+LAYOUTS = [
+    kitti.kitti_road,
+    csv_of_masks,
+    class_folders.class_folders,
+    layouts.paired_folders,
+    layouts.images_alone,
+]
 
 # --------------------------------------------------------------------------------------------------
 #  The samples table
@@ -128,6 +135,7 @@ def find_samples(
     foreground: str = "",
     training: bool = False,
     runs: str = "auto",
+    wanted: str | Classes = "auto",
 ) -> Collection:
     """Understand a folder by the first layout that recognises it, and the values of its masks.
 
@@ -135,7 +143,8 @@ def find_samples(
     (path), `mask` (None or an object with `read(size)`), `category` (a group that is scored by
     itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
     where folders say so also `group` and `fold`. With `training` every image has a mask.
-    `foreground`: values of mask files; `runs`: the order of RLE. Raises UserError.
+    `foreground`: values of mask files; `runs`: the order of RLE; `wanted`: --classes, or the
+    classes of a model. Raises UserError.
     """
     root = find_root(data, target, training)
     if root.is_file() and (training or root.suffix.lower() not in images.IMAGE_SUFFIXES):
@@ -163,9 +172,33 @@ def find_samples(
     ):
         hint = "to score images with a ground truth, name their folder"
         print(f"--data {data}: predicts {Path(samples.image[0]).parent}; {hint}")
-    samples["mask"], order = rle.resolve_order(samples, runs)
-    samples["mask"] = decide_masks(samples["mask"], foreground, training)
-    return collection._replace(rle=order)
+    return read_classes(collection, foreground, training, runs, classes.find_wanted(wanted, root))
+
+
+def read_classes(
+    collection: Collection, foreground: str, training: bool, runs: str, wanted: classes.Wanted
+) -> Collection:
+    """Decide which classes the masks tell apart, and how their values and runs are read.
+
+    Raises UserError.
+    """
+    samples = collection.samples
+    samples["mask"], found = classes.choose_masks(samples["mask"].tolist(), wanted)
+    parts = classes.split_parts(samples)
+    parts["mask"], order = rle.resolve_order(parts, runs)
+    one_each = None if found.names else wanted
+    masks, labels = decide_masks(parts["mask"], foreground, training, one_each)
+    samples["mask"] = classes.join_parts(samples["mask"], masks)
+    found = found if found.names else labels
+    if training and wanted.asks_for_labels and not found.names:
+        raise UserError(f"{wanted.where}: the masks are of one class; leave the flag out")
+    if wanted.model is not None and found.names != wanted.model.names and any(samples["mask"]):
+        kinds = [
+            first_five(one.names) if one.names else "one class" for one in (wanted.model, found)
+        ]
+        print("no scores: the model has {}, the masks have {}".format(*kinds))
+        samples["mask"] = None
+    return collection._replace(rle=order, classes=found)
 
 
 def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
@@ -190,12 +223,12 @@ def in_parallel(function: Callable, samples: pd.DataFrame) -> list[Any]:
         return list(pool.map(function, samples.itertuples()))
 
 
-def scan_dataset(samples: pd.DataFrame) -> pd.DataFrame:
+def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFrame:
     """Read image headers and masks: the samples with more columns.
 
-    `height`, `width` of the image; `share` of foreground, 0..1; `above`, how much of the height is
-    above the foreground, 0..1 (1 for an empty mask); `digest` of the mask's pixels. A pair that
-    cannot be read is 1x1 and empty here; `decode_samples` names it.
+    `height`, `width` of the image; `share` of foreground, 0..1; `shares`, that of each class;
+    `above`, how much of the height is above the foreground, 0..1 (1 for an empty mask); `digest` of
+    the mask's pixels. A pair that cannot be read is 1x1 and empty here; `decode_samples` names it.
     """
 
     def scan(sample: Any) -> dict[str, Any]:
@@ -203,12 +236,23 @@ def scan_dataset(samples: pd.DataFrame) -> pd.DataFrame:
             height, width = images.image_size(sample.image)
             mask = sample.mask.read((height, width))
         except UserError:
-            return {"height": 1, "width": 1, "share": 0.0, "above": 1.0, "digest": 0}
-        rows = (mask == 1).any(1)
+            empty = (0.0,) * len(found.names)
+            return {
+                "height": 1,
+                "width": 1,
+                "share": 0.0,
+                "shares": empty,
+                "above": 1.0,
+                "digest": 0,
+            }
+        foreground = mask != images.IGNORE if found.exclusive else mask == 1
+        foreground = foreground.any(2) if foreground.ndim == 3 else foreground
+        rows = foreground.any(1)
         return {
             "height": height,
             "width": width,
-            "share": float((mask == 1).mean()),
+            "share": float(foreground.mean()),
+            "shares": classes.shares_of(mask, found),
             "above": float(rows.argmax() / height) if rows.any() else 1.0,
             "digest": zlib.crc32(mask.tobytes()),
         }
@@ -220,9 +264,11 @@ def describe(collection: Collection, samples: pd.DataFrame) -> str:
     """What was understood, in one line for people. `samples`: from `scan_dataset`."""
     sizes = sorted(zip(samples.height, samples.width, strict=True))
     smallest, largest = (f"{width}x{height}" for height, width in (sizes[0], sizes[-1]))
+    start = f"data: {collection.name} · {len(samples)} pairs · {smallest} to {largest} · "
+    if collection.classes.names:
+        return start + classes.describe_shares(collection.classes, np.stack(samples.shares))
     return (
-        f"data: {collection.name} · {len(samples)} pairs · {smallest} to {largest} · "
-        f"{100 * samples.share.mean():.1f} % foreground · "
+        f"{start}{100 * samples.share.mean():.1f} % foreground · "
         f"{100 * (samples.share == 0).mean():.0f} % of the masks empty"
     )
 
@@ -268,8 +314,9 @@ def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") 
 
     Together stay equal values of the csv's column `group`, otherwise of the samples' own column
     `group`, otherwise `BLOCK` consecutive frames. A given column `fold` is taken as it is.
-    Stratified by category, or where there is none by the foreground's share: empty, little, more,
-    much. Returns int (n,), each sample's fold. Few samples make fewer folds, at least two.
+    Stratified by category, or where there is none by the rarest class of an image, or for one class
+    by the foreground's share: empty, little, more, much. Returns int (n,), each sample's fold. Few
+    samples make fewer folds, at least two.
     """
     if "fold" in samples:
         return samples.fold.to_numpy()
@@ -284,6 +331,9 @@ def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") 
     if not strata.any():
         thirds = samples.share.rank(pct=True).mul(3).round()
         strata = pd.Series(np.where(samples.share > 0, thirds, -1))
+    shares = np.array(samples.shares.tolist()) if "shares" in samples else np.empty(0)
+    if shares.size and not samples.category.any():
+        strata = pd.Series(classes.rarest_class(shares))
     if strata.value_counts().max() < count:  # a handful of images
         strata = pd.Series(0, samples.index)
     fold = np.zeros(len(samples), int)
@@ -322,79 +372,3 @@ def describe_folds(samples: pd.DataFrame, fold: int) -> str:
     """How many pairs train and validate, in a line for people."""
     counts = (samples.fold != fold).sum(), (samples.fold == fold).sum()
     return "fold {}: {} pairs to train and {} to validate on".format(fold, *counts)
-
-
-class Cached(Dataset):
-    """A dataset whose items are always the same, kept in memory up to so many bytes."""
-
-    def __init__(self, dataset: Dataset, limit: int) -> None:
-        self.dataset, self.free = dataset, limit
-        self.items: dict[int, dict[str, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index in self.items:
-            return self.items[index]
-        item = self.dataset[index]
-        size = sum(value.nbytes for value in item.values() if hasattr(value, "nbytes"))
-        if size < self.free:
-            self.free -= size
-            self.items[index] = item
-        return item
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the tensors; names and ground truths, which have their own sizes, stay in lists."""
-    batch = {key: [item[key] for item in items] for key in items[0]}
-    return {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()}
-
-
-def make_loader(
-    dataset: Dataset, shuffle: bool, batch_size: int, workers: int, processes: int, seed: int
-) -> DataLoader:
-    """A loader of this process's items; shuffled it drops the last, smaller batch."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=ShardedSampler(dataset, processes, seed, shuffle),
-        drop_last=shuffle,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=collate,
-    )
-
-
-class ShardedSampler(Sampler):
-    """This process's items, in an order that follows from seed and epoch alone.
-
-    So a resumed run draws what the whole one would have drawn. torch's DistributedSampler would
-    repeat items, and so count validation images twice.
-    """
-
-    def __init__(self, dataset: Any, processes: int, seed: int, shuffle: bool) -> None:
-        self.dataset, self.processes = dataset, processes
-        self.seed, self.shuffle = seed, shuffle
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls it. The dataset's `epoch` is a shared tensor, which its workers see."""
-        if self.shuffle:
-            self.dataset.epoch.fill_(epoch)
-
-    def items(self) -> list[int]:
-        """The items of this process."""
-        order = np.arange(len(self.dataset))
-        if self.shuffle:  # every process gets as many, or one would wait for the others
-            epoch = int(self.dataset.epoch)
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-            order = order[: len(order) // self.processes * self.processes]
-        rank = torch.distributed.get_rank() if self.processes > 1 else 0
-        return order[rank :: self.processes].tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.items())
-
-    def __len__(self) -> int:
-        return len(self.items())

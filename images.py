@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from classes import ONE_CLASS, Classes
 from model import ModelConfig
 from utils import UserError, check_file, reason_of, write_file
 
@@ -20,6 +21,8 @@ IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
+TILES_FROM = 2e6  # pixels of the median image
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MARKER = ".written_by_segmentation_kit"  # in every --out
@@ -57,6 +60,7 @@ class Collection(NamedTuple):
     top: float = 0.0  # default of --top
     metric: str = "dice"  # default of --metric
     rle: str = "columns"  # order of RLE in submission.csv, see rle.py
+    classes: Classes = ONE_CLASS  # that the masks tell apart
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,6 +185,22 @@ def prepare_pair(
     return resize_image(image, config), resize_mask(mask, config)
 
 
+def input_pixels(device: str, fast_cpu: bool, double: bool) -> int:
+    """How many pixels the input has by default; twice as many for tiles and exclusive classes."""
+    return INPUT_PIXELS["cpu bf16" if fast_cpu else device] * (2 if double else 1)
+
+
+def resolve_top(top: float, above: pd.Series) -> float:
+    """The share of the height that is cut off at the top; -1: down to the highest mask.
+
+    `above`: from `data.scan_dataset`, of the training images.
+    """
+    if top >= 0:
+        return top
+    highest = float(above.min())
+    return min(0.9, round(highest - 0.05, 2)) if 0.15 < highest < 1 else 0.0  # less is not worth it
+
+
 def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Cut off the top and resize the rest: (h, w, 3) to (height, width, 3) uint8."""
     image = image[round(config.top * image.shape[0]) :]
@@ -190,7 +210,7 @@ def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The same for a mask, by the nearest pixel: (h, w) to (height, width) uint8."""
+    """The same for a mask, by the nearest pixel: (h, w) to (height, width), or (h, w, K), uint8."""
     mask = mask[round(config.top * mask.shape[0]) :]
     size = (config.width, config.height)
     return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
@@ -213,12 +233,13 @@ def restore(
 ) -> torch.Tensor:
     """(height, width) float32 probabilities to the image's own (h, w), interpolated linearly.
 
-    The part that was cut off at the top is 0.
+    The same for (K, height, width). The part that was cut off at the top is 0.
     """
-    assert probabilities.shape == (config.height, config.width), probabilities.shape
-    top = round(config.top * size[0])
-    seen = F.interpolate(probabilities[None, None], (size[0] - top, size[1]), mode="bilinear")
-    return F.pad(seen[0, 0], (0, 0, top, 0))
+    own = (config.height, config.width)
+    assert probabilities.shape[-2:] == own, probabilities.shape
+    top, planes = round(config.top * size[0]), probabilities.reshape(1, -1, *own)
+    seen = F.interpolate(planes, (size[0] - top, size[1]), mode="bilinear")
+    return F.pad(seen, (0, 0, top, 0)).reshape(*probabilities.shape[:-2], *size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,3 +306,10 @@ def decode_image(content: bytes) -> np.ndarray:
 def write_image(path: Path, pixels: np.ndarray) -> None:
     """Write (h, w) or (h, w, 3) RGB uint8 as PNG or JPEG, by the suffix, whole or not at all."""
     write_file(path, encode_image(pixels, path.suffix))
+
+
+def write_palette_image(path: Path, ids: np.ndarray, colours: np.ndarray) -> None:
+    """Write (h, w) uint8 as a PNG with a palette, uint8 (256, 3): ids that are seen as colours."""
+    image = Image.fromarray(ids, "P")
+    image.putpalette(colours.ravel().tolist())
+    write_file(path, lambda part: image.save(part, "PNG"))

@@ -11,7 +11,7 @@
 Size, encoder, threshold and all else that a prediction needs come from model.pt.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from utils import UserError, first_five, one_line_errors, parse, writable_folder
@@ -37,7 +37,9 @@ class Options:
     comparisons: bool = True  # write comparisons/ID.jpg
     bev: bool = False  # write bev/ID.jpg, the bird's-eye view, where there is a calibration (KITTI)
     save_probs: bool = False  # write probs/ID.png, 8-bit probabilities
-    submission: Literal["none", "rle", "kitti"] = "none"  # submission.csv or submission_kitti.zip
+    # submission.csv, submission_kitti.zip, or png: label maps in submission.zip
+    submission: Literal["none", "rle", "kitti", "png"] = "none"
+    empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
     sample_submission: str = "auto"  # csv with header and ids; auto: the one next to the data
     on_missing: Literal["error", "empty"] = "error"  # an id of it that has no image
 
@@ -47,6 +49,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
         OPTIONS = parse(Options, __doc__)
 
 import os
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -61,13 +64,18 @@ from tqdm import tqdm
 import data
 import kitti
 import rle
-from images import IGNORE, MARKER, image_folder, write_image
+import submissions
+from class_metrics import make_evaluation
+from classes import Classes, classes_of
+from colours import palette
+from images import IGNORE, MARKER, image_folder, write_image, write_palette_image
 from metrics import Evaluation
-from model import TrainedModel, best_device, check_gpu, reuse_memory
-from predict import load_models, postprocess, predict, predict_images
+from model import ModelConfig, TrainedModel, best_device, check_gpu, reuse_memory
+from predict import describe_masks, load_models, make_mask, predict, predict_images
 from visualize import OverlayVideo, comparison
 
 SUBMISSIONS = {"rle": rle.RleSubmission, "kitti": kitti.KittiSubmission}
+VALUED_SUBMISSIONS = {"rle": submissions.ClassSubmission, "png": submissions.PngSubmission}
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 # --- Plan -----------------------------------------------------------------------------------------
@@ -77,16 +85,29 @@ class Plan(NamedTuple):
     """What is predicted, with what, and what is written."""
 
     models: list[TrainedModel]
-    threshold: float
-    min_pixels: int
+    config: ModelConfig  # with the thresholds and minimum areas to use
     options: Options
     out: Path
     rank: int = 0  # of this process
     processes: int = 1  # torchrun's
 
+    @property
+    def classes(self) -> Classes:
+        """What the models tell apart."""
+        return classes_of(self.config)
+
+    @property
+    def folder_names(self) -> list[str]:
+        """A folder for each class: its name, without what a path cannot hold."""
+        return [re.sub(r"[^\w .()+-]", "_", name).strip(" .") or "_" for name in self.classes.names]
+
+    def evaluation(self) -> Evaluation:
+        """An empty evaluation."""
+        return make_evaluation(self.classes, self.options.empty_score)
+
     def postprocess(self, probability: np.ndarray) -> np.ndarray:
-        """(h, w) uint8 to the mask, bool (h, w)."""
-        return postprocess(probability, self.threshold, self.min_pixels)
+        """(h, w) uint8 to the mask, bool (h, w); of several classes see `predict.make_mask`."""
+        return make_mask(probability, self.config)
 
 
 def make_plan(options: Options) -> Plan:
@@ -97,16 +118,25 @@ def make_plan(options: Options) -> Plan:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     reuse_memory()
     models = load_models(options.model, device)
-    threshold, min_pixels = options.threshold, options.min_pixels
-    if threshold == "auto":
-        threshold = float(np.mean([trained.config.threshold for trained in models]))
-    if min_pixels == "auto":
-        min_pixels = round(float(np.mean([trained.config.min_pixels for trained in models])))
+    configs = [trained.config for trained in models]
+    names = ("threshold", "min_pixels", "thresholds", "areas")
+    means = {name: np.mean([getattr(one, name) for one in configs], axis=0) for name in names}
+    changed = {
+        "threshold": float(means["threshold"]),
+        "min_pixels": round(float(means["min_pixels"])),
+        "thresholds": tuple(means["thresholds"].tolist()),
+        "areas": tuple(means["areas"].round().astype(int).tolist()),
+    }
+    if options.threshold != "auto":  # of all classes
+        changed |= {"threshold": options.threshold, "thresholds": ()}
+    if options.min_pixels != "auto":
+        changed |= {"min_pixels": options.min_pixels, "areas": ()}
+    config = replace(configs[0], **changed)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return Plan(models, threshold, min_pixels, options, Path(options.out), rank, processes)
+    return Plan(models, config, options, Path(options.out), rank, processes)
 
 
-def find_images(options: Options, target: str) -> pd.DataFrame:
+def find_images(options: Options, target: str, classes: Classes) -> pd.DataFrame:
     """The samples to predict. Under a submission never training images: rather none at all."""
     root = Path(options.data)
     if options.submission == "rle" and root.is_dir():
@@ -116,23 +146,29 @@ def find_images(options: Options, target: str) -> pd.DataFrame:
             print(f"--data {root}: no test images; the submission gets no masks", flush=True)
             return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
     named = options.data, options.masks, target, options.foreground
-    return data.find_samples(*named, runs=options.rle).samples
+    return data.find_samples(*named, runs=options.rle, wanted=classes).samples
 
 
-def make_submission(options: Options, samples: pd.DataFrame, trained: str) -> Any:
+def make_submission(options: Options, samples: pd.DataFrame, trained: str, classes: Classes) -> Any:
     """The submission that is asked for, or None; says which sample it follows. Raises UserError.
 
     `trained`: the order of RLE that the model was trained on.
     """
     if options.submission == "none":
         return None
+    if options.submission == "kitti" and classes.names:
+        reason = f"needs a model of one class, this one has {len(classes.names)}"
+        raise UserError(f"--submission kitti: {reason}; take --submission rle or png")
     sample = options.sample_submission
-    if sample == "auto":
+    if sample == "auto" and options.submission != "png":
         folder = Path(samples.image[0]).parent if len(samples) else Path(options.data)
         sample = rle.find_sample_submission(folder, samples.id)
     rerun = os.environ.get("KAGGLE_IS_COMPETITION_RERUN")  # on hidden images an error costs all
     on_missing = "empty" if rerun else options.on_missing
     order = trained if options.rle == "auto" else options.rle
+    if options.submission == "png" or classes.names:
+        kind = VALUED_SUBMISSIONS[options.submission]
+        return kind(samples, sample, on_missing, order, classes)
     return SUBMISSIONS[options.submission](samples, sample, on_missing, order)
 
 
@@ -152,7 +188,10 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     """Make the folders that are written to. Raises UserError where one holds the data itself."""
     options = plan.options
     wanted = {"comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
-    folders = [plan.out / name for name in ("masks", *(n for n, yes in wanted.items() if yes))]
+    overlapping = plan.classes.names and not plan.classes.exclusive
+    below = [f"masks/{name}" for name in plan.folder_names] if overlapping else []
+    names = ["masks", *below, *(name for name, yes in wanted.items() if yes)]
+    folders = [plan.out / name for name in names]
     files = [*samples.image, *(mask.path for mask in samples["mask"].dropna())]
     sources = {path.resolve().parent for path in files}
     near = sources | {path.parent for path in sources}  # masks/ there would be read as ground truth
@@ -173,17 +212,33 @@ def write_outputs(
     """Write one image's files. Returns its ground truth (h, w) uint8 where there is one."""
     options, out = plan.options, plan.out
     ground_truth = sample.mask.read(image.shape[:2]) if sample.mask else None
-    write_image(out / "masks" / f"{sample.id}.png", mask.astype(np.uint8) * 255)
-    if options.save_probs:
-        write_image(out / "probs" / f"{sample.id}.png", probability)
+    write_masks(plan, sample.id, probability, mask)
     if options.comparisons:
         path = out / "comparisons" / f"{sample.id}.jpg"
-        write_image(path, comparison(image, ground_truth, mask, sample.id))
+        write_image(path, plan.evaluation().comparison(image, ground_truth, mask, sample.id))
     for view in sample.views if options.bev else ():
         warped = None if ground_truth is None else view.warp(ground_truth, IGNORE)
         seen = view.warp(image), warped, view.warp(mask.astype(np.uint8)) > 0
         write_image(out / view.name / f"{sample.id}.jpg", comparison(*seen, sample.id))
     return ground_truth
+
+
+def write_masks(plan: Plan, name: str, probability: np.ndarray, mask: np.ndarray) -> None:
+    """Write an image's masks: 0 and 255, that of each class, or a label map with a palette."""
+    masks, probs = plan.out / "masks", plan.out / "probs"
+    if plan.classes.exclusive:
+        values, colours = palette(plan.classes)
+        write_palette_image(masks / f"{name}.png", values[mask], colours)
+        planes = {"": probability[1]}
+    elif plan.classes.names:
+        for folder, one in zip(plan.folder_names, mask, strict=True):
+            write_image(masks / folder / f"{name}.png", one.astype(np.uint8) * 255)
+        planes = dict(zip(plan.folder_names, probability, strict=True))
+    else:
+        write_image(masks / f"{name}.png", mask.astype(np.uint8) * 255)
+        planes = {"": probability}
+    for folder, plane in planes.items() if plan.options.save_probs else ():
+        write_image(writable_folder(probs / folder) / f"{name}.png", plane)
 
 
 class Results(NamedTuple):
@@ -196,7 +251,7 @@ class Results(NamedTuple):
 
 def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Results:
     """Predict this process's share of the samples; files are written while the models work."""
-    results = Results(Evaluation(), submission.answers if submission else {}, [])
+    results = Results(plan.evaluation(), submission.answers if submission else {}, [])
     pending: list[tuple[Any, np.ndarray, np.ndarray, Future]] = []
     unreadable: list[tuple[Any, UserError]] = []
 
@@ -260,7 +315,7 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
         reason = f"{len(results.failed)} of {count} could not be used, the others are done"
         raise UserError(f"{reason}: {messages}")
     if results.evaluation.masks:
-        results.evaluation.write(plan.out, plan.threshold)
+        results.evaluation.write(plan.out, describe_masks(plan.config)[1])
         print(results.evaluation.summary())
 
 
@@ -269,13 +324,14 @@ def infer(options: Options) -> Path:
     plan = make_plan(options)
     if Path(options.data).suffix.lower() in VIDEO_SUFFIXES and Path(options.data).is_file():
         return overlay_video(plan)
-    samples = find_images(options, plan.models[0].config.target)
+    samples = find_images(options, plan.config.target, plan.classes)
     check_views(samples)
-    submission = make_submission(options, samples, plan.models[0].config.rle)
+    submission = make_submission(options, samples, plan.config.rle, plan.classes)
     if plan.rank == 0:
         known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
         models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
-        print(f"data: {known} · {models} · threshold {plan.threshold:.3f}")
+        how = describe_masks(plan.config)[0] if plan.classes.names else None
+        print(f"data: {known} · {models} · {how or f'threshold {plan.config.threshold:.3f}'}")
     prepare_folders(plan, samples)
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
     results = gather(plan, predict_and_write(plan, share, submission))
@@ -310,12 +366,13 @@ def overlay_video(plan: Plan) -> Path:
                 found = predict_images(plan.models, batch, size, plan.options.tta)
                 for one, probability in zip(batch, found, strict=True):
                     mask = plan.postprocess(probability)
-                    overlay.add(one, mask)
-                    shares.append(float(mask.mean()))
+                    overlay.add(one, mask, plan.classes)
+                    shares.append(float((mask > 0).mean()))
                 bar.update(len(batch))
     seconds, frames = time.monotonic() - started, len(shares)
     speed = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} per second"
-    print(f"{speed}, {100 * np.mean(shares):.1f} % foreground; look at {target}")
+    shown = "" if plan.classes.names else f", {100 * np.mean(shares):.1f} % foreground"
+    print(f"{speed}{shown}; look at {target}")
     if frames < count:
         reason = f"ends after {frames} of {count} frames, damaged there; the rest is done"
         raise UserError(f"--data {path}: {reason}")

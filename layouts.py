@@ -243,10 +243,10 @@ def named_masks(root: Path, masks: str, files: list[ImageFile]) -> list[ImageFil
     return [file._replace(role=masks) for file in inside or outside]
 
 
-def paired_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
-    """Images and masks below a folder, or masks in a folder next to it."""
+def images_and_masks(root: Path, masks: str, training: bool) -> tuple[list[ImageFile], ...]:
+    """The images below a folder, and the masks there or in a folder next to it; of one split."""
     if not root.is_dir() or masks.endswith(".csv"):
-        return None
+        return [], []
     files = list_files(root)
     images = [file for file in files if not file.role]
     others = [file for file in files if file.role]
@@ -259,7 +259,12 @@ def paired_folders(root: Path, masks: str, target: str, training: bool) -> Colle
         images = [file for file in images if file.named]
     test = bool(choose_split(images, True)) and not (training and choose_split(images, False))
     images, same = choose_split(images, test), choose_split(others, test)
-    others = same if masks == "auto" else same or others  # never the masks of other images
+    return images, same if masks == "auto" else same or others  # never masks of other images
+
+
+def paired_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+    """Images and masks below a folder, or masks in a folder next to it."""
+    images, others = images_and_masks(root, masks, training)
     if not images or not others:
         return None
     check_names(images)

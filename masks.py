@@ -1,6 +1,7 @@
 """Mask files: what their values mean, decided once over the whole data set, and how each is read.
 
-Binary values, soft edges and JPEG's noise are understood; any other set of values is a label map.
+Binary values, soft edges and JPEG's noise are understood; any other set of values is a label map,
+whose labels are classes.
 """
 
 import dataclasses
@@ -9,12 +10,20 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from classes import Classes, Wanted
 from images import IGNORE, open_image
+from labels import (
+    ValueCounts,
+    are_labels,
+    class_numbers,
+    decide_labels,
+    describe_label_map,
+    show,
+)
 from utils import UserError, first_five
 
 # --------------------------------------------------------------------------------------------------
@@ -26,10 +35,11 @@ from utils import UserError, first_five
 class MaskValues:
     """What the values in mask files mean. What is neither foreground nor ignored is background."""
 
-    channel: str = "grey"  # grey (or a palette's index), colour (as 0xRRGGBB), alpha
+    channel: str = "grey"  # grey (or a palette's level), index, colour (as 0xRRGGBB), alpha
     foreground: tuple[float, ...] = ()
     ignored: tuple[float, ...] = ()
     cut: float | None = None  # where levels are soft: what is above is foreground
+    labels: tuple[float, ...] = ()  # of a label map: the value of each class; others are ignored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +53,12 @@ class MaskFile:
     def read(self, size: tuple[int, int]) -> np.ndarray:
         """(h, w) uint8: 1 foreground, 0 background, 255 ignored. `size`: its image's (h, w).
 
-        Raises UserError.
+        Of a label map the number of the class, from 0. Raises UserError.
         """
         images = [open_mask(path, size) for path in (self.path, *self.more)]
         values = self.values or decide_values([self], "", training=False)[0]
+        if values.labels:
+            return class_numbers(mask_pixels(images[0], values.channel), values.labels)
         mask = np.zeros(size, np.uint8)
         for image in images:
             pixels = mask_pixels(image, values.channel)
@@ -75,7 +87,7 @@ def mask_pixels(image: Image.Image, channel: str) -> np.ndarray:
     if channel == "colour":
         red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int32), -1, 0)
         return red << 16 | green << 8 | blue
-    if image.mode == "P":
+    if image.mode == "P" and channel == "grey":
         return palette_levels(image)[np.asarray(image)]
     if len(image.getbands()) > 1:
         return np.asarray(image.convert("RGB"))[..., 0]
@@ -103,35 +115,34 @@ def palette_levels(image: Image.Image) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-class ValueCounts(NamedTuple):
-    """The distinct values of a mask in one channel."""
-
-    pixels: Counter[float]  # {value: number of pixels}
-    lossy: bool  # a JPEG
-    hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
-
-
 def decide_masks(
-    masks: Iterable[MaskFile | None], foreground: str, training: bool
-) -> list[MaskFile | None]:
+    masks: Iterable[MaskFile | None], foreground: str, training: bool, wanted: Wanted | None = None
+) -> tuple[list[MaskFile | None], Classes]:
     """Decide what the values of all mask files mean, and say it in a line; others stay as they are.
 
-    `foreground`: the values of --foreground, or "". Raises UserError for a label map without it.
+    Returns the masks and the classes of a label map. `foreground`: the values of --foreground, or
+    "". `wanted`: --classes; None where the masks are of one class each. Raises UserError.
     """
     masks = list(masks)
     files = [mask for mask in masks if isinstance(mask, MaskFile)]
     if foreground and training and not files:
         raise UserError(f"--foreground {foreground}: there are no mask files; leave the flag out")
     if not files:
-        return masks
-    values, words = decide_values(files, foreground, training)
+        return masks, Classes()
+    values, words, classes = decide_values(files, foreground, training, wanted)
     print(f"masks: {words}", flush=True)
     decided = (dataclasses.replace(mask, values=values) for mask in files)
-    return [next(decided) if isinstance(mask, MaskFile) else mask for mask in masks]
+    masks = [next(decided) if isinstance(mask, MaskFile) else mask for mask in masks]
+    return masks, classes
 
 
-def decide_values(masks: list[MaskFile], foreground: str, training: bool) -> tuple[MaskValues, str]:
-    """What the values of all these masks mean, and the same in words. Raises UserError."""
+def decide_values(
+    masks: list[MaskFile], foreground: str, training: bool, wanted: Wanted | None = None
+) -> tuple[MaskValues, str, Classes]:
+    """What the values of all these masks mean, the same in words, and the classes of a label map.
+
+    Raises UserError.
+    """
     counts, channel = count_all(masks, "grey"), "grey"
     hints = {count.hint for count in counts}
     if "colour" in hints:
@@ -142,10 +153,20 @@ def decide_values(masks: list[MaskFile], foreground: str, training: bool) -> tup
     pixels = sum((count.pixels for count in counts), Counter())
     if foreground:
         values = listed_values(foreground, pixels, channel)
+    elif wanted and wanted.asks_for_labels:
+        values = None
     else:
         values = usual_values(pixels, channel, any(count.lossy for count in counts))
+    if values is None and wanted and wanted.merged and not wanted.model:
+        values = all_but_zero(pixels, channel)
     if values is None:
-        raise UserError(describe_label_map(counts, channel))
+        if not wanted or wanted.merged or not are_labels(counts):
+            raise UserError(describe_label_map(counts, channel))
+        if channel == "grey" and any(count.indexed for count in counts):
+            channel = "index"
+            counts = count_all(masks, channel)
+        labels, words, classes = decide_labels(counts, channel, wanted, training)
+        return MaskValues(channel, labels=labels), words, classes
     names = [show(value, channel) for value in sorted(pixels)]
     is_foreground = [v in values.foreground or (v > (values.cut or np.inf)) for v in sorted(pixels)]
     background = sum(not yes for yes in is_foreground) - len(values.ignored)
@@ -153,7 +174,13 @@ def decide_values(masks: list[MaskFile], foreground: str, training: bool) -> tup
         what = "full (no background)" if any(is_foreground) else "empty (no foreground)"
         remedy = "name other masks with --masks, or the values of the foreground with --foreground"
         raise UserError(f"--data: all {len(masks)} masks are {what}: {first_five(names)}; {remedy}")
-    return values, describe_values(values, names, len(counts))
+    return values, describe_values(values, names, len(counts)), Classes()
+
+
+def all_but_zero(pixels: Counter[float], channel: str) -> MaskValues:
+    """All labels as one class: what is not 0 (or black) is foreground."""
+    ignored = {IGNORE} & set(pixels) if channel == "grey" else set()
+    return MaskValues(channel, tuple(sorted(set(pixels) - {0} - ignored)), tuple(ignored))
 
 
 def count_all(masks: list[MaskFile], channel: str) -> list[ValueCounts]:
@@ -171,10 +198,11 @@ def count_all(masks: list[MaskFile], channel: str) -> list[ValueCounts]:
 
 def count_values(mask: MaskFile, channel: str) -> ValueCounts:
     """The values of one mask. Soft levels of 0..1 are rounded to 256 steps. Raises UserError."""
-    pixels, lossy, hint = Counter(), False, ""
+    pixels, lossy, hint, indexed = Counter(), False, "", False
     for path in (mask.path, *mask.more):
         image = open_image(path)
         lossy |= image.format == "JPEG"
+        indexed |= image.mode == "P"
         hint = max(hint, colour_hint(image))
         values = mask_pixels(image, channel)
         if values.dtype == np.uint8:
@@ -185,7 +213,7 @@ def count_values(mask: MaskFile, channel: str) -> ValueCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return ValueCounts(pixels, lossy, hint)
+    return ValueCounts(pixels, lossy, hint, indexed, mask.path)
 
 
 def colour_hint(image: Image.Image) -> str:
@@ -261,11 +289,6 @@ def listed_values(foreground: str, pixels: Counter[float], channel: str) -> Mask
 # --------------------------------------------------------------------------------------------------
 
 
-def show(value: float, channel: str) -> str:
-    """A value as people write it: 15, 0.5, #ff0000."""
-    return f"#{value:06x}" if channel == "colour" else f"{value:g}"
-
-
 def describe_values(values: MaskValues, names: list[str], count: int) -> str:
     """What the values of so many masks mean, in words."""
     where = "" if values.channel == "grey" else f" in {values.channel}"
@@ -275,19 +298,3 @@ def describe_values(values: MaskValues, names: list[str], count: int) -> str:
     foreground = first_five(show(value, values.channel) for value in values.foreground)
     ignored = f", {IGNORE} is ignored" if values.ignored else ""
     return f"{count} files{where} of {first_five(names)}: foreground is {foreground}{ignored}"
-
-
-def describe_label_map(counts: list[ValueCounts], channel: str) -> str:
-    """The message for values that are not binary: how many pixels and images each has."""
-    pixels = sum((count.pixels for count in counts), Counter())
-    images = Counter(value for count in counts for value in count.pixels)
-    words = [
-        f"{show(value, channel)} ({pixels[value]} pixels, {images[value]} images)"
-        for value in sorted(pixels)
-    ]
-    labels = [value for value in pixels if value not in (0, IGNORE)] or list(pixels)
-    example = show(max(labels, key=pixels.__getitem__), channel)
-    remedy = f"name the values that are foreground, such as --foreground {example}"
-    ignored = f" ({IGNORE} is ignored unless listed)" if IGNORE in pixels else ""
-    ranges = ", or ranges such as 128-255" if len(words) > 5 else ""
-    return f"--data: the masks are a label map: {first_five(words)}; {remedy}{ranges}{ignored}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from images import IGNORE, decode_image, read_image, write_image
+from images import IGNORE, decode_image, encode_image, read_image, write_image
 from utils import write_file
 from visualize import comparison, draw_pr_curves, stack
 
@@ -82,12 +82,29 @@ def scores(counts: np.ndarray) -> dict[str, float]:
     return percent | {"threshold": best / 255}
 
 
-def mask_scores(mask: np.ndarray, ground_truth: np.ndarray) -> tuple[float, float]:
-    """(Dice, IoU) of a mask, bool (h, w), 0..1, without ignored pixels; 1 where both are empty."""
+EMPTY_SCORES = {"1": 1.0, "0": 0.0, "skip": math.nan}  # where neither has any foreground
+
+
+def mask_scores(
+    mask: np.ndarray, ground_truth: np.ndarray, empty_score: str = "1"
+) -> tuple[float, float]:
+    """(Dice, IoU) of a mask, bool (h, w), 0..1, without ignored pixels.
+
+    Where both are empty they are what `EMPTY_SCORES` says; NaN does not count in a mean.
+    """
     target = ground_truth == 1
     both = int((mask & target).sum())
     union = int(((mask & (ground_truth != IGNORE)) | target).sum())
-    return (2 * both / (both + union), both / union) if union else (1.0, 1.0)
+    if not union:
+        return EMPTY_SCORES[empty_score], EMPTY_SCORES[empty_score]
+    return 2 * both / (both + union), both / union
+
+
+def mean_of(values: list[Any] | np.ndarray) -> np.ndarray:
+    """The mean over the first axis of rows (n, 2), without those that are NaN; 0 without any."""
+    rows = np.array(values, float).reshape(-1, 2)
+    rows = rows[~np.isnan(rows[:, 0])]
+    return np.mean(rows, axis=0) if len(rows) else np.zeros(2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,28 +116,45 @@ class Prediction(NamedTuple):
     """One validation image, predicted by a model that was not trained on it."""
 
     sample: Any
-    png: bytes  # its probability: many images fit into memory
+    pngs: tuple[bytes, ...]  # its probability, of several classes each: many images fit into memory
 
     @property
     def probability(self) -> np.ndarray:
-        """(h, w) uint8."""
-        return decode_image(self.png)
+        """(h, w) uint8; of several classes (K, h, w), see `predict.to_prediction`."""
+        planes = [decode_image(png) for png in self.pngs]
+        return planes[0] if len(planes) == 1 else np.stack(planes)
 
     @property
     def ground_truth(self) -> np.ndarray:
-        """(h, w) uint8 of 0, 1 and 255."""
-        return self.sample.mask.read(self.probability.shape)
+        """(h, w) uint8 of 0, 1 and 255, or what the mask of several classes reads."""
+        size = decode_image(self.pngs[0]).shape
+        return self.sample.mask.read(size) if self.sample.mask else np.zeros(size, np.uint8)
+
+    def part(self, index: int) -> Prediction:
+        """That of one of several classes that may overlap."""
+        sample = self.sample._replace(mask=self.sample.mask.parts[index])
+        return Prediction(sample, self.pngs[index : index + 1])
+
+
+def store(sample: Any, probability: np.ndarray) -> Prediction:
+    """A prediction (h, w) or (K, h, w) uint8, kept small."""
+    planes = probability if probability.ndim == 3 else [probability]
+    return Prediction(sample, tuple(encode_image(plane, ".png") for plane in planes))
 
 
 def tune(
-    predictions: list[Prediction], metric: str, min_pixels: int, postprocess: Callable
+    predictions: list[Prediction],
+    metric: str,
+    min_pixels: int,
+    postprocess: Callable,
+    empty_score: str = "1",
 ) -> tuple[float, int]:
     """The threshold, and the minimum component area, that serve a metric best.
 
     `min_pixels`: fixed, or -1 to choose it too (not for maxf). `postprocess`: that of predict.py.
     """
     counts = [pixel_counts(p.probability, p.ground_truth).numpy() for p in predictions]
-    threshold = choose_threshold(scores_by_threshold(counts, metric))
+    threshold = choose_threshold(scores_by_threshold(counts, metric, empty_score))
     if metric == "maxf" or min_pixels >= 0:
         return threshold, max(0, min_pixels)
     area = np.median([int(pixels.sum()) for pixels in counts])
@@ -129,53 +163,68 @@ def tune(
     for row, prediction in enumerate(predictions):
         probability, target = prediction.probability, prediction.ground_truth
         for column, size in enumerate(sizes):
-            dice, iou = mask_scores(postprocess(probability, threshold, size), target)
+            mask = postprocess(probability, threshold, size)
+            dice, iou = mask_scores(mask, target, empty_score)
             values[row, column] = iou if metric == "iou" else dice
-    return threshold, sizes[int(values.mean(0).argmax())]
+    return threshold, sizes[int(fill_nan(values).mean(0).argmax())]
 
 
 def write_validation(
     out: Path,
     predictions: list[Prediction],
-    threshold: float,
-    min_pixels: int,
-    postprocess: Callable,
+    evaluation: Evaluation,
+    make_mask: Callable,
+    words: str,
+    threshold: Any,
     title: str = "validation",
 ) -> dict[str, Any]:
-    """Write metrics.json, pr_curve.png and validation.jpg; returns the report."""
-    evaluation = Evaluation()
+    """Write metrics.json, its curves and validation.jpg; returns the report.
+
+    `evaluation`: an empty one; `make_mask`: from a probability; `words`: how, for people.
+    """
     for prediction in predictions:
         probability = prediction.probability
-        mask = postprocess(probability, threshold, min_pixels)
+        mask = make_mask(probability)
         evaluation.add(prediction.sample, probability, mask, prediction.ground_truth)
-    ious = [iou for _, iou in evaluation.masks]
+    ious = evaluation.image_ious
     order = np.argsort(ious, kind="stable")
     rows = []
     for name, index in zip(
         ("worst", "median", "best"), order[[0, len(order) // 2, -1]], strict=True
     ):
         sample, target = predictions[index].sample, predictions[index].ground_truth
-        mask = postprocess(predictions[index].probability, threshold, min_pixels)
-        words = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
-        rows.append(comparison(read_image(sample.image), target, mask, words))
+        mask = make_mask(predictions[index].probability)
+        caption = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
+        rows.append(evaluation.comparison(read_image(sample.image), target, mask, caption))
     write_image(out / "validation.jpg", stack(rows))
-    tuned = f"threshold {threshold:.3f}, minimum component area {min_pixels} pixels"
-    print(f"{title}: {evaluation.summary()}, {tuned}")
+    print(f"{title}: {evaluation.summary()}, {words}")
     return evaluation.write(out, threshold)
 
 
-def scores_by_threshold(counts: list[np.ndarray], metric: str) -> np.ndarray:
+def fill_nan(values: np.ndarray) -> np.ndarray:
+    """Values (n, m) with the mean of their column where they are NaN, which changes no mean."""
+    missing = np.isnan(values)
+    if not missing.any():
+        return values
+    known = (~missing).sum(0)
+    means = np.where(missing, 0, values).sum(0) / np.maximum(known, 1)
+    return np.where(missing, means, values)
+
+
+def scores_by_threshold(
+    counts: list[np.ndarray], metric: str, empty_score: str = "1"
+) -> np.ndarray:
     """A metric of each of n images at each of the 256 thresholds, (n, 256), 0..1.
 
-    "dice" and "iou" are the image's own; without foreground 1 where none is found, else 0. "maxf"
-    is the pooled F1 plus the image's part in it, to first order: the mean over images is the pooled
-    F1, their spread its error.
+    "dice" and "iou" are the image's own; without foreground 0, or where none is found what
+    `EMPTY_SCORES` says. "maxf" is the pooled F1 plus the image's part in it, to first order: the
+    mean over images is the pooled F1, their spread its error.
     """
     fp, tp = at_thresholds(np.stack(counts)).transpose(1, 0, 2)
     union = fp + tp[:, :1]
     above, below = (tp, union) if metric == "iou" else (2 * tp, union + tp)
     if metric != "maxf":
-        return np.where(below > 0, ratio(above, below), 1.0)
+        return fill_nan(np.where(below > 0, ratio(above, below), EMPTY_SCORES[empty_score]))
     pooled = ratio(above.sum(0), below.sum(0))
     mean = np.broadcast_to(below.mean(0), below.shape)
     return pooled + ratio(above - pooled * below, mean)
@@ -202,16 +251,28 @@ def choose_threshold(values: np.ndarray) -> float:
 class Evaluation:
     """Adds up images and writes metrics.json and pr_curve.png, for training and inference alike."""
 
-    def __init__(self) -> None:
+    logged: tuple[str, ...] = ("MaxF", "AP", "IoU50")  # after each epoch; the first one decides
+
+    def __init__(self, empty_score: str = "1") -> None:
+        self.empty_score = empty_score
         self.counts: dict[str, dict[str, torch.Tensor]] = {}  # {view: {category: counts}}
         self.images: dict[tuple[str, str], int] = {}  # {(view, category): number of images}
-        self.masks: list[tuple[float, float]] = []  # `mask_scores` of each image
+        self.masks: list[tuple[float, float]] = []  # `mask_scores` of each image and class
+
+    @property
+    def image_ious(self) -> list[float]:
+        """The IoU of each image."""
+        return [0.0 if math.isnan(iou) else iou for _, iou in self.masks]
+
+    def count(self, probability: torch.Tensor, ground_truth: torch.Tensor) -> None:
+        """Add the pixels of an image, (h, w) uint8 each, without a mask."""
+        self.add_counts("image", "", pixel_counts(probability, ground_truth))
 
     def add(
         self, sample: Any, probability: np.ndarray, mask: np.ndarray, ground_truth: np.ndarray
     ) -> None:
         """Add one image, all (h, w): uint8 probability, bool mask, uint8 ground truth."""
-        self.masks.append(mask_scores(mask, ground_truth))
+        self.masks.append(mask_scores(mask, ground_truth, self.empty_score))
         self.add_counts("image", sample.category, pixel_counts(probability, ground_truth))
         for view in sample.views:
             warped = view.warp(probability), view.warp(ground_truth, IGNORE)
@@ -253,7 +314,7 @@ class Evaluation:
 
     def mean(self) -> dict[str, float]:
         """The mean Dice and IoU of the masks, in percent."""
-        dice, iou = (100 * np.mean(self.masks, axis=0)).round(4).tolist()
+        dice, iou = (100 * mean_of(self.masks)).round(4).tolist()
         return {"Dice": dice, "IoU": iou}
 
     def write(self, out: Path, threshold: float) -> dict[str, Any]:
@@ -277,3 +338,9 @@ class Evaluation:
             title = "" if view == "image" else f"{view}: "
             parts.append(f"{title}{values}  ({pooled['images']} images)")
         return "; ".join([*parts, f"mean Dice of the masks {self.mean()['Dice']:.2f} %"])
+
+    def comparison(
+        self, image: np.ndarray, ground_truth: np.ndarray | None, mask: np.ndarray, title: str
+    ) -> np.ndarray:
+        """The image, prediction, ground truth and errors, see `visualize.comparison`."""
+        return comparison(image, ground_truth, mask, title)

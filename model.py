@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import io
-import json
 import logging
 import math
 import os
@@ -47,12 +46,19 @@ class ModelConfig:
     temperature: float = 2.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
     threshold: float = 0.5  # [0..1] a pixel is foreground from this probability on
     min_pixels: int = 0  # [0..1000000000] smaller components are removed from a mask
+    class_names: tuple[str, ...] = ()  # of the channels; empty: one class
+    class_values: tuple[str, ...] = ()  # of these classes in mask files or in a csv
+    exclusive: bool = False  # a pixel has one class, the most probable; else each may be there
+    thresholds: tuple[float, ...] = ()  # [0..1] of classes that may overlap
+    areas: tuple[int, ...] = ()  # [0..1000000000] as min_pixels, of each class
 
     def __post_init__(self) -> None:
         try:
             check_fields(self)
             if (len(self.mean), len(self.std)) != (3, 3):
                 raise ValueError("mean and std need three numbers each")
+            if self.class_names and len(self.class_names) != self.classes:
+                raise ValueError(f"{self.classes} channels, but {len(self.class_names)} names")
         except UserError as error:
             raise ValueError(str(error)) from None
 
@@ -390,11 +396,3 @@ def load_model(path: Path, device: str) -> TrainedModel:
     network = network.eval().requires_grad_(False)
     network = network.to(device, memory_format=torch.channels_last)
     return TrainedModel(network, config, content.get("config", {}), metrics)
-
-
-def export(trained: TrainedModel, out: Path, threshold: float, min_pixels: int) -> None:
-    """Write model.pt with a threshold and a minimum component area, and config.json."""
-    config = dataclasses.replace(trained.config, threshold=threshold, min_pixels=min_pixels)
-    save_model(out / "model.pt", trained.network, config, trained.settings, trained.metrics)
-    everything = trained.settings | dataclasses.asdict(config)
-    write_file(out / "config.json", json.dumps(everything, indent=2) + "\n")

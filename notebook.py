@@ -452,11 +452,19 @@ install_smp()
 
 # %% predict.py _kg_hide-input=true
 
+# %% class_metrics.py _kg_hide-input=true
+
 # %% metrics.py _kg_hide-input=true
 
 # %% visualize.py _kg_hide-input=true
 
+# %% submissions.py _kg_hide-input=true
+
+# %% colours.py _kg_hide-input=true
+
 # %% kitti.py _kg_hide-input=true
+
+# %% class_folders.py _kg_hide-input=true
 
 # %% layouts.py _kg_hide-input=true
 
@@ -464,11 +472,17 @@ install_smp()
 
 # %% callbacks.py _kg_hide-input=true
 
+# %% loading.py _kg_hide-input=true
+
 # %% resume.py _kg_hide-input=true
 
 # %% masks.py _kg_hide-input=true
 
+# %% labels.py _kg_hide-input=true
+
 # %% images.py _kg_hide-input=true
+
+# %% classes.py _kg_hide-input=true
 
 # %% model.py _kg_hide-input=true
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from images import cut_tile, normalise, preprocess, read_image, restore, tile_corners, to_tensor
-from model import TrainedModel, autocast, load_model, resolve_precision
+from model import ModelConfig, TrainedModel, autocast, load_model, resolve_precision
 from utils import UserError, first_five
 
 # --------------------------------------------------------------------------------------------------
@@ -41,6 +41,10 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
             raise UserError(f"--model {path}: {reason}; name the ones to use")
         models += loaded
         print(f"model: {first_five(files)}")
+    names = {one.config.class_names for one in models}
+    if len(names) > 1:
+        kinds = " and ".join(first_five(some) or "one class" for some in sorted(names))
+        raise UserError(f"--model: the models have different classes, {kinds}; name those of one")
     return models
 
 
@@ -58,6 +62,36 @@ def postprocess(probability: np.ndarray, threshold: float, min_pixels: int) -> n
     return remove_small(mask, min_pixels)
 
 
+def make_mask(prediction: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The mask of a `to_prediction`, with the thresholds and areas of a model's settings.
+
+    Bool (h, w); of overlapping classes bool (K, h, w), of exclusive ones their numbers (h, w).
+    """
+    if config.exclusive:
+        return prediction[0]
+    if not config.class_names:
+        return postprocess(prediction, config.threshold, config.min_pixels)
+    count = len(config.class_names)
+    thresholds = config.thresholds or [config.threshold] * count
+    areas = config.areas or [config.min_pixels] * count
+    return np.stack(list(map(postprocess, prediction, thresholds, areas)))
+
+
+def describe_masks(config: ModelConfig) -> tuple[str, Any]:
+    """How `make_mask` makes them, for people; and the threshold, or that of each class."""
+    if config.exclusive:
+        return "the most probable class", None
+    if not config.class_names:
+        area = f"minimum component area {config.min_pixels} pixels"
+        return f"threshold {config.threshold:.3f}, {area}", config.threshold
+    count = len(config.class_names)
+    thresholds = config.thresholds or (config.threshold,) * count
+    areas = config.areas or (config.min_pixels,) * count
+    each = zip(config.class_names, thresholds, areas, strict=True)
+    words = (f"{name} from {threshold:.3f}, {area} pixels" for name, threshold, area in each)
+    return f"thresholds and minimum areas: {first_five(words)}", thresholds
+
+
 def remove_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
     """A mask, bool (h, w), without its connected components of fewer than `min_pixels` pixels."""
     if min_pixels < 2 or not mask.any():
@@ -72,13 +106,29 @@ def remove_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(N, 1, H, W) logits to probabilities (N, H, W) float32.
+def to_probabilities(
+    logits: torch.Tensor, temperature: float, exclusive: bool = False
+) -> torch.Tensor:
+    """(N, 1, H, W) logits to probabilities (N, H, W) float32; of K classes (N, K, H, W).
 
     The temperature softens them, so that 8 bits still tell nearly sure from sure. A threshold of
     0.5 gives the same mask with any temperature.
     """
-    return (logits.float() / temperature).sigmoid()[:, 0]
+    logits = logits.float() / temperature
+    if exclusive:
+        return logits.softmax(1)
+    return logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.sigmoid()
+
+
+def to_prediction(probability: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Probabilities (h, w) or (K, h, w) as uint8.
+
+    Of exclusive classes two planes: the number of the most probable class, and its probability.
+    """
+    if not config.exclusive:
+        return to_8bit(probability)
+    best, number = probability.max(0)
+    return torch.stack([number.byte(), to_8bit(best)])
 
 
 def to_8bit(probability: torch.Tensor) -> torch.Tensor:
@@ -88,7 +138,7 @@ def to_8bit(probability: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torch.Tensor:
-    """(N, 3, H, W) uint8 to probabilities (N, H, W) float32 on the model's device.
+    """(N, 3, H, W) uint8 to probabilities (N, H, W) float32 on the model's device; see above.
 
     Where the device's memory runs out, half of the images at a time. Raises UserError where it
     cannot hold one.
@@ -97,10 +147,11 @@ def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torc
     try:
         inputs = normalise(images.to(device), config)
         with autocast(resolve_precision(config.precision, device.type), device.type):
-            result = to_probabilities(model.network(inputs), config.temperature)
+            how = config.temperature, config.exclusive
+            result = to_probabilities(model.network(inputs), *how)
             if tta:
                 flipped = model.network(inputs.flip(-1)).flip(-1)
-                result = (result + to_probabilities(flipped, config.temperature)) / 2
+                result = (result + to_probabilities(flipped, *how)) / 2
         return result
     except torch.OutOfMemoryError:
         if len(images) == 1:
@@ -124,10 +175,14 @@ def print_once(text: str) -> None:
 def predict_tiles(
     model: TrainedModel, image: np.ndarray, batch_size: int, tta: bool
 ) -> torch.Tensor:
-    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: (h, w) float32."""
+    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: (h, w) float32.
+
+    Of K classes (K, h, w).
+    """
     config, size = model.config, image.shape[:2]
-    total = torch.zeros(size, device=model.device)
-    weights = torch.zeros_like(total)
+    planes = (config.classes,) if config.class_names else ()
+    total = torch.zeros((*planes, *size), device=model.device)
+    weights = torch.zeros(size, device=model.device)
     rows, columns = (
         torch.hann_window(n + 2)[1:-1].clamp(min=1e-3) for n in (config.height, config.width)
     )
@@ -137,10 +192,10 @@ def predict_tiles(
         batch = corners[start : start + batch_size]
         tiles = torch.stack([to_tensor(cut_tile(image, corner, config)) for corner in batch])
         for (y, x), output in zip(batch, predict_inputs(model, tiles, tta), strict=True):
-            region = total[y : y + config.height, x : x + config.width]
-            height, width = region.shape
+            region = total[..., y : y + config.height, x : x + config.width]
+            height, width = region.shape[-2:]
             inside = window[:height, :width]
-            region += output[:height, :width] * inside
+            region += output[..., :height, :width] * inside
             weights[y : y + config.height, x : x + config.width] += inside
     return total.div_(weights)
 
@@ -150,7 +205,8 @@ def predict_images(
 ) -> list[np.ndarray]:
     """Images (h, w, 3) uint8 of any sizes to probabilities (h, w) uint8, averaged over the models.
 
-    All images are one batch; of a large one `batch_size` tiles. `tta`: auto is as trained.
+    Of several classes to what `to_prediction` makes of them. All images are one batch; of a large
+    one `batch_size` tiles. `tta`: auto is as trained.
     """
     sums: list[Any] = [0] * len(images)  # stay on the device until they are 8-bit
     for model in models if images else ():
@@ -162,7 +218,8 @@ def predict_images(
             outputs = zip(predict_inputs(model, inputs, flip), images, strict=True)
             restored = [restore(out, image.shape[:2], model.config) for out, image in outputs]
         sums = [total + one for total, one in zip(sums, restored, strict=True)]
-    return [to_8bit(total / len(models)).cpu().numpy() for total in sums]
+    averages = (to_prediction(total / len(models), models[0].config) for total in sums)
+    return [average.cpu().numpy() for average in averages]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ except ImportError:  # Windows: folders are not locked
 
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
-    "devices", "workers", "resume", "tta",
+    "devices", "workers", "resume", "tta", "classes", "empty_score",
 }  # fmt: skip
 
-WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks")  # and the layout's file
+# and the layout's file
+WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks", "loading")
 
 # --------------------------------------------------------------------------------------------------
 #  Identity
@@ -40,8 +41,10 @@ class Identity(NamedTuple):
 
 def identify(settings: dict[str, Any], samples: pd.DataFrame) -> Identity:
     """The identity of a run on samples from `data.scan_dataset` with their folds."""
-    layout = type(samples["mask"].iloc[0]).__module__  # such as kitti
-    names = dict.fromkeys([*WEIGHTS_FOLLOW_FROM, layout])
+    mask = samples["mask"].iloc[0]
+    layouts = [type(one).__module__ for one in (mask, *getattr(mask, "parts", ())) if one]
+    layouts += ["labels"] if "masks" in layouts else []
+    names = dict.fromkeys([*WEIGHTS_FOLLOW_FROM, *layouts])  # layouts: such as kitti
     code = code_digests(Path(__file__).with_name(f"{name}.py") for name in names)
     rows = samples.itertuples()
     return Identity(settings, code, {row.id: [row.digest, int(row.fold)] for row in rows})

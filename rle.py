@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import cv2
 import numpy as np
 import pandas as pd
 
+import classes
 import images
 import utils
+from classes import Classes, ClassMasks
 from utils import UserError, first_five, write_file
 
 RLE_COLUMNS = {"rle", "rle_mask", "mask_rle", "encodedpixels", "encoded_pixels"}
@@ -28,7 +30,6 @@ ANSWER_COLUMNS = RLE_COLUMNS | {
     "pixels", "mask", "segmentation", "annotation", "predicted", "prediction", "prediction_string",
     "predictionstring",
 }  # fmt: skip
-CLASS_COLUMNS = {"classid", "class_id", "class", "classname", "class_name", "label", "category_id"}
 EMPTY = {"", "-", "-1", "1 0", "0 0", "nan", "null", "none"}  # a mask without foreground
 RUNS = re.compile(r"\d+ \d+( \d+ \d+)*")
 SAMPLE_NAME = re.compile(r"(?=.*(sample|example|format|template)).*sub(?!set)")
@@ -240,8 +241,8 @@ def holds_masks(path: Path) -> bool:
 
 def read_masks(
     path: Path, stems: set[str]
-) -> tuple[dict[str, RunLengths], dict[str, dict[str, str]]]:
-    """Read a csv with one row per image or per object; an image without a row is empty.
+) -> tuple[dict[str, RunLengths | ClassMasks], dict[str, dict[str, str]]]:
+    """Read a csv with one row per image, object or class; an image without a row is empty.
 
     Returns {stem: mask} and {stem: {column: value}}. Raises UserError.
     """
@@ -252,8 +253,8 @@ def read_masks(
         raise UserError(f"--masks {path}: {wanted}")
     match = utils.id_matcher(stems)
     ids = utils.id_column(header, list(table.values()), column, match)
+    table, labels = classes.row_classes(header, table, ids, match)
     filled = {line: row for line, row in table.items() if row[column].lower() not in EMPTY}
-    refuse_classes(path, header, list(filled.values()), ids, match)
     fields = {match(row[ids]): dict(zip(header, row, strict=True)) for row in table.values()}
     unknown = list(dict.fromkeys(row[ids] for row in table.values() if not match(row[ids])))
     fields.pop("", None)
@@ -268,25 +269,18 @@ def read_masks(
     masks: dict[str, list[tuple[int, str]]] = {stem: [] for stem in stems}
     for line, row in filled.items():
         masks.get(match(row[ids]), []).append((line, row[column]))
-    return {stem: RunLengths(path, tuple(parts)) for stem, parts in masks.items()}, fields
+    return {stem: by_class(path, parts, labels) for stem, parts in masks.items()}, fields
 
 
-def refuse_classes(
-    path: Path, header: list[str], rows: list[list[str]], ids: int, match: Callable
-) -> None:
-    """Raise UserError where masks are of several classes: in a column, or joined to the ids."""
-    named = [c for c, name in enumerate(header) if c != ids and name.lower() in CLASS_COLUMNS]
-    where = f"column {header[(named or [ids])[0]]}"
-    labels = [row[named[0]] for row in rows] if named else []
-    for name in (row[ids] for row in rows if not named and not match(row[ids])):
-        cuts = [place.start() for place in re.finditer("_", name)]  # such as a.jpg_3
-        labels += [name[cut + 1 :] for cut in cuts if match(name[:cut])][-1:]
-    counts = Counter(labels)
-    if len(counts) > 1 and 2 * len(labels) > len(rows):
-        found = first_five(f"{label} ({count} masks)" for label, count in sorted(counts.items()))
-        reason = f"masks of {len(counts)} classes in {where}: {found}; this kit trains one"
-        remedy = "keep the rows of one class in a csv of its own and name it with --masks"
-        raise UserError(f"{path}: {reason}; {remedy}")
+def by_class(
+    path: Path, rows: list[tuple[int, str]], labels: dict[int, str]
+) -> RunLengths | ClassMasks:
+    """The mask in some rows, or that of each class. `labels`: {row: class}, {} for one class."""
+    values = classes.sort_values(filter(None, labels.values()))
+    if not values:
+        return RunLengths(path, tuple(rows))
+    parts = (tuple(row for row in rows if labels[row[0]] == value) for value in values)
+    return ClassMasks(tuple(RunLengths(path, part) for part in parts), Classes(values, values))
 
 
 def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, Path]) -> None:

@@ -24,6 +24,7 @@ class Config:
     out: str = "out"  # folder for everything that is written
     masks: str = "auto"  # folder, csv, or pattern such as labels/{stem}.png; auto: what is there
     foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
+    classes: str = "auto"  # auto: as found; one: all merged; a file of id,name; or names: car,road
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
@@ -47,11 +48,13 @@ class Config:
     lr: float | Literal["auto"] = 5e-4  # [1e-9..10] highest learning rate; auto: Lightning's finder
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool = True  # progressive resizing: 1/2, then 3/4 of height and width first
-    dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE
+    dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE or cross-entropy
+    class_weights: Literal["none", "inverse"] = "none"  # of the loss; inverse: of their frequency
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
-    # to tune for; auto: KITTI maxf, else dice
-    metric: Literal["auto", "maxf", "dice", "iou"] = "auto"
+    # to tune for; auto: KITTI maxf, else dice; miou: pooled over the images
+    metric: Literal["auto", "maxf", "dice", "iou", "miou"] = "auto"
+    empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
     min_pixels: int = -1  # [-1..1000000000] minimum component area; -1: tuned for dice or iou
     tta: bool = True  # horizontal-flip test-time augmentation: a little better, twice the time
     # --- machine ---
@@ -68,7 +71,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 import copy
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network
@@ -80,17 +82,21 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import callbacks
+import class_metrics
 import data
 import images
+import loading
 import metrics
 import model
 import predict
 import visualize
-from callbacks import Clock, TrainingCallback
-from images import IGNORE, Collection
+from callbacks import Clock, TrainingCallback, make_trainer
+from classes import class_settings, class_weights, classes_of
+from images import IGNORE, TILES_FROM, Collection
 from model import ModelConfig
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -126,7 +132,8 @@ def augmentation(config: Config) -> A.Compose:
 class SegmentationDataset(Dataset):
     """Items with `image` (3, H, W) and `mask` (1, H, W), both uint8; mask: 0, 1, 255 (ignored).
 
-    Without `augment` (validation) an item also has its `ground_truth` at the image's own size.
+    Of exclusive classes the mask has their numbers; of overlapping ones it is (K, H, W). Without
+    `augment` (validation) an item also has its `ground_truth` at the image's own size.
     With tiles there are as many items as tiles cover the images; `augment` cuts them at random.
     Training takes the column `pair` (`images.prepare_pair`); without it files are read every time.
     """
@@ -158,21 +165,22 @@ class SegmentationDataset(Dataset):
             self.augment.set_random_seed(int(seed.generate_state(1)[0]))  # whichever worker it is
             changed = self.augment(image=image, mask=mask)
             image, mask = changed["image"], changed["mask"]
-        item["name"] = row.image.name
-        item["image"] = images.to_tensor(image)
-        return item | {"mask": torch.from_numpy(mask[None].copy())}
+        item |= {"name": row.image.name, "image": images.to_tensor(image)}
+        return item | {"mask": torch.from_numpy(np.atleast_3d(mask).transpose(2, 0, 1).copy())}
 
 
 # --- Model ----------------------------------------------------------------------------------------
 
 
-def loss(logits: torch.Tensor, mask: torch.Tensor, config: Config) -> torch.Tensor:
+def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
     """BCE plus Dice, without the ignored pixels.
 
     `logits` (N, 1, H, W), `mask` (N, 1, H, W) float32 of 0, 1 and 255 (ignored). Returns a float32
     scalar. Dice (Milletari et al., 3DV 2016) is taken over the whole batch, so that an image
-    without foreground does no harm.
+    without foreground does no harm. Several classes: see `class_loss`.
     """
+    if logits.shape[1] > 1:
+        return class_loss(logits, mask, config, weights)
     logits = logits.float()  # Dice overflows in 16 bits
     counted = (mask != IGNORE).float()
     target = mask * counted
@@ -181,6 +189,32 @@ def loss(logits: torch.Tensor, mask: torch.Tensor, config: Config) -> torch.Tens
     p = logits.sigmoid() * counted
     dice = (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
     return bce + config.dice * (1 - dice)
+
+
+def class_loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None) -> Tensor:
+    """Cross-entropy, of classes that overlap BCE, plus the mean Dice loss of those that occur.
+
+    `logits` (N, K, H, W); `mask` (N, 1, H, W) float32 of numbers, for classes that overlap
+    (N, K, H, W) of 0 and 1; 255 is ignored. `weights` (K,): of the classes, or None.
+    """
+    logits, counted, each = logits.float(), mask != IGNORE, (0, 2, 3)
+    if mask.shape[1] == 1:  # the classes exclude each other
+        number = torch.where(counted, mask, 0).long()
+        pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
+        pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
+        p = logits.softmax(1) * counted
+        right, number = p.gather(1, number).flatten(), number.flatten()  # no copy for each class
+        hits = p.new_zeros(p.shape[1]).index_add(0, number, right)
+        size = p.new_zeros(p.shape[1]).index_add(0, number, counted.flatten().float())
+    else:
+        target = mask * counted
+        pixels = (F.softplus(logits) - logits * target) * counted  # BCE
+        pixels = pixels.sum(each) / counted.sum(each).clamp(min=1)
+        pixels = (pixels if weights is None else pixels * weights).mean()
+        p = logits.sigmoid() * counted
+        hits, size = (p * target).sum(each), target.sum(each)
+    dice = (2 * hits + 1) / (p.sum(each) + size + 1)
+    return pixels + config.dice * (1 - dice)[size > 0].sum() / (size > 0).sum().clamp(min=1)
 
 
 def schedule(progress: float) -> float:
@@ -204,7 +238,7 @@ class SegmentationModule(pl.LightningModule):
         self.network = network.to(memory_format=torch.channels_last)  # up to five times faster
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock
-        self.evaluation = metrics.Evaluation()
+        self.register_buffer("class_weights", None, persistent=False)  # `fit` sets them
 
     def set_progress(self, progress: float) -> None:
         """The clock calls it before each step."""
@@ -218,7 +252,7 @@ class SegmentationModule(pl.LightningModule):
             return self.model_config
         return model.scale_input(self.model_config, part, model.size_step(self.network))
 
-    def resized(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def resized(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The normalised images and the masks of a batch at the current resolution, float32."""
         image, mask, config = batch["image"], batch["mask"].float(), self.current_config()
         size = (config.height, config.width)
@@ -235,9 +269,9 @@ class SegmentationModule(pl.LightningModule):
         optimizer._step_supports_amp_scaling = False
         return optimizer
 
-    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+    def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         image, mask = self.resized(batch)
-        value = loss(self.network(image), mask, self.config)
+        value = loss(self.network(image), mask, self.config, self.class_weights)
         if not torch.isfinite(value):
             where = f"in epoch {self.current_epoch + 1}, images {', '.join(batch['name'])}"
             remedy = "the weights so far are kept; try a smaller --lr or --precision 32"
@@ -255,72 +289,47 @@ class SegmentationModule(pl.LightningModule):
         return self.trainer.should_stop or self.current_epoch + 1 == self.config.epochs
 
     def on_validation_epoch_start(self) -> None:
-        self.evaluation = metrics.Evaluation()
+        self.evaluation = class_metrics.make_evaluation(classes_of(self.model_config))
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         image, mask = self.resized(batch)
         logits, config = self.ema(image), self.current_config()
-        value = loss(logits, mask, self.config)
+        value = loss(logits, mask, self.config, self.class_weights)
         self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
-        probabilities = predict.to_probabilities(logits, config.temperature)
+        probabilities = predict.to_probabilities(logits, config.temperature, config.exclusive)
         for probability, target in zip(probabilities, batch["ground_truth"], strict=True):
-            own_size = predict.to_8bit(images.restore(probability, target.shape, config))
-            counts = metrics.pixel_counts(own_size, torch.as_tensor(target).to(self.device))
-            self.evaluation.add_counts("image", "", counts)
+            own_size = images.restore(probability, target.shape[:2], config)
+            prediction = predict.to_prediction(own_size, config)
+            self.evaluation.count(prediction, torch.as_tensor(target).to(self.device))
 
     def on_validation_epoch_end(self) -> None:
         self.evaluation.reduce("image", self.trainer.strategy.reduce, self.device)
         score = self.evaluation.report()["image"]["all"]
-        for name in ("MaxF", "AP", "IoU50"):
-            self.log(name, score[name], prog_bar=name == "MaxF", rank_zero_only=True)
+        for name in self.evaluation.logged:
+            self.log(name, score[name], prog_bar=name in ("MaxF", "mIoU"), rank_zero_only=True)
 
 
 # --- Trainer --------------------------------------------------------------------------------------
 
 
-def make_trainer(config: Config, **options: Any) -> pl.Trainer:
-    """A Trainer that leaves writing and logging to the TrainingCallback."""
-    processes, local = callbacks.count_processes(config.devices)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return pl.Trainer(
-        accelerator="auto",
-        devices=local,
-        num_nodes=processes // local,
-        plugins=callbacks.cluster(),
-        precision=config.precision,
-        enable_progress_bar=sys.stdout.isatty(),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **quiet,
-        **options,
-    )
-
-
 def make_loaders(
     config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
-) -> tuple[DataLoader, DataLoader]:
+) -> list[DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
     processes, _ = callbacks.count_processes(config.devices)
     validates, seed = samples.fold == config.fold, config.seed
     augment = images.strict_augmentation(lambda: augmentation(config))
-    training, validation = (
-        SegmentationDataset(samples[chosen], model_config, seed, change)
-        for chosen, change in ((~validates, augment), (validates, None))
-    )
-    if len(training) < processes:
-        raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
+    training = SegmentationDataset(samples[~validates], model_config, seed, augment)
+    validation = SegmentationDataset(samples[validates], model_config, seed, None)
     size = -(-config.batch_size // (parts * processes))
-    size = max(1, min(size, len(training) // processes))
-    cached = data.Cached(validation, CACHE // 8)
+    cached = loading.Cached(validation, CACHE // 8)
     options = {"batch_size": size, "workers": config.workers, "processes": processes, "seed": seed}
-    return data.make_loader(training, True, **options), data.make_loader(cached, False, **options)
+    return loading.make_loaders(training, cached, **options)
 
 
 # --- Resolve: all that follows from device and data -----------------------------------------------
 
 CACHE = 4 << 30  # bytes of decoded images that stay in memory
-INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
-TILES_FROM = 2e6  # pixels of the median image
 
 
 def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, ModelConfig]:
@@ -328,17 +337,15 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     samples = collection.samples
     median = samples.height.median(), samples.width.median()
     tiles = bool(median[0] * median[1] > TILES_FROM) if config.tiles == "auto" else config.tiles
-    top = 0.0 if tiles else resolve_top(config, collection, fold)
+    top = collection.top if config.top == "auto" else config.top
+    top = 0.0 if tiles else images.resolve_top(top, samples.above[samples.fold != fold])
     device = model.best_device()
     precision = model.resolve_precision(config.precision, device, training=True)
     fast_cpu = device == "cpu" and precision == "bf16-mixed"
-    pixels = INPUT_PIXELS["cpu bf16" if fast_cpu else device] * (2 if tiles else 1)
+    pixels = images.input_pixels(device, fast_cpu, tiles or collection.classes.exclusive)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
     height, width = config.height or height, config.width or width
-    batch_size = 8 if device != "cpu" or fast_cpu else 4
-    if device == "cpu":  # small inputs: more of them per step, but leave an epoch a hundred steps
-        most = int((samples.fold != fold).sum()) // 100 // batch_size
-        batch_size *= max(1, min(round(pixels / (height * width)), 16 // batch_size, most))
+    small, count = pixels / (height * width), int((samples.fold != fold).sum())
     every = config.fold == "all"
     resolved = replace(
         config,
@@ -349,10 +356,11 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         height=height,
         width=width,
         rle=collection.rle,
+        classes=",".join(collection.classes.names) or "one",
         top=top,
         tiles=tiles,
         epochs=config.epochs or (0 if config.max_minutes else 40),
-        batch_size=config.batch_size or batch_size,
+        batch_size=config.batch_size or loading.default_batch(device, fast_cpu, small, count),
         metric=collection.metric if config.metric == "auto" else config.metric,
         precision=precision,
         devices=model.resolve_devices(config.devices, device),
@@ -361,19 +369,11 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
     settings = {name: getattr(resolved, name) for name in shared}
     settings |= {"precision": config.precision, "min_pixels": max(0, config.min_pixels)}
+    settings |= class_settings(collection.classes)
     mean, std = model.input_normalisation(config.encoder, config.encoder_weights)
     model_config = ModelConfig(**settings, mean=mean, std=std)
     model.check_size(model_config)
     return resolved, model_config
-
-
-def resolve_top(config: Config, collection: Collection, fold: int) -> float:
-    """The share of the height that is cut off at the top."""
-    top = collection.top if config.top == "auto" else config.top
-    if top >= 0:
-        return top
-    highest = float(collection.samples.above[collection.samples.fold != fold].min())
-    return min(0.9, round(highest - 0.05, 2)) if 0.15 < highest < 1 else 0.0  # less is not worth it
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
@@ -390,8 +390,8 @@ def train(config: Config, started: float | None = None) -> Path:
     model.check_gpu()
     model.reuse_memory()
     named = config.masks, config.target, config.foreground
-    collection = data.find_samples(config.data, *named, True, config.rle)
-    samples = data.scan_dataset(collection.samples)
+    collection = data.find_samples(config.data, *named, True, config.rle, config.classes)
+    samples = data.scan_dataset(collection.samples, collection.classes)
     samples["fold"] = data.assign_folds(samples, config.folds, config.seed, config.group)
     print(data.describe(collection, samples), flush=True)
     folds = data.chosen_folds(samples, config.fold)
@@ -406,11 +406,10 @@ def train(config: Config, started: float | None = None) -> Path:
             print(f"--session_minutes: over after fold {fold}; the same command resumes")
             return out
     if config.fold == "all" and predictions:
-        wanted = resolved.metric, config.min_pixels
-        tuned = metrics.tune(predictions, *wanted, predict.postprocess)  # for all models alike
-        metrics.write_validation(out, predictions, *tuned, predict.postprocess, "out of fold")
-        for folder in (out / f"fold{fold}" for fold in folds):
-            model.export(model.load_model(folder / "model.pt", "cpu"), folder, *tuned)
+        how = out, "out of fold", resolved.metric, config.min_pixels, config.empty_score
+        tuned, _ = class_metrics.tune_and_score(model_config, predictions, *how)
+        for folder in (out / f"fold{fold}" for fold in folds):  # for all models alike
+            class_metrics.export(model.load_model(folder / "model.pt", "cpu"), folder, tuned)
     return out
 
 
@@ -450,10 +449,13 @@ def train_fold(
 def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback) -> None:
     """Run the training, with gradient accumulation where the device's memory is too small."""
     config, model_config = module.config, module.model_config
+    machine = config.devices, config.precision
     if run.lr == "auto":
         loader, _ = make_loaders(config, model_config, samples)
-        run.lr = callbacks.find_lr(lambda **more: make_trainer(config, **more), module, loader)
+        run.lr = callbacks.find_lr(lambda **more: make_trainer(*machine, **more), module, loader)
     module.lr = run.lr
+    if config.class_weights == "inverse" and model_config.class_names:
+        module.class_weights = torch.tensor(class_weights(samples[samples.fold != config.fold]))
 
     def attempt(parts: int) -> None:
         path = run.checkpoint if parts == 1 else run.restart()
@@ -463,7 +465,7 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
         training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         hooks = [run, callbacks.BatchNormReestimation(config.seed), *callbacks.progress_bar()]
         options = {"max_epochs": config.epochs or -1, "accumulate_grad_batches": parts}
-        trainer = make_trainer(config, callbacks=hooks, gradient_clip_val=1.0, **options)
+        trainer = make_trainer(*machine, callbacks=hooks, gradient_clip_val=1.0, **options)
         options = {"ckpt_path": path, "weights_only": True if path else None}
         trainer.fit(copy.deepcopy(module), training, validation, **options)
 
@@ -477,13 +479,11 @@ def evaluate_and_export(
     out = Path(config.out)
     trained = model.load_model(out / "model.pt", model.best_device())
     validation = samples[samples.fold == config.fold]
-    predictions = [
-        metrics.Prediction(sample, images.encode_image(probability, ".png"))
-        for sample, _, probability in predict.predict([trained], validation)
-    ]
-    tuned = metrics.tune(predictions, config.metric, config.min_pixels, predict.postprocess)
-    report = metrics.write_validation(out, predictions, *tuned, predict.postprocess)
-    model.export(trained._replace(metrics=report), out, *tuned)
+    found = predict.predict([trained], validation)
+    predictions = [metrics.store(sample, probability) for sample, _, probability in found]
+    how = out, "validation", config.metric, config.min_pixels, config.empty_score
+    tuned, report = class_metrics.tune_and_score(trained.config, predictions, *how)
+    class_metrics.export(trained._replace(metrics=report), out, tuned)
     epoch = callbacks.exported_epoch(rows)
     write_file(out / "curves.png", lambda part: visualize.draw_training_curves(rows, epoch, part))
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import PrecisionRecallDisplay
 
+from classes import Classes
+from colours import mask_colours
 from images import IGNORE
 
 GREEN, BLUE, RED = (46, 204, 64), (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
@@ -47,10 +50,7 @@ def comparison(
     Up to PANEL_SIZE pixel for pixel, a larger image reduced. Prediction and ground truth are drawn
     alike. Returns RGB uint8.
     """
-    columns = 2 if image.shape[1] >= image.shape[0] else 4  # upright images in one row
-    scale = min(1.0, *(limit / n for limit, n in zip(PANEL_SIZE, image.shape, strict=False)))
-    size = tuple(max(1, round(scale * n)) for n in image.shape[1::-1])
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    small, size, columns = reduce_image(image)
     legend = [("foreground", GREEN)]
     predicted = tint(small, reduce_mask(mask, size), GREEN)
     panels = [panel(small, title), panel(predicted, "prediction", legend)]
@@ -63,6 +63,80 @@ def comparison(
         kinds = [("hit", GREEN), ("miss", BLUE), ("false alarm", RED)]
         panels.append(panel(errors(small, ground_truth, mask), "errors", kinds))
     return grid(panels, min(columns, len(panels)))
+
+
+def class_comparison(
+    image: np.ndarray,
+    ground_truth: np.ndarray | None,
+    mask: np.ndarray,
+    title: str,
+    classes: Classes,
+) -> np.ndarray:
+    """As `comparison`, of several classes, with a legend of those that occur below.
+
+    `mask`: numbers (h, w) of exclusive classes, else bool (K, h, w); `ground_truth`: numbers with
+    255 (ignored), else (h, w, K) uint8.
+    """
+    small, size, columns = reduce_image(image)
+    layers = mask_colours(mask, classes)
+    panels = [panel(small, title), panel(paint(small, layers, size), "prediction")]
+    if ground_truth is not None:
+        target = ground_truth if classes.exclusive else np.moveaxis(ground_truth == 1, -1, 0)
+        known = mask_colours(target, classes)
+        ignored = (ground_truth == IGNORE).reshape(*image.shape[:2], -1).all(-1)
+        drawn = tint(paint(small, known, size), reduce_mask(ignored, size), BLACK, 0.7)
+        panels.append(panel(drawn, "ground truth"))
+        wrong = target != mask if classes.exclusive else (target != mask).any(0)
+        grey = cv2.cvtColor(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        drawn = tint(grey, reduce_mask(wrong & ~ignored, size), RED, 0.7)
+        drawn = tint(drawn, reduce_mask(ignored, size), BLACK, 0.7)
+        kinds = [("wrong", RED)] + [("ignored", BLACK)] * bool(ignored.any())
+        panels.append(panel(drawn, "errors", kinds))
+        layers = layers + known
+    pictures = grid(panels, min(columns, len(panels)))
+    found = {name: colour for name, colour, _ in layers}
+    entries = [(name, found[name]) for name in classes.names if name in found]
+    return np.vstack([pictures, legend_rows(entries, pictures.shape[1])])
+
+
+def paint(
+    image: np.ndarray, layers: list[tuple[str, Colour, np.ndarray]], size: tuple[int, int]
+) -> np.ndarray:
+    """Lay the colours of `mask_colours` over an image that has this (width, height)."""
+    for _, colour, mask in layers:
+        if colour != BLACK:  # the background stays as it is
+            image = tint(image, reduce_mask(mask, size), colour, 0.6)
+    return image
+
+
+def legend_rows(entries: list[tuple[str, Colour]], width: int) -> np.ndarray:
+    """Coloured squares with names in as many rows as they need, (rows, width, 3) uint8."""
+    bars = [np.full((26, width, 3), 255, np.uint8)]
+    font, scale, left = cv2.FONT_HERSHEY_DUPLEX, 0.45, 6
+    for name, colour in entries:
+        text = printable(name)
+        length = cv2.getTextSize(text, font, scale, 1)[0][0] + 40
+        if left + length > width and left > 6:
+            bars.append(np.full_like(bars[0], 255))
+            left = 6
+        cv2.rectangle(bars[-1], (left, 6), (left + 14, 20), colour, -1)
+        cv2.putText(bars[-1], text, (left + 20, 18), font, scale, GREY, 1, cv2.LINE_AA)
+        left += length
+    return np.vstack(bars)
+
+
+def printable(name: str) -> str:
+    """A name in letters that OpenCV can draw, at most 24 of them."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return (plain or "?")[:24]
+
+
+def reduce_image(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int], int]:
+    """An image reduced to PANEL_SIZE, its (width, height), and how many panels go in a row."""
+    columns = 2 if image.shape[1] >= image.shape[0] else 4  # upright images in one row
+    scale = min(1.0, *(limit / n for limit, n in zip(PANEL_SIZE, image.shape, strict=False)))
+    size = tuple(max(1, round(scale * n)) for n in image.shape[1::-1])
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA), size, columns
 
 
 def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -135,12 +209,14 @@ def draw_training_curves(rows: list[dict[str, float]], kept: float, path: Path) 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     losses = table[["train_loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
     losses.plot(ax=left, title="Loss", ylim=(0, None), grid=True)
-    measures = table[["MaxF", "IoU50"]].set_axis(["MaxF", "IoU at 0.5"], axis=1)
-    low = max(0, table.MaxF.max() - 40)
-    title = "Validation scores, %"
+    names = {"MaxF": "MaxF", "IoU50": "IoU at 0.5", "mIoU": "mIoU", "mDice": "mean Dice"}
+    measures = table[[name for name in names if name in table]]
+    best = measures.iloc[:, 0]
+    low, title = max(0, best.max() - 40), "Validation scores, %"
+    measures = measures.rename(columns=names)
     measures.plot(ax=right, title=title, ylim=(low, 100), grid=True, color=["green", "grey"])
-    label = f"in model.pt: {table.MaxF[kept]:.1f} % in epoch {kept:.0f}"
-    right.plot(kept, table.MaxF[kept], "o", color="green", label=label)
+    label = f"in model.pt: {best[kept]:.1f} % in epoch {kept:.0f}"
+    right.plot(kept, best[kept], "o", color="green", label=label)
     right.legend()
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -173,6 +249,28 @@ def draw_pr_curves(
     plt.close(figure)
 
 
+def draw_confusion(table: np.ndarray, names: tuple[str, ...], path: Path) -> None:
+    """How the pixels of each class (rows) were predicted (columns), in percent, as PNG.
+
+    `table`: (K, K) counts.
+    """
+    share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
+    side = min(40.0, 3 + 0.42 * len(names))
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    drawn = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    ticks = range(len(names))
+    axes.set_xticks(ticks, names, rotation=90, fontsize=8)
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set(xlabel="prediction", ylabel="ground truth", title="% of the pixels of each class")
+    for row, column in zip(*np.nonzero(share >= 0.5), strict=True) if len(names) <= 40 else ():
+        colour = "white" if share[row, column] < 60 else "black"
+        words = f"{share[row, column]:.0f}"
+        axes.text(column, row, words, ha="center", va="center", color=colour, fontsize=7)
+    figure.colorbar(drawn, shrink=0.6)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
 # --------------------------------------------------------------------------------------------------
 #  Video
 # --------------------------------------------------------------------------------------------------
@@ -191,9 +289,16 @@ class OverlayVideo:
     def __enter__(self) -> OverlayVideo:
         return self
 
-    def add(self, frame: np.ndarray, mask: np.ndarray) -> None:
-        """Append a frame (h, w, 3) RGB uint8 with its mask, bool (h, w), in green."""
-        self.writer.write(cv2.cvtColor(tint(frame, mask, GREEN), cv2.COLOR_RGB2BGR))
+    def add(self, frame: np.ndarray, mask: np.ndarray, classes: Classes) -> None:
+        """Append a frame (h, w, 3) RGB uint8 with its mask, bool (h, w), in green.
+
+        Or with that of several classes in their colours, see `colours.mask_colours`.
+        """
+        if classes.names:
+            drawn = paint(frame, mask_colours(mask, classes), frame.shape[1::-1])
+        else:
+            drawn = tint(frame, mask, GREEN)
+        self.writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.writer.release()

@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 import images
+import loading
 import resume
 import rle
 import train
@@ -415,7 +416,7 @@ def test_training_items_are_the_same_from_memory_and_from_files(roads):
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_validation_images_are_decoded_once_where_memory_allows(roads, monkeypatch, fits):
-    validation = data.Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
+    validation = loading.Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
     original, reads = data.read_sample, []
     monkeypatch.setattr(data, "read_sample", lambda row: reads.append(row) or original(row))
     first, again = validation[3], validation[3]
@@ -528,7 +529,7 @@ def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
         settings.pop(name)
     assert [name for name, value in settings.items() if value == "auto"] == ["lr"]
     for field in dataclasses.fields(ModelConfig):  # fields of one name are copied
-        if field.name in settings and field.name not in ("precision", "min_pixels"):
+        if field.name in settings and field.name not in ("precision", "min_pixels", "classes"):
             assert getattr(model_config, field.name) == settings[field.name], field.name
 
 

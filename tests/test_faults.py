@@ -30,6 +30,7 @@ import callbacks
 import data
 import images
 import kitti
+import loading
 import masks
 import model
 import rle
@@ -540,7 +541,7 @@ def test_validation_items_are_read_once_and_stay_the_same(roads, tmp_path):
     shutil.copytree(roads / "training", folder / "training")
     config, model_config, samples = prepared(folder)
     _, loader = train.make_loaders(config, model_config, samples)
-    assert isinstance(loader.dataset, data.Cached)
+    assert isinstance(loader.dataset, loading.Cached)
     plain = train.SegmentationDataset(samples[samples.fold == 0], model_config, 0, None)
     expected = [plain[index] for index in range(len(plain))]
     for _ in range(2):
@@ -578,7 +579,7 @@ def test_what_does_not_fit_into_memory_is_read_again():
             return {"image": torch.full((1000,), index, dtype=torch.uint8), "name": str(index)}
 
     dataset = Counted()
-    cached = data.Cached(dataset, 2500)
+    cached = loading.Cached(dataset, 2500)
     for _ in range(3):
         assert [cached[index]["name"] for index in range(len(cached))] == list("01234")
         assert [int(cached[index]["image"][0]) for index in range(5)] == list(range(5))

@@ -18,19 +18,28 @@ from PIL import Image
 import model
 
 IMPORTS = {  # a file imports only the files in its row, which all come after it
-    "train": "data images model predict metrics visualize callbacks resume utils",
-    "infer": "data images model predict metrics visualize kitti rle utils",
-    "data": "kitti layouts rle masks images utils",
+    "train": "data images model predict class_metrics metrics visualize callbacks loading resume"
+    " classes utils",
+    "infer": "data images model predict class_metrics metrics submissions visualize colours kitti"
+    " rle classes utils",
+    "data": "kitti class_folders layouts rle masks classes images utils",
+    "class_metrics": "predict metrics visualize model classes utils",
     "predict": "images model utils",
     "metrics": "images visualize utils",
-    "visualize": "images",
+    "visualize": "colours classes images",
+    "submissions": "rle colours classes images utils",
+    "colours": "classes",
     "kitti": "masks images utils",
+    "class_folders": "layouts masks classes images",
     "layouts": "masks images utils",
-    "rle": "images utils",
+    "rle": "classes images utils",
     "callbacks": "resume model utils",
+    "loading": "utils",
     "resume": "model utils",
-    "masks": "images utils",
-    "images": "model utils",
+    "masks": "labels classes images utils",
+    "labels": "classes images utils",
+    "images": "model classes utils",
+    "classes": "utils",
     "model": "utils",
     "utils": "",
 }

@@ -23,9 +23,11 @@ from conftest import KIT, build_once
 from PIL import Image
 
 FILES = (
-    "train.py", "infer.py", "data.py", "predict.py", "metrics.py", "visualize.py",
-    "kitti.py", "layouts.py", "rle.py", "callbacks.py", "resume.py", "masks.py", "images.py",
-    "model.py", "utils.py",
+    "train.py", "infer.py", "data.py", "predict.py", "class_metrics.py", "metrics.py",
+    "visualize.py", "submissions.py", "colours.py", "kitti.py", "class_folders.py",
+    "layouts.py", "rle.py",
+    "callbacks.py", "loading.py", "resume.py", "masks.py", "labels.py", "images.py",
+    "classes.py", "model.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",
@@ -141,17 +143,17 @@ def test_the_cells_cannot_be_imported_by_accident():
 
 
 def test_a_file_without_a_cell_is_noticed(fork):
-    (fork.kit / "classes.py").write_text('"""Classes."""\n')
+    (fork.kit / "extra.py").write_text('"""More."""\n')
     assert fork.build().returncode == 0, "nothing imports it"
     text = (
         (fork.kit / "metrics.py")
         .read_text()
-        .replace("import json\n", "import classes\nimport json\n")
+        .replace("import json\n", "import extra\nimport json\n")
     )
     (fork.kit / "metrics.py").write_text(text)
     done = fork.build()
     assert done.returncode == 2
-    assert done.stderr.startswith("error: metrics.py imports classes.py")
+    assert done.stderr.startswith("error: metrics.py imports extra.py")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import data
 import images
 import layouts
 import visualize
+from classes import Classes
 from utils import UserError
 
 COUNT = 8
@@ -161,8 +162,12 @@ LABEL_MAPS = {
 @pytest.mark.parametrize("kind", LABEL_MAPS)
 def test_a_label_map_is_never_thresholded(tmp_path, kind):
     write(tmp_path, convert=LABEL_MAPS[kind])
-    line = asked(tmp_path, "label map", "pixels, 8 images", "--foreground")
+    classes = data.find_samples(str(tmp_path), training=True).classes
+    assert classes.exclusive
+    one = {"training": False, "wanted": Classes()}  # as for a model of one class
+    line = asked(tmp_path, "label map", "pixels, 8 images", "--foreground", **one)
     example = re.search(r"--foreground ([^\s,]+)", line)[1]
+    assert example in classes.values
     if kind != "instances":  # there it is any of many
         read(tmp_path, foreground=example)
     asked(tmp_path, "--foreground 77", "no mask has this value", foreground="77")

@@ -252,7 +252,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_several_classes_are_refused_with_their_counts(tmp_path, name):
+def test_several_classes_are_found_and_one_alone_is_none(tmp_path, name):
     masks = write_images(tmp_path / "train")
     rows = [
         (*CLASSES[name](stem, label), plain_encode(mask))
@@ -261,7 +261,13 @@ def test_several_classes_are_refused_with_their_counts(tmp_path, name):
     ]
     header = ("id", name, "rle") if len(rows[0]) == 3 else ("Image_Label", "rle")
     write_csv(tmp_path / "train.csv", [header, *rows])
-    refused(tmp_path, "2 classes", "1 (5 masks)", "3 (8 masks)", "--masks")
+    found = data.find_samples(str(tmp_path), training=True)
+    assert [value[-1] for value in found.classes.values] == ["1", "3"]
+    assert not found.classes.exclusive
+    for number, row in enumerate(found.samples.itertuples()):
+        pixels = row.mask.read((44, 60))
+        assert (pixels[..., 1] == masks[row.id]).all()
+        assert (pixels[..., 0] == masks[row.id] * (number < 5)).all()
     if len(rows[0]) == 3:  # one class alone
         write_csv(tmp_path / "train.csv", [header, *rows[5:]])
         read(tmp_path, masks)
