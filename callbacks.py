@@ -356,6 +356,14 @@ def default_workers(device: str) -> int:
     return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
 
 
+def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
+    """Raise UserError for a loss that is not finite. `epoch`: from 0; `names`: of its images."""
+    if not torch.isfinite(value):
+        where = f"in epoch {epoch + 1}, images {', '.join(names)}"
+        remedy = "the weights so far are kept; try a smaller --lr or --precision 32"
+        raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
+
+
 def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:
     """Lightning's learning-rate finder: 50 steps in a Trainer of its own. Raises UserError.
 

@@ -272,10 +272,9 @@ def infer(options: Options) -> Path:
     samples = find_images(options, plan.models[0].config.target)
     check_views(samples)
     submission = make_submission(options, samples, plan.models[0].config.rle)
-    if plan.rank == 0:
-        known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
-        models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
-        print(f"data: {known} · {models} · threshold {plan.threshold:.3f}")
+    known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
+    models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
+    print(f"data: {known} · {models} · threshold {plan.threshold:.3f}")
     prepare_folders(plan, samples)
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
     results = gather(plan, predict_and_write(plan, share, submission))

@@ -309,8 +309,10 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
             "id": [image.stem for image in images] if unique else names,
             "image": [image.path for image in images],
             "mask": [
-                MaskFile(f[0].path, None, tuple(m.path for m in f[1:])) if f else None
-                for f in masks
+                MaskFile(files[0].path, None, tuple(m.path for m in files[1:]), image.path)
+                if files
+                else None
+                for image, files in zip(images, masks, strict=True)
             ],
         }
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from images import IGNORE, decode_image, read_image, write_image
+from images import IGNORE, ModelConfig, decode_image, read_image, write_image
 from utils import write_file
 from visualize import comparison, draw_pr_curves, stack
 
@@ -100,6 +100,12 @@ class Prediction(NamedTuple):
 
     sample: Any
     png: bytes  # its probability: many images fit into memory
+    config: ModelConfig  # of the model
+
+    @property
+    def image(self) -> np.ndarray:
+        """(h, w, 3) uint8."""
+        return read_image(self.sample.image, self.config.value_range)
 
     @property
     def probability(self) -> np.ndarray:
@@ -157,7 +163,7 @@ def write_validation(
         sample, target = predictions[index].sample, predictions[index].ground_truth
         mask = postprocess(predictions[index].probability, threshold, min_pixels)
         words = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
-        rows.append(comparison(read_image(sample.image), target, mask, words))
+        rows.append(comparison(predictions[index].image, target, mask, words))
     write_image(out / "validation.jpg", stack(rows))
     tuned = f"threshold {threshold:.3f}, minimum component area {min_pixels} pixels"
     print(f"{title}: {evaluation.summary()}, {tuned}")

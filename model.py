@@ -40,6 +40,7 @@ class ModelConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
     top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
     tiles: bool = False  # cut the image into tiles instead of resizing it
+    value_range: tuple[float, ...] = ()  # black and white where images have over 8 bits
     target: str = "road"  # what the mask means, for layouts with several targets
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
     tta: bool = True  # average with the prediction of the horizontally flipped image
@@ -51,8 +52,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         try:
             check_fields(self)
-            if (len(self.mean), len(self.std)) != (3, 3):
-                raise ValueError("mean and std need three numbers each")
+            if (len(self.mean), len(self.std), len(self.value_range) % 2) != (3, 3, 0):
+                raise ValueError("mean and std need three numbers each, value_range two or none")
         except UserError as error:
             raise ValueError(str(error)) from None
 
@@ -73,7 +74,6 @@ class TrainedModel(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.network.parameters()).device
 
 
@@ -396,5 +396,5 @@ def export(trained: TrainedModel, out: Path, threshold: float, min_pixels: int) 
     """Write model.pt with a threshold and a minimum component area, and config.json."""
     config = dataclasses.replace(trained.config, threshold=threshold, min_pixels=min_pixels)
     save_model(out / "model.pt", trained.network, config, trained.settings, trained.metrics)
-    everything = trained.settings | dataclasses.asdict(config)
-    write_file(out / "config.json", json.dumps(everything, indent=2) + "\n")
+    everything = json.dumps(trained.settings | dataclasses.asdict(config), indent=2)
+    write_file(out / "config.json", everything + "\n")

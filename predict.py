@@ -41,6 +41,9 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
             raise UserError(f"--model {path}: {reason}; name the ones to use")
         models += loaded
         print(f"model: {first_five(files)}")
+    if len({one.config.value_range for one in models}) > 1:
+        reason = "were trained on images of different ranges (--window)"
+        raise UserError(f"--model {first_five(paths)}: {reason}; predict with one of them")
     return models
 
 
@@ -209,7 +212,7 @@ def predict_batch(
     images, errors = [], []
     for row in batch:
         try:
-            images.append((row, read_image(row.image)))
+            images.append((row, read_image(row.image, models[0].config.value_range)))
         except UserError as error:
             errors.append((row, error))
     probabilities = predict_images(models, [image for _, image in images], size, tta)

@@ -20,7 +20,7 @@ except ImportError:  # Windows: folders are not locked
 
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
-    "devices", "workers", "resume", "tta",
+    "devices", "workers", "resume", "tta", "check",
 }  # fmt: skip
 
 WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks")  # and the layout's file

@@ -6,11 +6,10 @@
 import contextlib
 import csv
 import io
-import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ ANSWER_COLUMNS = RLE_COLUMNS | {
     "pixels", "mask", "segmentation", "annotation", "predicted", "prediction", "prediction_string",
     "predictionstring",
 }  # fmt: skip
-CLASS_COLUMNS = {"classid", "class_id", "class", "classname", "class_name", "label", "category_id"}
 EMPTY = {"", "-", "-1", "1 0", "0 0", "nan", "null", "none"}  # a mask without foreground
 RUNS = re.compile(r"\d+ \d+( \d+ \d+)*")
 SAMPLE_NAME = re.compile(r"(?=.*(sample|example|format|template)).*sub(?!set)")
@@ -101,7 +99,7 @@ class RunLengths:
     """A mask in the rows of a csv, one row for each object."""
 
     path: Path
-    rows: tuple[tuple[int, str], ...]  # number of the row, its RLE
+    rows: tuple[tuple[int, str], ...] = ()  # number of the row, its RLE
     order: str = "columns"
 
     def read(self, size: tuple[int, int]) -> np.ndarray:
@@ -208,7 +206,7 @@ def both_orders(examples: list[Any], base: str) -> Iterator[tuple[Any, tuple[np.
 
 
 # --------------------------------------------------------------------------------------------------
-#  A csv of masks
+#  The column of the runs
 # --------------------------------------------------------------------------------------------------
 
 
@@ -223,90 +221,6 @@ def rle_column(header: list[str], rows: list[list[str]], names: set[str]) -> int
             by_value.append(column)
     both = [column for column in by_value if column in named]
     return next(iter(both or by_value or named), None)
-
-
-def holds_masks(path: Path) -> bool:
-    """Whether a csv that nobody named is one of masks; one that cannot be read is none."""
-    if "submission" in path.name.lower():
-        return False
-    try:
-        header, *rows = [
-            fields for _, fields in itertools.islice(utils.read_rows(path, "replace"), HEAD)
-        ]
-    except (UserError, ValueError):  # ValueError: no row
-        return False
-    return len(header) > 1 and rle_column(header, rows, RLE_COLUMNS) is not None
-
-
-def read_masks(
-    path: Path, stems: set[str]
-) -> tuple[dict[str, RunLengths], dict[str, dict[str, str]]]:
-    """Read a csv with one row per image or per object; an image without a row is empty.
-
-    Returns {stem: mask} and {stem: {column: value}}. Raises UserError.
-    """
-    header, table = utils.read_table(path)
-    column = rle_column(header, list(table.values()), RLE_COLUMNS)
-    if column is None or len(header) < 2:
-        wanted = "expected a csv with a column of ids and one of RLE (start, length)"
-        raise UserError(f"--masks {path}: {wanted}")
-    match = utils.id_matcher(stems)
-    ids = utils.id_column(header, list(table.values()), column, match)
-    filled = {line: row for line, row in table.items() if row[column].lower() not in EMPTY}
-    refuse_classes(path, header, list(filled.values()), ids, match)
-    fields = {match(row[ids]): dict(zip(header, row, strict=True)) for row in table.values()}
-    unknown = list(dict.fromkeys(row[ids] for row in table.values() if not match(row[ids])))
-    fields.pop("", None)
-    without = sorted(set(stems) - set(fields))
-    rows = f"{len(unknown)} ids have no image: {first_five(unknown)}"
-    empty = f"{len(without)} images have no row: {first_five(without)}"
-    if unknown and without:
-        none = "" if fields else "none of its ids is an image, "
-        raise UserError(f"{path}: {none}{rows}; {empty}; fix the ids, or add rows of empty masks")
-    if unknown or without:
-        print(f"{path.name}: {f'{rows}; left out' if unknown else f'{empty}; read as empty masks'}")
-    masks: dict[str, list[tuple[int, str]]] = {stem: [] for stem in stems}
-    for line, row in filled.items():
-        masks.get(match(row[ids]), []).append((line, row[column]))
-    return {stem: RunLengths(path, tuple(parts)) for stem, parts in masks.items()}, fields
-
-
-def refuse_classes(
-    path: Path, header: list[str], rows: list[list[str]], ids: int, match: Callable
-) -> None:
-    """Raise UserError where masks are of several classes: in a column, or joined to the ids."""
-    named = [c for c, name in enumerate(header) if c != ids and name.lower() in CLASS_COLUMNS]
-    where = f"column {header[(named or [ids])[0]]}"
-    labels = [row[named[0]] for row in rows] if named else []
-    for name in (row[ids] for row in rows if not named and not match(row[ids])):
-        cuts = [place.start() for place in re.finditer("_", name)]  # such as a.jpg_3
-        labels += [name[cut + 1 :] for cut in cuts if match(name[:cut])][-1:]
-    counts = Counter(labels)
-    if len(counts) > 1 and 2 * len(labels) > len(rows):
-        found = first_five(f"{label} ({count} masks)" for label, count in sorted(counts.items()))
-        reason = f"masks of {len(counts)} classes in {where}: {found}; this kit trains one"
-        remedy = "keep the rows of one class in a csv of its own and name it with --masks"
-        raise UserError(f"{path}: {reason}; {remedy}")
-
-
-def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, Path]) -> None:
-    """Raise UserError where columns for height and width are not the images' own sizes.
-
-    `fields`: {stem: {column: value}}, `files`: {stem: image}.
-    """
-    wrong = []
-    for stem, row in fields.items():
-        values = {re.sub("^(img|image)_?", "", name.lower()): value for name, value in row.items()}
-        size = [values.get(name, "").removesuffix(".0") for name in ("height", "width")]
-        if all(map(str.isdecimal, size)):
-            height, width = images.image_size(files[stem])
-            if (height, width) != tuple(map(int, size)):
-                own = f"{files[stem].name} is {width}x{height}"
-                wrong.append(f"{own}, not {size[1]}x{size[0]}")
-    if wrong:
-        reason = f"its columns for height and width differ from {len(wrong)} images"
-        remedy = "take the images that the masks were made for"
-        raise UserError(f"{path}: {reason} ({first_five(wrong, ' | ')}); {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from utils import UserError, one_line_errors, parse, write_file
+from utils import UserError, one_line_errors, parse, writable_folder, write_file
 
 STARTED = time.monotonic()
 
@@ -25,6 +25,9 @@ class Config:
     masks: str = "auto"  # folder, csv, or pattern such as labels/{stem}.png; auto: what is there
     foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
+    missing: Literal["error", "empty"] = "error"  # images without mask; empty: without foreground
+    window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
+    check: bool = False  # only check the data: write examples.jpg and augmented.jpg to look at
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
     fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
@@ -50,8 +53,7 @@ class Config:
     dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
-    # to tune for; auto: KITTI maxf, else dice
-    metric: Literal["auto", "maxf", "dice", "iou"] = "auto"
+    metric: Literal["auto", "maxf", "dice", "iou"] = "auto"  # to tune for; auto: KITTI maxf
     min_pixels: int = -1  # [-1..1000000000] minimum component area; -1: tuned for dice or iou
     tta: bool = True  # horizontal-flip test-time augmentation: a little better, twice the time
     # --- machine ---
@@ -85,6 +87,7 @@ from torch.utils.data import DataLoader, Dataset
 import callbacks
 import data
 import images
+import loaders
 import metrics
 import model
 import predict
@@ -146,20 +149,19 @@ class SegmentationDataset(Dataset):
         index, corner = self.places[position]
         row, item = self.rows[index], {}
         if self.augment is None:
-            image, mask = data.read_sample(row)
+            image, mask = data.read_sample(row, self.config.value_range)
             if corner:
                 image = images.cut_tile(image, corner, self.config)
                 mask = images.cut_tile(mask, corner, self.config, IGNORE)
             item["ground_truth"] = mask
             image, mask = images.prepare_pair(image, mask, self.config)
         else:
-            image, mask = row.pair or images.prepare_pair(*data.read_sample(row), self.config)
+            image, mask = row.pair or data.read_pair(row, self.config)
             seed = np.random.SeedSequence([self.seed, int(self.epoch), position])
             self.augment.set_random_seed(int(seed.generate_state(1)[0]))  # whichever worker it is
             changed = self.augment(image=image, mask=mask)
             image, mask = changed["image"], changed["mask"]
-        item["name"] = row.image.name
-        item["image"] = images.to_tensor(image)
+        item |= {"name": row.image.name, "image": images.to_tensor(image)}
         return item | {"mask": torch.from_numpy(mask[None].copy())}
 
 
@@ -238,10 +240,7 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         image, mask = self.resized(batch)
         value = loss(self.network(image), mask, self.config)
-        if not torch.isfinite(value):
-            where = f"in epoch {self.current_epoch + 1}, images {', '.join(batch['name'])}"
-            remedy = "the weights so far are kept; try a smaller --lr or --precision 32"
-            raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
+        callbacks.check_loss(value, self.current_epoch, batch["name"])
         options = {"on_step": False, "on_epoch": True, "prog_bar": True}
         self.log("train_loss", value, batch_size=len(image), **options)
         return value
@@ -291,8 +290,7 @@ def make_trainer(config: Config, **options: Any) -> pl.Trainer:
         enable_progress_bar=sys.stdout.isatty(),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        **quiet,
-        **options,
+        **quiet | options,
     )
 
 
@@ -300,20 +298,14 @@ def make_loaders(
     config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
 ) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
-    processes, _ = callbacks.count_processes(config.devices)
-    validates, seed = samples.fold == config.fold, config.seed
+    validates = samples.fold == config.fold
     augment = images.strict_augmentation(lambda: augmentation(config))
-    training, validation = (
-        SegmentationDataset(samples[chosen], model_config, seed, change)
-        for chosen, change in ((~validates, augment), (validates, None))
-    )
-    if len(training) < processes:
-        raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
-    size = -(-config.batch_size // (parts * processes))
-    size = max(1, min(size, len(training) // processes))
-    cached = data.Cached(validation, CACHE // 8)
-    options = {"batch_size": size, "workers": config.workers, "processes": processes, "seed": seed}
-    return data.make_loader(training, True, **options), data.make_loader(cached, False, **options)
+    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
+    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
+    size = -(-config.batch_size // parts)
+    processes, _ = callbacks.count_processes(config.devices)
+    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
+    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
 
 
 # --- Resolve: all that follows from device and data -----------------------------------------------
@@ -328,7 +320,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     samples = collection.samples
     median = samples.height.median(), samples.width.median()
     tiles = bool(median[0] * median[1] > TILES_FROM) if config.tiles == "auto" else config.tiles
-    top = 0.0 if tiles else resolve_top(config, collection, fold)
+    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     device = model.best_device()
     precision = model.resolve_precision(config.precision, device, training=True)
     fast_cpu = device == "cpu" and precision == "bf16-mixed"
@@ -360,20 +352,13 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     )
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
     settings = {name: getattr(resolved, name) for name in shared}
-    settings |= {"precision": config.precision, "min_pixels": max(0, config.min_pixels)}
-    mean, std = model.input_normalisation(config.encoder, config.encoder_weights)
+    settings |= {"precision": config.precision, "value_range": collection.value_range}
+    settings["min_pixels"] = max(0, config.min_pixels)
+    weights = "none" if config.check else config.encoder_weights
+    mean, std = model.input_normalisation(config.encoder, weights)
     model_config = ModelConfig(**settings, mean=mean, std=std)
     model.check_size(model_config)
     return resolved, model_config
-
-
-def resolve_top(config: Config, collection: Collection, fold: int) -> float:
-    """The share of the height that is cut off at the top."""
-    top = collection.top if config.top == "auto" else config.top
-    if top >= 0:
-        return top
-    highest = float(collection.samples.above[collection.samples.fold != fold].min())
-    return min(0.9, round(highest - 0.05, 2)) if 0.15 < highest < 1 else 0.0  # less is not worth it
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
@@ -390,16 +375,22 @@ def train(config: Config, started: float | None = None) -> Path:
     model.check_gpu()
     model.reuse_memory()
     named = config.masks, config.target, config.foreground
-    collection = data.find_samples(config.data, *named, True, config.rle)
+    collection = data.find_samples(config.data, *named, True, config.rle, config.missing)
     samples = data.scan_dataset(collection.samples)
+    value_range = images.find_value_range(samples.image[samples.deep], config.window)
+    collection = collection._replace(samples=samples, value_range=value_range)
     samples["fold"] = data.assign_folds(samples, config.folds, config.seed, config.group)
     print(data.describe(collection, samples), flush=True)
     folds = data.chosen_folds(samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}: needs one --fold; with all take auto")
-    predictions, out = [], Path(config.out)
+    out, predictions = Path(config.out), []
     for fold in folds:
-        resolved, model_config = resolve(config, collection._replace(samples=samples), fold)
+        resolved, model_config = resolve(config, collection, fold)
+        if config.check:
+            checked = samples.assign(pair=data.decode_samples(samples, model_config, memory=0))
+            show_data(resolved, model_config, checked, out)
+            return out
         predictions += train_fold(resolved, model_config, samples, out, started, deadline)
         started = time.monotonic()
         if deadline - started < 60 and fold != folds[-1]:
@@ -431,6 +422,7 @@ def train_fold(
     samples = samples.assign(pair=data.decode_samples(samples, model_config, CACHE))
     print(data.describe_folds(samples, config.fold))
     run.prepare_out()
+    show_data(config, model_config, samples, Path(config.out))
     how = f"weights {config.encoder_weights}, batch {config.batch_size} in {config.precision}"
     print(f"{model_config.describe()}, {how} on {model.best_device()}", flush=True)
     nothing = run.nothing_to_train()
@@ -445,6 +437,18 @@ def train_fold(
         print(nothing, flush=True)
     callbacks.end_process(signals)
     return predictions
+
+
+def show_data(config: Config, model_config: ModelConfig, samples: pd.DataFrame, out: Path) -> None:
+    """Write examples.jpg and augmented.jpg, which show swapped pairs and shifted masks."""
+    augment = images.strict_augmentation(lambda: augmentation(config))
+    chosen = data.spread(samples[samples.fold != config.fold], 6)[:4]  # not the emptiest
+    dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
+    rows = data.spread(samples, 12).itertuples()
+    examples = [(row, *data.read_sample(row, model_config.value_range)) for row in rows]
+    images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples))
+    images.write_image(out / "augmented.jpg", visualize.augmentations(dataset))
+    print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)
 
 
 def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback) -> None:
@@ -478,7 +482,7 @@ def evaluate_and_export(
     trained = model.load_model(out / "model.pt", model.best_device())
     validation = samples[samples.fold == config.fold]
     predictions = [
-        metrics.Prediction(sample, images.encode_image(probability, ".png"))
+        metrics.Prediction(sample, images.encode_image(probability, ".png"), trained.config)
         for sample, _, probability in predict.predict([trained], validation)
     ]
     tuned = metrics.tune(predictions, config.metric, config.min_pixels, predict.postprocess)
@@ -490,11 +494,6 @@ def evaluate_and_export(
     return predictions
 
 
-def main() -> None:
-    """The command line."""
+if __name__ == "__main__":
     with one_line_errors():
         train(CONFIG, STARTED)
-
-
-if __name__ == "__main__":
-    main()

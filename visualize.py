@@ -21,6 +21,7 @@ from images import IGNORE
 GREEN, BLUE, RED = (46, 204, 64), (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
 BLACK, GREY = (0, 0, 0), (30, 30, 30)
 PANEL_SIZE = (2000, 620)  # largest height and width of an image in a panel
+EXAMPLE_SIZE = (360, 480)  # height and width of an image in examples.jpg and augmented.jpg
 BAR_WIDTH = 310  # pixels that title and legend need
 Colour = tuple[int, int, int]
 
@@ -106,9 +107,58 @@ def panel(image: np.ndarray, title: str, legend: Iterable[tuple[str, Colour]] = 
     return np.vstack([bar, image])
 
 
+def examples(rows: list[tuple[Any, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Images with their masks laid over, green, ignored pixels black, in a grid: examples.jpg.
+
+    `rows`: a sample of `data.scan_dataset`, its image (h, w, 3) uint8 and its mask (h, w) uint8.
+    """
+    panels = []
+    for row, image, mask in rows:
+        image, mask = fit_example(image, mask)
+        drawn = tint(tint(image, mask == 1, GREEN), mask == IGNORE, BLACK, 0.7)
+        title = f"{row.id[:24]}  {row.width}x{row.height}  {100 * row.share:.1f} %"
+        panels.append(panel(drawn, title))
+    return grid(panels, 3)
+
+
+def augmentations(dataset: Any, images: int = 4, draws: int = 4) -> np.ndarray:
+    """Augmented items as the network gets them, masks outlined, ignored black: augmented.jpg.
+
+    `dataset`: a SegmentationDataset with augmentation; each row of the grid shows one of its items.
+    """
+    panels = []
+    for position in np.linspace(0, len(dataset) - 1, images).astype(int).tolist():
+        for draw in range(draws):
+            dataset.epoch.fill_(draw)
+            item = dataset[position]
+            image = np.moveaxis(item["image"].numpy(), 0, -1)
+            image, mask = fit_example(image, item["mask"][0].numpy())
+            drawn = tint(image, mask == IGNORE, BLACK, 0.7)
+            foreground = (mask == 1).astype(np.uint8)
+            outlines, _ = cv2.findContours(foreground, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(drawn, outlines, -1, GREEN, 1)
+            panels.append(panel(drawn, item["name"][:24]))
+    return grid(panels, draws)
+
+
+def fit_example(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask, reduced to EXAMPLE_SIZE; small ones enlarged, up to four times."""
+    limits = (limit / n for limit, n in zip(EXAMPLE_SIZE, mask.shape, strict=True))
+    scale = min(4, *limits)
+    size = tuple(max(1, round(scale * n)) for n in mask.shape[::-1])
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    return cv2.resize(image, size, interpolation=method), mask
+
+
 def grid(panels: list[np.ndarray], columns: int) -> np.ndarray:
-    """Panels of one size in rows, with white gaps between the columns."""
-    gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
+    """Panels in rows, filled up with white to one size, with white gaps between the columns."""
+    height, width = (max(one.shape[axis] for one in panels) for axis in (0, 1))
+    sides = [((0, height - one.shape[0]), (0, width - one.shape[1]), (0, 0)) for one in panels]
+    panels = [np.pad(*pair, constant_values=255) for pair in zip(panels, sides, strict=True)]
+    gap = np.full((height, 6, 3), 255, np.uint8)
+    blank = np.full_like(panels[0], 255)
+    panels += [blank] * (-len(panels) % columns)
     rows = []
     for start in range(0, len(panels), columns):
         spaced = [part for one in panels[start : start + columns] for part in (one, gap)]

@@ -18,9 +18,11 @@ from PIL import Image
 import model
 
 IMPORTS = {  # a file imports only the files in its row, which all come after it
-    "train": "data images model predict metrics visualize callbacks resume utils",
+    "train": "data images loaders model predict metrics visualize callbacks resume utils",
     "infer": "data images model predict metrics visualize kitti rle utils",
-    "data": "kitti layouts rle masks images utils",
+    "data": "tables kitti layouts rle masks images utils",
+    "tables": "layouts rle masks images utils",
+    "loaders": "utils",
     "predict": "images model utils",
     "metrics": "images visualize utils",
     "visualize": "images",
@@ -231,7 +233,7 @@ def test_kitti_can_be_deleted(pairs, tmp_path):
         names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
         assert "kitti" not in names
     changed = changed_lines(kit)
-    assert {name: len(lines) for name, lines in changed.items()} == {"data.py": 1, "infer.py": 1}
+    assert {name: len(lines) for name, lines in changed.items()} == {"data.py": 0, "infer.py": 1}
     for path in kit.glob("*.py"):
         assert not re.search(r"^\s*(import|from) kitti\b", path.read_text(), re.MULTILINE), (
             path.name

@@ -1,0 +1,108 @@
+"""From samples to batches: validation images kept in memory, and an order that can be resumed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import UserError
+
+
+def make_loaders(
+    training: Dataset,
+    validation: Dataset,
+    batch_size: int,
+    workers: int,
+    processes: int,
+    seed: int,
+    memory: int,
+) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader of this process.
+
+    `batch_size`: of all processes together. `memory`: bytes of validation items that are kept.
+    Raises UserError where there are more processes than training images.
+    """
+    if len(training) < processes:
+        raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
+    size = max(1, min(-(-batch_size // processes), len(training) // processes))
+    options = {"batch_size": size, "workers": workers, "processes": processes, "seed": seed}
+    cached = Cached(validation, memory)
+    return make_loader(training, True, **options), make_loader(cached, False, **options)
+
+
+class Cached(Dataset):
+    """A dataset whose items are always the same, kept in memory up to so many bytes."""
+
+    def __init__(self, dataset: Dataset, limit: int) -> None:
+        self.dataset, self.free = dataset, limit
+        self.items: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.items:
+            return self.items[index]
+        item = self.dataset[index]
+        size = sum(value.nbytes for value in item.values() if hasattr(value, "nbytes"))
+        if size < self.free:
+            self.free -= size
+            self.items[index] = item
+        return item
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the tensors; names and ground truths, which have their own sizes, stay in lists."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {k: torch.stack(v) if torch.is_tensor(v[0]) else v for k, v in batch.items()}
+
+
+def make_loader(
+    dataset: Dataset, shuffle: bool, batch_size: int, workers: int, processes: int, seed: int
+) -> DataLoader:
+    """A loader of this process's items; shuffled it drops the last, smaller batch."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=ShardedSampler(dataset, processes, seed, shuffle),
+        drop_last=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate,
+    )
+
+
+class ShardedSampler(Sampler):
+    """This process's items, in an order that follows from seed and epoch alone.
+
+    So a resumed run draws what the whole one would have drawn. torch's DistributedSampler would
+    repeat items, and so count validation images twice.
+    """
+
+    def __init__(self, dataset: Any, processes: int, seed: int, shuffle: bool) -> None:
+        self.dataset, self.processes = dataset, processes
+        self.seed, self.shuffle = seed, shuffle
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it. The dataset's `epoch` is a shared tensor, which its workers see."""
+        if self.shuffle:
+            self.dataset.epoch.fill_(epoch)
+
+    def items(self) -> list[int]:
+        """The items of this process."""
+        order = np.arange(len(self.dataset))
+        if self.shuffle:  # every process gets as many, or one would wait for the others
+            epoch = int(self.dataset.epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            order = order[: len(order) // self.processes * self.processes]
+        rank = torch.distributed.get_rank() if self.processes > 1 else 0
+        return order[rank :: self.processes].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items())
+
+    def __len__(self) -> int:
+        return len(self.items())
