@@ -357,11 +357,6 @@ def count_processes(devices: int) -> tuple[int, int]:
     return devices, devices
 
 
-def default_workers(device: str) -> int:
-    """4 next to a GPU; none on a CPU, whose cores are the network's."""
-    return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
-
-
 def make_trainer(devices: int, precision: str, **options: Any) -> pl.Trainer:
     """A Trainer that leaves writing and logging to the TrainingCallback."""
     processes, local = count_processes(devices)
@@ -375,9 +370,16 @@ def make_trainer(devices: int, precision: str, **options: Any) -> pl.Trainer:
         enable_progress_bar=sys.stdout.isatty(),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        **quiet,
-        **options,
+        **quiet | options,
     )
+
+
+def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
+    """Raise UserError for a loss that is not finite. `epoch`: from 0; `names`: of its images."""
+    if not torch.isfinite(value):
+        where = f"in epoch {epoch + 1}, images {', '.join(names)}"
+        remedy = "the weights so far are kept; try a smaller --lr or --precision 32"
+        raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
 
 
 def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:

@@ -45,7 +45,7 @@ def collect_classes(root: Path, images: list[ImageFile], found: dict[str, Pairs]
     masks: list[ClassMasks | None] = []
     for image in images:
         files = [found[name].get(image.name) for name in names]
-        parts = tuple(file and MaskFile(file[0].path) for file in files)
+        parts = tuple(file and MaskFile(file[0].path, image=image.path) for file in files)
         masks.append(ClassMasks(parts, classes) if any(parts) else None)
         missing += sum(part is None for part in parts) if any(parts) else 0
     if missing:

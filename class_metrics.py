@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +11,8 @@ import numpy as np
 import torch
 
 import metrics
-import predict
-from classes import Classes, classes_of
-from metrics import EMPTY_SCORES, Evaluation, Prediction, pixel_counts, ratio
-from model import ModelConfig, TrainedModel, save_model
+from classes import Classes
+from metrics import EMPTY_SCORES, Evaluation, pixel_counts, ratio
 from utils import write_file
 from visualize import class_comparison, draw_confusion, draw_pr_curves
 
@@ -26,41 +22,6 @@ def make_evaluation(classes: Classes, empty_score: str = "1") -> Evaluation:
     if not classes.names:
         return Evaluation(empty_score)
     return ClassEvaluation(classes, empty_score)
-
-
-def tune_and_score(
-    config: ModelConfig,
-    predictions: list[Prediction],
-    out: Path,
-    title: str,
-    metric: str,
-    min_pixels: int,
-    empty_score: str,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tune the settings of a model that make masks, write the scores; returns both."""
-    wanted = "maxf" if metric == "miou" else metric, min_pixels, predict.postprocess, empty_score
-    classes, tuned = classes_of(config), {}
-    if not classes.names:
-        threshold, area = metrics.tune(predictions, *wanted)
-        tuned = {"threshold": threshold, "min_pixels": area}
-    elif not classes.exclusive:
-        parts = [[one.part(k) for one in predictions] for k in range(len(classes.names))]
-        pairs = [metrics.tune(part, *wanted) for part in parts]
-        tuned = dict(zip(("thresholds", "areas"), zip(*pairs, strict=True), strict=True))
-    config = dataclasses.replace(config, **tuned)
-    words, threshold = predict.describe_masks(config)
-    make_mask = functools.partial(predict.make_mask, config=config)
-    evaluation = make_evaluation(classes, empty_score)
-    how = evaluation, make_mask, words, threshold, title
-    return tuned, metrics.write_validation(out, predictions, *how)
-
-
-def export(trained: TrainedModel, out: Path, tuned: dict[str, Any]) -> None:
-    """Write model.pt with tuned settings, thresholds and minimum areas, and config.json."""
-    config = dataclasses.replace(trained.config, **tuned)
-    save_model(out / "model.pt", trained.network, config, trained.settings, trained.metrics)
-    everything = trained.settings | dataclasses.asdict(config)
-    write_file(out / "config.json", json.dumps(everything, indent=2) + "\n")
 
 
 class ClassEvaluation(Evaluation):

@@ -341,17 +341,6 @@ def rarest_class(shares: np.ndarray) -> np.ndarray:
     return np.where((shares > 0).any(1), rank.argmin(1), -1)
 
 
-def class_weights(samples: pd.DataFrame) -> list[float]:
-    """A weight for each class, one by its share of the pixels; 0 for a class without pixels.
-
-    The mean weight of a pixel is 1. A class under a thousandth of the pixels counts as if it had
-    that many.
-    """
-    share = np.stack(samples.shares).mean(0)
-    weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
-    return (weight * share.sum() / (weight * share).sum()).tolist()
-
-
 def describe_shares(classes: Classes, shares: np.ndarray) -> str:
     """Each class with its share of the pixels and of the images, for people."""
     kind = "exclude each other" if classes.exclusive else "may overlap"

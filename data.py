@@ -22,10 +22,11 @@ import images
 import kitti
 import layouts
 import rle
+import tables
 from classes import ONE_CLASS, Classes
 from images import Collection
 from masks import decide_masks
-from utils import UserError, closest, first_five, list_tables, reason_of
+from utils import UserError, closest, first_five, reason_of
 
 DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
 BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
@@ -35,52 +36,10 @@ BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer wh
 # --------------------------------------------------------------------------------------------------
 
 
-def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
-    """The csv of masks that belongs to a folder of images. Raises UserError."""
-    parent = folder.parent
-    if masks != "auto":
-        named = (Path(masks), parent / masks, parent.parent / masks)
-        place = next((path for path in named if path.is_file()), None)
-        if masks.lower().endswith(".csv") and not place:
-            raise UserError(f"--masks {masks}: not found; name a folder of masks or a csv of RLE")
-        return place
-    if folder.name in ("test", "test_images") or (folder.name, parent.name) == ("images", "test"):
-        return None
-    roots = [folder, parent, parent.parent][: 3 if folder.name == "images" else 2]
-    tables = [path for root in roots for path in list_tables(root) if rle.holds_masks(path)]
-    train = [path for path in tables if path.name.lower() == "train.csv"]
-    if train:
-        return train[0]
-    if layouts.masks_next_to(folder) or any(file.role for file in layouts.list_files(folder)):
-        return None
-    if len(tables) > 1 and training:
-        raise UserError(f"--data: {' and '.join(map(str, tables))} hold masks; choose with --masks")
-    return tables[0] if tables else None
-
-
-def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collection | None:
-    """A folder of images with a csv of RLE, one row per image or per object."""
-    folder = images.image_folder(root, training)
-    place = csv_place(folder, masks, training) if folder else None
-    if not place:
-        return None
-    paths = images.list_images(folder)
-    try:
-        found, fields = rle.read_masks(place, set(paths))
-        rle.check_sizes(place, fields, paths)
-    except UserError as error:
-        if training or masks != "auto":
-            raise
-        print(f"no scores: {error}")  # nobody named this csv
-        return None
-    rows = {"id": list(paths), "image": list(paths.values()), "mask": [found[s] for s in paths]}
-    samples = pd.DataFrame(rows).assign(fields=[fields.get(stem) for stem in paths])
-    return Collection("csv of RLE masks", samples)
-
-
 LAYOUTS = [
     kitti.kitti_road,
-    csv_of_masks,
+    tables.manifest,
+    tables.csv_of_masks,
     class_folders.class_folders,
     layouts.paired_folders,
     layouts.images_alone,
@@ -135,6 +94,7 @@ def find_samples(
     foreground: str = "",
     training: bool = False,
     runs: str = "auto",
+    missing: str = "error",
     wanted: str | Classes = "auto",
 ) -> Collection:
     """Understand a folder by the first layout that recognises it, and the values of its masks.
@@ -143,49 +103,53 @@ def find_samples(
     (path), `mask` (None or an object with `read(size)`), `category` (a group that is scored by
     itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
     where folders say so also `group` and `fold`. With `training` every image has a mask.
-    `foreground`: values of mask files; `runs`: the order of RLE; `wanted`: --classes, or the
-    classes of a model. Raises UserError.
+    `foreground`: values of mask files; `runs`: the order of RLE; `missing`: "empty" takes images
+    without a mask for images without foreground; `wanted`: --classes, or the classes of a model.
+    Raises UserError.
     """
     root = find_root(data, target, training)
-    if root.is_file() and (training or root.suffix.lower() not in images.IMAGE_SUFFIXES):
-        kinds = f"a folder, a video or an image ({', '.join(images.IMAGE_SUFFIXES)})"
-        wanted = "a folder of images with masks" if training else kinds
+    suffixes = (".csv",) if training else (".csv", *images.IMAGE_SUFFIXES)
+    if root.is_file() and root.suffix.lower() not in suffixes:
+        kinds = f"a folder, a csv, a video or an image ({', '.join(images.IMAGE_SUFFIXES)})"
+        wanted = "a folder of images with masks, or a csv of pairs" if training else kinds
         raise UserError(f"--data {data}: is a file; name {wanted}")
     found = (layout(root, masks, target, training) for layout in LAYOUTS)
     collection = next(filter(None, found), None)
     if not collection:
         expected = "expected training/image_2 and training/gt_image_2 (KITTI), images and masks"
-        there = layouts.describe_folder(root) if root.is_dir() else "it is a file"
-        raise UserError(
-            f"--data {data}: no images in it; {expected}, or train/ and train.csv; {there}"
-        )
+        there = f"or train/ and train.csv; {layouts.describe_folder(root)}"
+        raise UserError(f"--data {data}: no images in it; {expected}, {there}")
     samples = collection.samples
     for column, default in (("category", ""), ("views", ()), ("fields", None)):
         if column not in samples:
             samples[column] = [default] * len(samples)
+    if training and missing == "empty":
+        samples["mask"] = [mask or rle.RunLengths(root) for mask in samples["mask"]]
     if training:
         check_pairs(samples, root, target)
-    elif (
-        root.is_dir()
-        and samples["mask"].isna().all()
-        and "test" in str(Path(samples.image[0]).parent.relative_to(root))
-    ):
-        hint = "to score images with a ground truth, name their folder"
-        print(f"--data {data}: predicts {Path(samples.image[0]).parent}; {hint}")
-    return read_classes(collection, foreground, training, runs, classes.find_wanted(wanted, root))
+    elif root.is_dir():
+        name_test_images(samples, root)
+    chosen = classes.find_wanted(wanted, root)
+    needed = training or masks != "auto" or runs != "auto"
+    return read_classes(collection, foreground, training, runs, needed, chosen)
 
 
 def read_classes(
-    collection: Collection, foreground: str, training: bool, runs: str, wanted: classes.Wanted
+    collection: Collection,
+    foreground: str,
+    training: bool,
+    runs: str,
+    needed: bool,
+    wanted: classes.Wanted,
 ) -> Collection:
     """Decide which classes the masks tell apart, and how their values and runs are read.
 
-    Raises UserError.
+    `needed`: whether masks that cannot be read are an error. Raises UserError.
     """
     samples = collection.samples
     samples["mask"], found = classes.choose_masks(samples["mask"].tolist(), wanted)
     parts = classes.split_parts(samples)
-    parts["mask"], order = rle.resolve_order(parts, runs)
+    order = resolve_order(parts, runs, needed)
     one_each = None if found.names else wanted
     masks, labels = decide_masks(parts["mask"], foreground, training, one_each)
     samples["mask"] = classes.join_parts(samples["mask"], masks)
@@ -193,12 +157,33 @@ def read_classes(
     if training and wanted.asks_for_labels and not found.names:
         raise UserError(f"{wanted.where}: the masks are of one class; leave the flag out")
     if wanted.model is not None and found.names != wanted.model.names and any(samples["mask"]):
-        kinds = [
-            first_five(one.names) if one.names else "one class" for one in (wanted.model, found)
-        ]
-        print("no scores: the model has {}, the masks have {}".format(*kinds))
+        own, other = (first_five(one.names) or "one class" for one in (wanted.model, found))
+        print(f"no scores: the model has {own}, the masks have {other}")
         samples["mask"] = None
     return collection._replace(rle=order, classes=found)
+
+
+def resolve_order(samples: pd.DataFrame, runs: str, needed: bool) -> str:
+    """Set the order of RLE in the samples' masks and return it, see `rle.resolve_order`.
+
+    Raises UserError where it cannot be found; masks that are not needed are left out instead.
+    """
+    try:
+        samples["mask"], order = rle.resolve_order(samples, runs)
+        return order
+    except UserError as error:
+        if needed:
+            raise
+        print(f"no scores: {error}")
+        samples["mask"] = None
+        return "columns"
+
+
+def name_test_images(samples: pd.DataFrame, root: Path) -> None:
+    """Say that test images are predicted, where --data has others too."""
+    folder = Path(samples.image[0]).parent
+    if samples["mask"].isna().all() and "test" in str(folder.relative_to(root)):
+        print(f"--data {root}: predicts {folder}; to score images with masks, name their folder")
 
 
 def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
@@ -210,10 +195,12 @@ def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
     pairs = f"{len(samples) - len(alone)} pairs"
     if alone:
         count = f"{len(alone)} of {len(samples)} images have no mask ({pairs} are complete)"
-        remedy = "add the masks, name them with --masks, or move away"
+        empty = "" if len(alone) == len(samples) else ", take them as empty with --missing empty"
+        remedy = f"add the masks, name them with --masks{empty}, or move away"
         there = "" if len(alone) < len(samples) else f"; {layouts.describe_folder(data)}"
         raise UserError(f"--data {data}: {count}; {remedy}: {first_five(alone)}{there}")
     if len(samples) < 2:
+        images.open_image(samples.image[0])  # an image of many pages is no data set
         raise UserError(f"--data {data}: {pairs}; at least 2 are needed, to train and to validate")
 
 
@@ -226,31 +213,28 @@ def in_parallel(function: Callable, samples: pd.DataFrame) -> list[Any]:
 def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFrame:
     """Read image headers and masks: the samples with more columns.
 
-    `height`, `width` of the image; `share` of foreground, 0..1; `shares`, that of each class;
-    `above`, how much of the height is above the foreground, 0..1 (1 for an empty mask); `digest` of
-    the mask's pixels. A pair that cannot be read is 1x1 and empty here; `decode_samples` names it.
+    `height`, `width` of the image; `turn`, EXIF's orientation; `deep`, whether it has more than 8
+    bits; `share` of foreground, 0..1; `shares`, that of each class; `above`, how much of the height
+    is above the foreground, 0..1 (1 for an empty mask); `digest` of the mask's pixels. A pair that
+    cannot be read is 1x1 and empty here; `decode_samples` names it.
     """
+    bad = {"height": 1, "width": 1, "turn": 1, "deep": False, "share": 0.0, "above": 1.0}
 
     def scan(sample: Any) -> dict[str, Any]:
         try:
-            height, width = images.image_size(sample.image)
-            mask = sample.mask.read((height, width))
+            header = images.read_header(sample.image)
+            height, width = header.size
+            mask = sample.mask.read(header.size)
         except UserError:
-            empty = (0.0,) * len(found.names)
-            return {
-                "height": 1,
-                "width": 1,
-                "share": 0.0,
-                "shares": empty,
-                "above": 1.0,
-                "digest": 0,
-            }
+            return bad | {"digest": 0, "shares": (0.0,) * len(found.names)}
         foreground = mask != images.IGNORE if found.exclusive else mask == 1
         foreground = foreground.any(2) if foreground.ndim == 3 else foreground
         rows = foreground.any(1)
         return {
             "height": height,
             "width": width,
+            "turn": header.turn,
+            "deep": header.deep,
             "share": float(foreground.mean()),
             "shares": classes.shares_of(mask, found),
             "above": float(rows.argmax() / height) if rows.any() else 1.0,
@@ -264,19 +248,41 @@ def describe(collection: Collection, samples: pd.DataFrame) -> str:
     """What was understood, in one line for people. `samples`: from `scan_dataset`."""
     sizes = sorted(zip(samples.height, samples.width, strict=True))
     smallest, largest = (f"{width}x{height}" for height, width in (sizes[0], sizes[-1]))
+    unclear = samples[(samples.turn > 1) & ((samples.turn < 5) | (samples.height == samples.width))]
+    turned = f"{len(unclear)} images are turned by EXIF, their masks are taken as upright"
+    turned = f" · {turned}: see examples.jpg" if len(unclear) else ""
     start = f"data: {collection.name} · {len(samples)} pairs · {smallest} to {largest} · "
     if collection.classes.names:
-        return start + classes.describe_shares(collection.classes, np.stack(samples.shares))
+        shares = np.stack(samples.shares)
+        return start + classes.describe_shares(collection.classes, shares) + turned
     return (
         f"{start}{100 * samples.share.mean():.1f} % foreground · "
         f"{100 * (samples.share == 0).mean():.0f} % of the masks empty"
-    )
+    ) + turned
 
 
-def read_sample(sample: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The image (h, w, 3) uint8 and its mask (h, w) uint8. Raises UserError."""
-    image = images.read_image(sample.image)
+def check_shares(samples: pd.DataFrame) -> None:
+    """Raise UserError where no mask of `scan_dataset` has foreground, or none has background."""
+    if any(samples.shares):  # of several classes, see `labels.decide_labels`
+        return
+    for share, what in ((0, "empty (no foreground)"), (1, "full (no background)")):
+        if (samples.share == share).all():
+            remedy = "name other masks with --masks, or the foreground's values with --foreground"
+            raise UserError(f"--data: all {len(samples)} masks are {what}; {remedy}")
+
+
+def read_sample(sample: Any, value_range: tuple[float, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """The image (h, w, 3) uint8 and its mask (h, w) uint8. Raises UserError.
+
+    `value_range`: see `images.read_image`.
+    """
+    image = images.read_image(sample.image, value_range)
     return image, sample.mask.read(image.shape[:2])
+
+
+def read_pair(sample: Any, config: images.ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The same at the network's size, see `images.prepare_pair`."""
+    return images.prepare_pair(*read_sample(sample, config.value_range), config)
 
 
 def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: int) -> list:
@@ -289,7 +295,7 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
 
     def decode(sample: Any) -> Any:
         try:
-            pair = read_sample(sample)
+            pair = read_sample(sample, config.value_range)
             for view in sample.views:
                 view.check()
         except UserError as error:
@@ -301,12 +307,29 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
     if bad:
         where = f"--data {samples.image.iloc[0].parent}: {len(bad)} of {len(samples)} pairs"
         raise UserError(f"{where} cannot be used: {first_five(bad, ' | ')}")
+    check_shares(samples)
     return pairs
 
 
 # --------------------------------------------------------------------------------------------------
-#  Folds, and the order of training
+#  Folds
 # --------------------------------------------------------------------------------------------------
+
+
+def resolve_top(top: float | str, collection: Collection, fold: int) -> float:
+    """The share of the height that is cut off at the top; -1: down to the highest training mask."""
+    top = collection.top if top == "auto" else top
+    if top >= 0:
+        return top
+    samples = collection.samples
+    highest = float(samples.above[samples.fold != fold].min())
+    return min(0.9, round(highest - 0.05, 2)) if 0.15 < highest < 1 else 0.0  # less is not worth it
+
+
+def spread(samples: pd.DataFrame, count: int) -> pd.DataFrame:
+    """So many samples, evenly over the range of their shares of foreground, the largest first."""
+    places = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
+    return samples.sort_values("share", ascending=False, kind="stable").iloc[places]
 
 
 def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") -> np.ndarray:
@@ -364,7 +387,9 @@ def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
     """The folds to train: one, or all. Raises UserError for one that there is not."""
     folds = sorted(set(samples.fold))
     if fold != "all" and fold not in folds:
-        raise UserError(f"--fold {fold}: {len(samples)} pairs make folds 0 to {folds[-1]}, or all")
+        raise UserError(
+            f"--fold {fold}: {len(samples)} pairs have folds {first_five(folds)}, or all"
+        )
     return folds if fold == "all" else [fold]
 
 

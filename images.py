@@ -26,14 +26,9 @@ TILES_FROM = 2e6  # pixels of the median image
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MARKER = ".written_by_segmentation_kit"  # in every --out
-IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "WEBP",
-)  # others, such as EPS, could run a program
+PAGED_FORMATS = ("PNG", "GIF", "TIFF", "WEBP")
+IMAGE_FORMATS = (*PAGED_FORMATS, "JPEG", "BMP")  # others, such as EPS, could run a program
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more than 8 bits
 
 warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # hostile model files
 warnings.filterwarnings("ignore", module="PIL")  # large images, damaged EXIF: reading decides
@@ -61,6 +56,7 @@ class Collection(NamedTuple):
     metric: str = "dice"  # default of --metric
     rle: str = "columns"  # order of RLE in submission.csv, see rle.py
     classes: Classes = ONE_CLASS  # that the masks tell apart
+    value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `read_image`
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,11 +108,28 @@ def open_image(path: str | Path) -> Image.Image:
     """
     image = open_header(path)
     try:
+        pages = count_pages(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return image
     except Exception as error:  # Pillow raises anything on a damaged file
         raise unreadable(path, error) from None
+    if pages > 1:
+        remedy = "save the one that is meant as an image of its own"
+        raise UserError(f"{path}: has {pages} pages; {remedy}")
+    return image
+
+
+def count_pages(image: Image.Image) -> int:
+    """The pages of an opened image; a photograph's preview and a TIFF's smaller copies are none."""
+    pages = getattr(image, "n_frames", 1) if image.format in PAGED_FORMATS else 1
+    if pages == 1 or image.format != "TIFF":
+        return pages
+    full_size = 0
+    for page in range(pages):
+        image.seek(page)
+        full_size += not image.tag_v2.get(254, 0) & 1  # NewSubfileType
+    image.seek(0)
+    return full_size
 
 
 def unreadable(path: str | Path, error: Exception) -> UserError:
@@ -130,27 +143,99 @@ def unreadable(path: str | Path, error: Exception) -> UserError:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of an image once it is upright, from its header. Raises UserError."""
+    return read_header(path).size
+
+
+class Header(NamedTuple):
+    """What an image's header says."""
+
+    size: tuple[int, int]  # (height, width) once it is upright
+    turn: int  # EXIF's orientation: 1 for upright, over 4 where height and width are swapped
+    deep: bool  # more than 8 bits per channel
+
+
+def read_header(path: str | Path) -> Header:
+    """Read an image's header. Raises UserError."""
     with open_header(path) as image:
+        deep = image.mode in DEEP_MODES or ";16" in str(image.tile)  # RGB;16B: Pillow has no mode
         try:
-            turned = image.getexif().get(0x0112, 1) > 4  # EXIF: the camera was held upright
+            turn = image.getexif().get(0x0112, 1)
         except Exception as error:  # Pillow raises anything on damaged EXIF
             raise unreadable(path, error) from None
-        return image.size if turned else image.size[::-1]
+        return Header(image.size if turn > 4 else image.size[::-1], turn, deep)
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, value_range: tuple[float, ...] = ()) -> np.ndarray:
     """Read an image as (h, w, 3) uint8 RGB: also grey, palette, alpha, 16-bit and turned ones.
 
-    Raises UserError where it is damaged, empty, over 179 million pixels, or no image.
+    `value_range`: the values that become black and white where it has more than 8 bits; () for a
+    model that was trained on 8 bits: 0 and 65535, or 0 and 255 where no value is larger. Raises
+    UserError where it is damaged, empty, over 179 million pixels, has several pages, or is no
+    image.
     """
     image = open_image(path)
-    if image.mode in ("I", "F", "I;16", "I;16B"):
-        values = np.asarray(image)
-        if values.dtype == np.float32 or values.min() < 0 or values.max() > 65535:
-            remedy = "save it with 8 or 16 bits per channel"
-            raise UserError(f"{path}: grey values outside 0 to 65535; {remedy}")
-        return cv2.cvtColor((values // 257).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-    return np.asarray(image.convert("RGB"))
+    if not read_header(path).deep:
+        return np.asarray(image.convert("RGB"))
+    values = deep_values(path, image)
+    if not value_range and (values.min() < 0 or values.dtype.kind == "f"):
+        remedy = "save it with 8 or 16 bits per channel, or train on such images"
+        raise UserError(f"{path}: values that 8-bit images do not have; {remedy}")
+    black, white = value_range or (0, 255 if values.max() <= 255 else 65535)
+    levels = (values.astype(np.float64) - black) * (255 / (white - black))
+    pixels = np.clip(levels + 1e-6, 0, 255).astype(np.uint8)  # rounded down, as // 257 would
+    return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+
+
+def deep_values(path: str | Path, image: Image.Image) -> np.ndarray:
+    """The values of a decoded image of more than 8 bits: (h, w), or (h, w, 3) RGB. UserError."""
+    if image.mode in DEEP_MODES:
+        return np.asarray(image)
+    values = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # Pillow drops 8 bits
+    if values is None or values.shape[:2] != image.size[::-1]:
+        raise UserError(f"{path}: 16 bits that cannot be read; save it as a 16-bit PNG")
+    return cv2.cvtColor(values, cv2.COLOR_BGR2RGB)
+
+
+PERCENTILES = "0.5,99.5"  # default of --window
+SAMPLED_PIXELS = 50_000  # of each image, for the percentiles
+
+
+def find_value_range(paths: Iterable[Path], wanted: str) -> tuple[float, ...]:
+    """The values that become black and white in these images of more than 8 bits; () for none.
+
+    `wanted`: two percentiles of all their pixels. By default 0.5 and 99.5, but 0 and 65535 where
+    whole numbers reach the upper half of 16 bits. Prints what is taken. Raises UserError.
+    """
+    low, _, high = wanted.partition(",")
+    try:
+        percentiles = float(low), float(high)
+    except ValueError:
+        percentiles = (0.0, 0.0)
+    if not 0 <= percentiles[0] < percentiles[1] <= 100:
+        remedy = f"takes two percentiles from 0 to 100, such as {PERCENTILES}"
+        raise UserError(f"--window {wanted}: {remedy}")
+    parts = [sample_pixels(path) for path in paths]
+    values = np.concatenate([np.zeros(0), *parts])
+    if not len(values):
+        return ()
+    black, white = np.percentile(values, percentiles).tolist()
+    reason = f"percentiles {percentiles[0]:g} and {percentiles[1]:g}"
+    whole = (values == values.round()).all()
+    if wanted == PERCENTILES and whole and values.min() >= 0 and 32768 <= values.max() <= 65535:
+        black, white, reason = 0.0, 65535.0, "all 16 bits are used"
+    white = white if white > black else black + 1
+    levels = f"{black:g} is black, {white:g} white ({reason})"
+    print(f"images: {len(parts)} of more than 8 bits, {levels}")
+    return black, white
+
+
+def sample_pixels(path: Path) -> np.ndarray:
+    """Some values of an image of more than 8 bits; none of one that cannot be read."""
+    try:
+        values = deep_values(path, open_image(path)).ravel()
+    except UserError:  # `data.decode_samples` names it
+        return np.zeros(0)
+    return values[:: -(-len(values) // SAMPLED_PIXELS)].astype(np.float64)
 
 
 def outline_length(image: np.ndarray, mask: np.ndarray) -> float:
@@ -188,17 +273,6 @@ def prepare_pair(
 def input_pixels(device: str, fast_cpu: bool, double: bool) -> int:
     """How many pixels the input has by default; twice as many for tiles and exclusive classes."""
     return INPUT_PIXELS["cpu bf16" if fast_cpu else device] * (2 if double else 1)
-
-
-def resolve_top(top: float, above: pd.Series) -> float:
-    """The share of the height that is cut off at the top; -1: down to the highest mask.
-
-    `above`: from `data.scan_dataset`, of the training images.
-    """
-    if top >= 0:
-        return top
-    highest = float(above.min())
-    return min(0.9, round(highest - 0.05, 2)) if 0.15 < highest < 1 else 0.0  # less is not worth it
 
 
 def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -327,11 +327,10 @@ def infer(options: Options) -> Path:
     samples = find_images(options, plan.config.target, plan.classes)
     check_views(samples)
     submission = make_submission(options, samples, plan.config.rle, plan.classes)
-    if plan.rank == 0:
-        known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
-        models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
-        how = describe_masks(plan.config)[0] if plan.classes.names else None
-        print(f"data: {known} · {models} · {how or f'threshold {plan.config.threshold:.3f}'}")
+    known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
+    models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
+    how = describe_masks(plan.config)[0] if plan.classes.names else None
+    print(f"data: {known} · {models} · {how or f'threshold {plan.config.threshold:.3f}'}")
     prepare_folders(plan, samples)
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
     results = gather(plan, predict_and_write(plan, share, submission))

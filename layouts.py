@@ -314,8 +314,10 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
             "id": [image.stem for image in images] if unique else names,
             "image": [image.path for image in images],
             "mask": [
-                MaskFile(f[0].path, None, tuple(m.path for m in f[1:])) if f else None
-                for f in masks
+                MaskFile(files[0].path, None, tuple(m.path for m in files[1:]), image.path)
+                if files
+                else None
+                for image, files in zip(images, masks, strict=True)
             ],
         }
     )
@@ -329,8 +331,7 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
     splits = [image.split for image in images]
     if {"train", "val"} <= set(splits):
         samples["fold"] = [0 if split == "val" else 1 for split in splits]
-        counts = Counter(splits)
-        print(f"split: as given, {counts['val']} images in val validate (fold 0)")
+        print(f"split: as given, {splits.count('val')} images in val validate (fold 0)")
     return Collection("one mask file per image", samples)
 
 

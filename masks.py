@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Transpose
 
 from classes import Classes, Wanted
-from images import IGNORE, open_image
+from images import IGNORE, open_image, read_header
 from labels import (
     ValueCounts,
     are_labels,
@@ -49,14 +50,18 @@ class MaskFile:
     path: Path
     values: MaskValues | None = None  # None: decided from this mask alone
     more: tuple[Path, ...] = ()  # files of further objects of the same image
+    image: Path | None = None  # its image: a mask of the stored size is turned like it (EXIF)
 
     def read(self, size: tuple[int, int]) -> np.ndarray:
         """(h, w) uint8: 1 foreground, 0 background, 255 ignored. `size`: its image's (h, w).
 
         Of a label map the number of the class, from 0. Raises UserError.
         """
-        images = [open_mask(path, size) for path in (self.path, *self.more)]
+        images = [open_mask(path, size, self.image) for path in (self.path, *self.more)]
         values = self.values or decide_values([self], "", training=False)[0]
+        if values.labels and self.more:
+            reason = f"one of {len(images)} label maps of one image"
+            raise UserError(f"{self.path}: {reason}; keep one, or name it with --masks")
         if values.labels:
             return class_numbers(mask_pixels(images[0], values.channel), values.labels)
         mask = np.zeros(size, np.uint8)
@@ -71,9 +76,25 @@ class MaskFile:
         return mask
 
 
-def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Decode a mask file. Raises UserError, also where it does not have its image's (h, w)."""
+# What turns an image of EXIF's orientations 5 to 8 upright.
+TURNS = {
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+def open_mask(path: Path, size: tuple[int, int], photo: Path | None = None) -> Image.Image:
+    """Decode a mask file. Raises UserError, also where it does not have its image's (h, w).
+
+    `photo`: its image. If EXIF turns that, a mask of the stored size was drawn on the stored pixels
+    and is turned, too.
+    """
     image = open_image(path)
+    if photo and image.size == size != size[::-1]:
+        turn = read_header(photo).turn
+        image = image.transpose(TURNS[turn]) if turn in TURNS else image
     if image.size != size[::-1]:
         mask, own = ("x".join(map(str, s)) for s in (image.size, size[::-1]))
         raise UserError(f"{path}: is {mask}, but its image is {own}; replace one of them")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from images import IGNORE, decode_image, encode_image, read_image, write_image
+from images import IGNORE, ModelConfig, decode_image, encode_image, read_image, write_image
 from utils import write_file
 from visualize import comparison, draw_pr_curves, stack
 
@@ -117,6 +117,12 @@ class Prediction(NamedTuple):
 
     sample: Any
     pngs: tuple[bytes, ...]  # its probability, of several classes each: many images fit into memory
+    config: ModelConfig  # of the model
+
+    @property
+    def image(self) -> np.ndarray:
+        """(h, w, 3) uint8."""
+        return read_image(self.sample.image, self.config.value_range)
 
     @property
     def probability(self) -> np.ndarray:
@@ -133,13 +139,13 @@ class Prediction(NamedTuple):
     def part(self, index: int) -> Prediction:
         """That of one of several classes that may overlap."""
         sample = self.sample._replace(mask=self.sample.mask.parts[index])
-        return Prediction(sample, self.pngs[index : index + 1])
+        return self._replace(sample=sample, pngs=self.pngs[index : index + 1])
 
 
-def store(sample: Any, probability: np.ndarray) -> Prediction:
+def store(sample: Any, probability: np.ndarray, config: ModelConfig) -> Prediction:
     """A prediction (h, w) or (K, h, w) uint8, kept small."""
     planes = probability if probability.ndim == 3 else [probability]
-    return Prediction(sample, tuple(encode_image(plane, ".png") for plane in planes))
+    return Prediction(sample, tuple(encode_image(plane, ".png") for plane in planes), config)
 
 
 def tune(
@@ -195,7 +201,7 @@ def write_validation(
         sample, target = predictions[index].sample, predictions[index].ground_truth
         mask = make_mask(predictions[index].probability)
         caption = f"{name}: {sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
-        rows.append(evaluation.comparison(read_image(sample.image), target, mask, caption))
+        rows.append(evaluation.comparison(predictions[index].image, target, mask, caption))
     write_image(out / "validation.jpg", stack(rows))
     print(f"{title}: {evaluation.summary()}, {words}")
     return evaluation.write(out, threshold)

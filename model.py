@@ -39,6 +39,7 @@ class ModelConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
     top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
     tiles: bool = False  # cut the image into tiles instead of resizing it
+    value_range: tuple[float, ...] = ()  # black and white where images have over 8 bits
     target: str = "road"  # what the mask means, for layouts with several targets
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
     tta: bool = True  # average with the prediction of the horizontally flipped image
@@ -55,8 +56,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         try:
             check_fields(self)
-            if (len(self.mean), len(self.std)) != (3, 3):
-                raise ValueError("mean and std need three numbers each")
+            if (len(self.mean), len(self.std), len(self.value_range) % 2) != (3, 3, 0):
+                raise ValueError("mean and std need three numbers each, value_range two or none")
             if self.class_names and len(self.class_names) != self.classes:
                 raise ValueError(f"{self.classes} channels, but {len(self.class_names)} names")
         except UserError as error:
@@ -79,7 +80,6 @@ class TrainedModel(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return next(self.network.parameters()).device
 
 

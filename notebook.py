@@ -450,7 +450,13 @@ install_smp()
 
 # %% data.py _kg_hide-input=true
 
+# %% tables.py _kg_hide-input=true
+
+# %% loaders.py _kg_hide-input=true
+
 # %% predict.py _kg_hide-input=true
+
+# %% evaluate.py _kg_hide-input=true
 
 # %% class_metrics.py _kg_hide-input=true
 
@@ -472,8 +478,6 @@ install_smp()
 
 # %% callbacks.py _kg_hide-input=true
 
-# %% loading.py _kg_hide-input=true
-
 # %% resume.py _kg_hide-input=true
 
 # %% masks.py _kg_hide-input=true
@@ -490,41 +494,23 @@ install_smp()
 
 # %% title-data [markdown]
 # ## The data
-# The pairs as the kit reads them: the mask in colour over its image.
+# As the kit reads it, checked as a whole: 12 images over the range of the foreground's share, with
+# the mask in green; then four images, augmented four times each, with the mask outlined. Here you
+# see a swapped pair, a shifted mask, or an augmentation that is too strong.
+
 
 # %% look-data
-import matplotlib.pyplot as plt
-import numpy as np
-
-
-def show_pairs(folder):
-    """The table of the training images, and the first, the middle and the last one."""
-    target = settings().get("TARGET", "road")
-    foreground = settings().get("FOREGROUND", "")
-    samples = find_samples(str(folder), MASKS, target, foreground, training=True).samples
-    print(f"{len(samples)} images")
-    display(samples[["id", "image", "mask"]].head(3))
-    figure, axes = plt.subplots(1, 3, figsize=(18, 6), layout="constrained")
-    chosen = samples.iloc[[0, len(samples) // 2, len(samples) - 1]]
-    for axis, sample in zip(axes, chosen.itertuples(), strict=True):
-        image, mask = read_sample(sample)
-        axis.imshow(image)
-        axis.imshow(np.ma.masked_where(mask != 1, mask), alpha=0.5, cmap="spring", vmin=0, vmax=1)
-        axis.set_title(sample.id)
-        axis.axis("off")
-    plt.show()
+def show_images(paths):
+    """Images from files, with their names."""
+    for path in paths:
+        print(path)
+        display(Image(filename=str(path), width=900))
 
 
 if TRAIN:
-    for path in Path().glob("*.py"):
-        sys.modules.pop(path.stem, None)  # its cell may have been changed since it was imported
-    from data import find_samples, read_sample
-    from utils import UserError
-
-    try:
-        show_pairs(data_folder())
-    except UserError as error:
-        raise StepFailed(in_notebook_words(str(error))) from None
+    values = {"data": data_folder(), "out": "data_check", "check": True}
+    run("train.py", *flags("train.py", **values))
+    show_images(["data_check/examples.jpg", "data_check/augmented.jpg"])
 
 # %% title-train [markdown]
 # ## Train
@@ -559,13 +545,6 @@ def show_scores(folder):
         for view, measures in scores.items():
             print(view)
             display(pd.DataFrame(measures).T.round(2))
-
-
-def show_images(paths):
-    """Images from files, with their names."""
-    for path in paths:
-        print(path)
-        display(Image(filename=str(path), width=900))
 
 
 if TRAIN:

@@ -45,6 +45,9 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
     if len(names) > 1:
         kinds = " and ".join(first_five(some) or "one class" for some in sorted(names))
         raise UserError(f"--model: the models have different classes, {kinds}; name those of one")
+    if len({one.config.value_range for one in models}) > 1:
+        reason = "were trained on images of different ranges (--window)"
+        raise UserError(f"--model {first_five(paths)}: {reason}; predict with one of them")
     return models
 
 
@@ -266,7 +269,7 @@ def predict_batch(
     images, errors = [], []
     for row in batch:
         try:
-            images.append((row, read_image(row.image)))
+            images.append((row, read_image(row.image, models[0].config.value_range)))
         except UserError as error:
             errors.append((row, error))
     probabilities = predict_images(models, [image for _, image in images], size, tta)

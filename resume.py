@@ -20,11 +20,11 @@ except ImportError:  # Windows: folders are not locked
 
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
-    "devices", "workers", "resume", "tta", "classes", "empty_score",
+    "devices", "workers", "resume", "tta", "check", "classes", "empty_score",
 }  # fmt: skip
 
 # and the layout's file
-WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks", "loading")
+WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks", "loaders")
 
 # --------------------------------------------------------------------------------------------------
 #  Identity

@@ -6,7 +6,6 @@
 import contextlib
 import csv
 import io
-import itertools
 import math
 import re
 from collections import Counter
@@ -19,10 +18,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-import classes
 import images
 import utils
-from classes import Classes, ClassMasks
 from utils import UserError, first_five, write_file
 
 RLE_COLUMNS = {"rle", "rle_mask", "mask_rle", "encodedpixels", "encoded_pixels"}
@@ -102,7 +99,7 @@ class RunLengths:
     """A mask in the rows of a csv, one row for each object."""
 
     path: Path
-    rows: tuple[tuple[int, str], ...]  # number of the row, its RLE
+    rows: tuple[tuple[int, str], ...] = ()  # number of the row, its RLE
     order: str = "columns"
 
     def read(self, size: tuple[int, int]) -> np.ndarray:
@@ -209,7 +206,7 @@ def both_orders(examples: list[Any], base: str) -> Iterator[tuple[Any, tuple[np.
 
 
 # --------------------------------------------------------------------------------------------------
-#  A csv of masks
+#  The column of the runs
 # --------------------------------------------------------------------------------------------------
 
 
@@ -224,83 +221,6 @@ def rle_column(header: list[str], rows: list[list[str]], names: set[str]) -> int
             by_value.append(column)
     both = [column for column in by_value if column in named]
     return next(iter(both or by_value or named), None)
-
-
-def holds_masks(path: Path) -> bool:
-    """Whether a csv that nobody named is one of masks; one that cannot be read is none."""
-    if "submission" in path.name.lower():
-        return False
-    try:
-        header, *rows = [
-            fields for _, fields in itertools.islice(utils.read_rows(path, "replace"), HEAD)
-        ]
-    except (UserError, ValueError):  # ValueError: no row
-        return False
-    return len(header) > 1 and rle_column(header, rows, RLE_COLUMNS) is not None
-
-
-def read_masks(
-    path: Path, stems: set[str]
-) -> tuple[dict[str, RunLengths | ClassMasks], dict[str, dict[str, str]]]:
-    """Read a csv with one row per image, object or class; an image without a row is empty.
-
-    Returns {stem: mask} and {stem: {column: value}}. Raises UserError.
-    """
-    header, table = utils.read_table(path)
-    column = rle_column(header, list(table.values()), RLE_COLUMNS)
-    if column is None or len(header) < 2:
-        wanted = "expected a csv with a column of ids and one of RLE (start, length)"
-        raise UserError(f"--masks {path}: {wanted}")
-    match = utils.id_matcher(stems)
-    ids = utils.id_column(header, list(table.values()), column, match)
-    table, labels = classes.row_classes(header, table, ids, match)
-    filled = {line: row for line, row in table.items() if row[column].lower() not in EMPTY}
-    fields = {match(row[ids]): dict(zip(header, row, strict=True)) for row in table.values()}
-    unknown = list(dict.fromkeys(row[ids] for row in table.values() if not match(row[ids])))
-    fields.pop("", None)
-    without = sorted(set(stems) - set(fields))
-    rows = f"{len(unknown)} ids have no image: {first_five(unknown)}"
-    empty = f"{len(without)} images have no row: {first_five(without)}"
-    if unknown and without:
-        none = "" if fields else "none of its ids is an image, "
-        raise UserError(f"{path}: {none}{rows}; {empty}; fix the ids, or add rows of empty masks")
-    if unknown or without:
-        print(f"{path.name}: {f'{rows}; left out' if unknown else f'{empty}; read as empty masks'}")
-    masks: dict[str, list[tuple[int, str]]] = {stem: [] for stem in stems}
-    for line, row in filled.items():
-        masks.get(match(row[ids]), []).append((line, row[column]))
-    return {stem: by_class(path, parts, labels) for stem, parts in masks.items()}, fields
-
-
-def by_class(
-    path: Path, rows: list[tuple[int, str]], labels: dict[int, str]
-) -> RunLengths | ClassMasks:
-    """The mask in some rows, or that of each class. `labels`: {row: class}, {} for one class."""
-    values = classes.sort_values(filter(None, labels.values()))
-    if not values:
-        return RunLengths(path, tuple(rows))
-    parts = (tuple(row for row in rows if labels[row[0]] == value) for value in values)
-    return ClassMasks(tuple(RunLengths(path, part) for part in parts), Classes(values, values))
-
-
-def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, Path]) -> None:
-    """Raise UserError where columns for height and width are not the images' own sizes.
-
-    `fields`: {stem: {column: value}}, `files`: {stem: image}.
-    """
-    wrong = []
-    for stem, row in fields.items():
-        values = {re.sub("^(img|image)_?", "", name.lower()): value for name, value in row.items()}
-        size = [values.get(name, "").removesuffix(".0") for name in ("height", "width")]
-        if all(map(str.isdecimal, size)):
-            height, width = images.image_size(files[stem])
-            if (height, width) != tuple(map(int, size)):
-                own = f"{files[stem].name} is {width}x{height}"
-                wrong.append(f"{own}, not {size[1]}x{size[0]}")
-    if wrong:
-        reason = f"its columns for height and width differ from {len(wrong)} images"
-        remedy = "take the images that the masks were made for"
-        raise UserError(f"{path}: {reason} ({first_five(wrong, ' | ')}); {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------

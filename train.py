@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from utils import UserError, one_line_errors, parse, write_file
+from utils import UserError, one_line_errors, parse, writable_folder
 
 STARTED = time.monotonic()
 
@@ -26,6 +26,9 @@ class Config:
     foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
     classes: str = "auto"  # auto: as found; one: all merged; a file of id,name; or names: car,road
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
+    missing: Literal["error", "empty"] = "error"  # images without mask; empty: without foreground
+    window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
+    check: bool = False  # only check the data: write examples.jpg and augmented.jpg to look at
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
     fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
@@ -88,14 +91,15 @@ from torch.utils.data import DataLoader, Dataset
 import callbacks
 import class_metrics
 import data
+import evaluate
 import images
-import loading
+import loaders
 import metrics
 import model
 import predict
 import visualize
 from callbacks import Clock, TrainingCallback, make_trainer
-from classes import class_settings, class_weights, classes_of
+from classes import class_settings, classes_of
 from images import IGNORE, TILES_FROM, Collection
 from model import ModelConfig
 
@@ -153,14 +157,14 @@ class SegmentationDataset(Dataset):
         index, corner = self.places[position]
         row, item = self.rows[index], {}
         if self.augment is None:
-            image, mask = data.read_sample(row)
+            image, mask = data.read_sample(row, self.config.value_range)
             if corner:
                 image = images.cut_tile(image, corner, self.config)
                 mask = images.cut_tile(mask, corner, self.config, IGNORE)
             item["ground_truth"] = mask
             image, mask = images.prepare_pair(image, mask, self.config)
         else:
-            image, mask = row.pair or images.prepare_pair(*data.read_sample(row), self.config)
+            image, mask = row.pair or data.read_pair(row, self.config)
             seed = np.random.SeedSequence([self.seed, int(self.epoch), position])
             self.augment.set_random_seed(int(seed.generate_state(1)[0]))  # whichever worker it is
             changed = self.augment(image=image, mask=mask)
@@ -272,10 +276,7 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         image, mask = self.resized(batch)
         value = loss(self.network(image), mask, self.config, self.class_weights)
-        if not torch.isfinite(value):
-            where = f"in epoch {self.current_epoch + 1}, images {', '.join(batch['name'])}"
-            remedy = "the weights so far are kept; try a smaller --lr or --precision 32"
-            raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
+        callbacks.check_loss(value, self.current_epoch, batch["name"])
         options = {"on_step": False, "on_epoch": True, "prog_bar": True}
         self.log("train_loss", value, batch_size=len(image), **options)
         return value
@@ -316,15 +317,14 @@ def make_loaders(
     config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
 ) -> list[DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
-    processes, _ = callbacks.count_processes(config.devices)
-    validates, seed = samples.fold == config.fold, config.seed
+    validates = samples.fold == config.fold
     augment = images.strict_augmentation(lambda: augmentation(config))
-    training = SegmentationDataset(samples[~validates], model_config, seed, augment)
-    validation = SegmentationDataset(samples[validates], model_config, seed, None)
-    size = -(-config.batch_size // (parts * processes))
-    cached = loading.Cached(validation, CACHE // 8)
-    options = {"batch_size": size, "workers": config.workers, "processes": processes, "seed": seed}
-    return loading.make_loaders(training, cached, **options)
+    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
+    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
+    size = -(-config.batch_size // parts)
+    processes, _ = callbacks.count_processes(config.devices)
+    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
+    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
 
 
 # --- Resolve: all that follows from device and data -----------------------------------------------
@@ -337,8 +337,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     samples = collection.samples
     median = samples.height.median(), samples.width.median()
     tiles = bool(median[0] * median[1] > TILES_FROM) if config.tiles == "auto" else config.tiles
-    top = collection.top if config.top == "auto" else config.top
-    top = 0.0 if tiles else images.resolve_top(top, samples.above[samples.fold != fold])
+    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     device = model.best_device()
     precision = model.resolve_precision(config.precision, device, training=True)
     fast_cpu = device == "cpu" and precision == "bf16-mixed"
@@ -360,17 +359,18 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         top=top,
         tiles=tiles,
         epochs=config.epochs or (0 if config.max_minutes else 40),
-        batch_size=config.batch_size or loading.default_batch(device, fast_cpu, small, count),
+        batch_size=config.batch_size or loaders.default_batch(device, fast_cpu, small, count),
         metric=collection.metric if config.metric == "auto" else config.metric,
         precision=precision,
         devices=model.resolve_devices(config.devices, device),
-        workers=callbacks.default_workers(device) if config.workers < 0 else config.workers,
+        workers=loaders.default_workers(device) if config.workers < 0 else config.workers,
     )
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
     settings = {name: getattr(resolved, name) for name in shared}
-    settings |= {"precision": config.precision, "min_pixels": max(0, config.min_pixels)}
-    settings |= class_settings(collection.classes)
-    mean, std = model.input_normalisation(config.encoder, config.encoder_weights)
+    settings |= {"precision": config.precision, "value_range": collection.value_range}
+    settings |= {"min_pixels": max(0, config.min_pixels)} | class_settings(collection.classes)
+    weights = "none" if config.check else config.encoder_weights
+    mean, std = model.input_normalisation(config.encoder, weights)
     model_config = ModelConfig(**settings, mean=mean, std=std)
     model.check_size(model_config)
     return resolved, model_config
@@ -390,16 +390,23 @@ def train(config: Config, started: float | None = None) -> Path:
     model.check_gpu()
     model.reuse_memory()
     named = config.masks, config.target, config.foreground
-    collection = data.find_samples(config.data, *named, True, config.rle, config.classes)
+    how = config.rle, config.missing, config.classes
+    collection = data.find_samples(config.data, *named, True, *how)
     samples = data.scan_dataset(collection.samples, collection.classes)
+    value_range = images.find_value_range(samples.image[samples.deep], config.window)
+    collection = collection._replace(samples=samples, value_range=value_range)
     samples["fold"] = data.assign_folds(samples, config.folds, config.seed, config.group)
     print(data.describe(collection, samples), flush=True)
     folds = data.chosen_folds(samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}: needs one --fold; with all take auto")
-    predictions, out = [], Path(config.out)
+    out, predictions = Path(config.out), []
     for fold in folds:
-        resolved, model_config = resolve(config, collection._replace(samples=samples), fold)
+        resolved, model_config = resolve(config, collection, fold)
+        if config.check:
+            checked = samples.assign(pair=data.decode_samples(samples, model_config, memory=0))
+            show_data(resolved, model_config, checked, out)
+            return out
         predictions += train_fold(resolved, model_config, samples, out, started, deadline)
         started = time.monotonic()
         if deadline - started < 60 and fold != folds[-1]:
@@ -407,9 +414,9 @@ def train(config: Config, started: float | None = None) -> Path:
             return out
     if config.fold == "all" and predictions:
         how = out, "out of fold", resolved.metric, config.min_pixels, config.empty_score
-        tuned, _ = class_metrics.tune_and_score(model_config, predictions, *how)
+        tuned, _ = evaluate.tune_and_score(model_config, predictions, *how)
         for folder in (out / f"fold{fold}" for fold in folds):  # for all models alike
-            class_metrics.export(model.load_model(folder / "model.pt", "cpu"), folder, tuned)
+            evaluate.export(model.load_model(folder / "model.pt", "cpu"), folder, tuned)
     return out
 
 
@@ -430,6 +437,7 @@ def train_fold(
     samples = samples.assign(pair=data.decode_samples(samples, model_config, CACHE))
     print(data.describe_folds(samples, config.fold))
     run.prepare_out()
+    show_data(config, model_config, samples, Path(config.out))
     how = f"weights {config.encoder_weights}, batch {config.batch_size} in {config.precision}"
     print(f"{model_config.describe()}, {how} on {model.best_device()}", flush=True)
     nothing = run.nothing_to_train()
@@ -438,12 +446,28 @@ def train_fold(
     with callbacks.interruptible() as signals:
         if not nothing:
             fit(SegmentationModule(config, model_config, network), samples, run)
-    first = run.rows and pl.utilities.rank_zero_only.rank == 0
-    predictions = evaluate_and_export(config, samples, run.rows) if first else []
+    predictions = []
+    if run.rows and pl.utilities.rank_zero_only.rank == 0:
+        done = samples[samples.fold == config.fold], run.rows, callbacks.exported_epoch(run.rows)
+        wanted = config.metric, config.min_pixels, config.empty_score
+        predictions = evaluate.evaluate_and_export(run.out, *done, *wanted)
     if nothing:
         print(nothing, flush=True)
     callbacks.end_process(signals)
     return predictions
+
+
+def show_data(config: Config, model_config: ModelConfig, samples: pd.DataFrame, out: Path) -> None:
+    """Write examples.jpg and augmented.jpg, which show swapped pairs and shifted masks."""
+    augment = images.strict_augmentation(lambda: augmentation(config))
+    chosen = data.spread(samples[samples.fold != config.fold], 6)[:4]  # not the emptiest
+    dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
+    rows = data.spread(samples, 12).itertuples()
+    examples = [(row, *data.read_sample(row, model_config.value_range)) for row in rows]
+    classes = classes_of(model_config)
+    images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
+    images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))
+    print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)
 
 
 def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback) -> None:
@@ -454,8 +478,7 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
         loader, _ = make_loaders(config, model_config, samples)
         run.lr = callbacks.find_lr(lambda **more: make_trainer(*machine, **more), module, loader)
     module.lr = run.lr
-    if config.class_weights == "inverse" and model_config.class_names:
-        module.class_weights = torch.tensor(class_weights(samples[samples.fold != config.fold]))
+    module.class_weights = loaders.class_weights(samples, config.fold, config.class_weights)
 
     def attempt(parts: int) -> None:
         path = run.checkpoint if parts == 1 else run.restart()
@@ -472,29 +495,6 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
     callbacks.with_gradient_accumulation(attempt, config.batch_size, model.best_device())
 
 
-def evaluate_and_export(
-    config: Config, samples: pd.DataFrame, rows: list[dict[str, float]]
-) -> list[metrics.Prediction]:
-    """Predict the validation images as infer.py will, tune, write scores, images and model.pt."""
-    out = Path(config.out)
-    trained = model.load_model(out / "model.pt", model.best_device())
-    validation = samples[samples.fold == config.fold]
-    found = predict.predict([trained], validation)
-    predictions = [metrics.store(sample, probability) for sample, _, probability in found]
-    how = out, "validation", config.metric, config.min_pixels, config.empty_score
-    tuned, report = class_metrics.tune_and_score(trained.config, predictions, *how)
-    class_metrics.export(trained._replace(metrics=report), out, tuned)
-    epoch = callbacks.exported_epoch(rows)
-    write_file(out / "curves.png", lambda part: visualize.draw_training_curves(rows, epoch, part))
-    print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
-    return predictions
-
-
-def main() -> None:
-    """The command line."""
+if __name__ == "__main__":
     with one_line_errors():
         train(CONFIG, STARTED)
-
-
-if __name__ == "__main__":
-    main()

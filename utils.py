@@ -32,9 +32,15 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit status 2; others keep their traceback."""
+    """Turn a UserError into one line on stderr and exit status 2; others keep their traceback.
+
+    Of several processes, such as torchrun's, the first one alone prints to stdout.
+    """
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    stdout = contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO())
     try:
-        yield
+        with stdout:
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -17,13 +17,14 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import PrecisionRecallDisplay
 
-from classes import Classes
-from colours import mask_colours
+from classes import ONE_CLASS, Classes
+from colours import class_colours, mask_colours
 from images import IGNORE
 
 GREEN, BLUE, RED = (46, 204, 64), (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
 BLACK, GREY = (0, 0, 0), (30, 30, 30)
 PANEL_SIZE = (2000, 620)  # largest height and width of an image in a panel
+EXAMPLE_SIZE = (360, 480)  # height and width of an image in examples.jpg and augmented.jpg
 BAR_WIDTH = 310  # pixels that title and legend need
 Colour = tuple[int, int, int]
 
@@ -82,8 +83,7 @@ def class_comparison(
     panels = [panel(small, title), panel(paint(small, layers, size), "prediction")]
     if ground_truth is not None:
         target = ground_truth if classes.exclusive else np.moveaxis(ground_truth == 1, -1, 0)
-        known = mask_colours(target, classes)
-        ignored = (ground_truth == IGNORE).reshape(*image.shape[:2], -1).all(-1)
+        known, ignored = mask_colours(target, classes), ignored_pixels(ground_truth)
         drawn = tint(paint(small, known, size), reduce_mask(ignored, size), BLACK, 0.7)
         panels.append(panel(drawn, "ground truth"))
         wrong = target != mask if classes.exclusive else (target != mask).any(0)
@@ -180,9 +180,87 @@ def panel(image: np.ndarray, title: str, legend: Iterable[tuple[str, Colour]] = 
     return np.vstack([bar, image])
 
 
+def examples(
+    rows: list[tuple[Any, np.ndarray, np.ndarray]], classes: Classes = ONE_CLASS
+) -> np.ndarray:
+    """Images with their masks laid over, green, ignored pixels black, in a grid: examples.jpg.
+
+    Several classes have their own colours. `rows`: a sample of `data.scan_dataset`, its image
+    (h, w, 3) uint8 and its mask (h, w) uint8, of classes that overlap (h, w, K).
+    """
+    panels = []
+    for row, image, mask in rows:
+        image, mask = fit_example(image, mask)
+        drawn = image
+        for _, colour, one in mask_layers(mask, classes):
+            drawn = tint(drawn, one, colour)
+        title = f"{row.id[:24]}  {row.width}x{row.height}  {100 * row.share:.1f} %"
+        panels.append(panel(tint(drawn, ignored_pixels(mask), BLACK, 0.7), title))
+    drawn = grid(panels, 3)
+    return np.vstack([drawn, class_legend(classes, drawn.shape[1])]) if classes.names else drawn
+
+
+def mask_layers(mask: np.ndarray, classes: Classes) -> list[tuple[str, Colour, np.ndarray]]:
+    """(name, colour, bool (h, w)) of the foreground, or of each class, in a mask of a data set."""
+    if not classes.names:
+        return [("foreground", GREEN, mask == 1)]
+    layers = mask_colours(mask if classes.exclusive else np.moveaxis(mask == 1, -1, 0), classes)
+    return [layer for layer in layers if layer[1] != BLACK]  # the background stays as it is
+
+
+def ignored_pixels(mask: np.ndarray) -> np.ndarray:
+    """Where a mask (h, w), or (h, w, K) in all its classes, is ignored."""
+    return (mask == IGNORE).reshape(*mask.shape[:2], -1).all(-1)
+
+
+def class_legend(classes: Classes, width: int) -> np.ndarray:
+    """The legend of all classes."""
+    colours = map(tuple, class_colours(classes.names).tolist())
+    return legend_rows(list(zip(classes.names, colours, strict=True)), width)
+
+
+def augmentations(
+    dataset: Any, classes: Classes = ONE_CLASS, images: int = 4, draws: int = 4
+) -> np.ndarray:
+    """Augmented items as the network gets them, masks outlined, ignored black: augmented.jpg.
+
+    `dataset`: a SegmentationDataset with augmentation; each row of the grid shows one of its items.
+    """
+    panels = []
+    for position in np.linspace(0, len(dataset) - 1, images).astype(int).tolist():
+        for draw in range(draws):
+            dataset.epoch.fill_(draw)
+            item = dataset[position]
+            image = np.moveaxis(item["image"].numpy(), 0, -1)
+            mask = item["mask"].numpy()
+            mask = mask[0] if len(mask) == 1 else np.moveaxis(mask, 0, -1)
+            image, mask = fit_example(image, mask)
+            drawn = tint(image, ignored_pixels(mask), BLACK, 0.7)
+            for _, colour, one in mask_layers(mask, classes):
+                outlines = (one.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+                cv2.drawContours(drawn, cv2.findContours(*outlines)[0], -1, colour, 1)
+            panels.append(panel(drawn, item["name"][:24]))
+    return grid(panels, draws)
+
+
+def fit_example(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask, reduced to EXAMPLE_SIZE; small ones enlarged, up to four times."""
+    limits = (limit / n for limit, n in zip(EXAMPLE_SIZE, mask.shape[:2], strict=True))
+    scale = min(4, *limits)
+    size = tuple(max(1, round(scale * n)) for n in mask.shape[1::-1])
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    return cv2.resize(image, size, interpolation=method), mask
+
+
 def grid(panels: list[np.ndarray], columns: int) -> np.ndarray:
-    """Panels of one size in rows, with white gaps between the columns."""
-    gap = np.full((panels[0].shape[0], 6, 3), 255, np.uint8)
+    """Panels in rows, filled up with white to one size, with white gaps between the columns."""
+    height, width = (max(one.shape[axis] for one in panels) for axis in (0, 1))
+    sides = [((0, height - one.shape[0]), (0, width - one.shape[1]), (0, 0)) for one in panels]
+    panels = [np.pad(*pair, constant_values=255) for pair in zip(panels, sides, strict=True)]
+    gap = np.full((height, 6, 3), 255, np.uint8)
+    blank = np.full_like(panels[0], 255)
+    panels += [blank] * (-len(panels) % columns)
     rows = []
     for start in range(0, len(panels), columns):
         spaced = [part for one in panels[start : start + columns] for part in (one, gap)]

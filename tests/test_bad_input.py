@@ -143,10 +143,8 @@ def test_damaged_files_are_all_listed(broken, tmp_path):
     (broken / "masks" / "p2.png").write_bytes(b"")
     (broken / "images" / "p3.png").write_text("this is no image")
     Image.new("L", (64, 47)).save(broken / "masks" / "p4.png")
-    Image.fromarray(np.full((48, 64), 70000, np.int32)).save(broken / "images" / "p5.tif")
-    (broken / "images" / "p5.png").unlink()
     paths = [Path("images") / "p1.png", Path("masks") / "p2.png"]
-    names = ["5 of 8", *paths, "p3.png: not an image", "p4.png: is 64x47", "p5.tif"]
+    names = ["4 of 8", *paths, "p3.png: not an image", "p4.png: is 64x47"]
     line = train_refuses(broken, tmp_path, names=names)
     assert "p6" not in line
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 import images
-import loading
+import loaders
 import resume
 import rle
 import train
@@ -416,9 +416,9 @@ def test_training_items_are_the_same_from_memory_and_from_files(roads):
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_validation_images_are_decoded_once_where_memory_allows(roads, monkeypatch, fits):
-    validation = loading.Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
+    validation = loaders.Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
     original, reads = data.read_sample, []
-    monkeypatch.setattr(data, "read_sample", lambda row: reads.append(row) or original(row))
+    monkeypatch.setattr(data, "read_sample", lambda *args: reads.append(args) or original(*args))
     first, again = validation[3], validation[3]
     assert len(reads) == (1 if fits else 2)
     assert (first["image"] == again["image"]).all()

@@ -23,11 +23,11 @@ from conftest import KIT, build_once
 from PIL import Image
 
 FILES = (
-    "train.py", "infer.py", "data.py", "predict.py", "class_metrics.py", "metrics.py",
-    "visualize.py", "submissions.py", "colours.py", "kitti.py", "class_folders.py",
-    "layouts.py", "rle.py",
-    "callbacks.py", "loading.py", "resume.py", "masks.py", "labels.py", "images.py",
-    "classes.py", "model.py", "utils.py",
+    "train.py", "infer.py", "data.py", "tables.py", "loaders.py", "predict.py",
+    "evaluate.py", "class_metrics.py", "metrics.py", "visualize.py", "submissions.py",
+    "colours.py", "kitti.py",
+    "class_folders.py", "layouts.py", "rle.py", "callbacks.py", "resume.py", "masks.py",
+    "labels.py", "images.py", "classes.py", "model.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",
@@ -940,8 +940,8 @@ def test_the_notebook_runs_in_an_empty_folder(first_version):
         assert (root / "working" / path).exists()
     assert len(list((root / "working" / "predictions" / "masks").iterdir())) == 3
     assert "validation: MaxF" in outputs(notebook, "run-train"), "the output streams into the cell"
-    assert "24 images" in outputs(notebook, "look-data")
-    assert images(notebook, "look-data", "image/png")
+    assert "24 pairs" in outputs(notebook, "look-data")
+    assert len(images(notebook, "look-data", "image/jpeg")) == 2
     assert len(images(notebook, "scores", "image/png")) == 1, "the curves"
     assert len(images(notebook, "scores")) == 1, "validation.jpg"
     assert len(images(notebook, "look")) == 3, "the comparisons"
@@ -1062,7 +1062,7 @@ def test_a_competition_next_to_kitti_from_the_settings_to_its_submission(built, 
     notebook = execute(built, tmp_path / "working", SUBMISSION="rle", **small)
     for step in ("look-data", "run-train", "run-infer"):
         assert "DATA: discs, because SUBMISSION is rle" in outputs(notebook, step)
-    assert "12 images" in outputs(notebook, "look-data")
+    assert "12 pairs" in outputs(notebook, "look-data")
     rows = list(csv.reader((tmp_path / "working" / "submission.csv").open()))
     assert [row[0] for row in rows] == ["id", "test0", "test1", "test2"]
     [head] = tables(notebook, "submission")

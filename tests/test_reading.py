@@ -2,6 +2,7 @@
 
 import re
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -11,6 +12,7 @@ import images
 import layouts
 import visualize
 from classes import Classes
+from model import ModelConfig
 from utils import UserError
 
 COUNT = 8
@@ -397,3 +399,126 @@ def test_files_that_start_with_a_dot_are_no_files(tmp_path):
     save(tmp_path / ".cache/masks/p00.png", grey(pair(0)[1]))
     assert len(layouts.list_files(tmp_path)) == 2 * COUNT
     read(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Images
+# --------------------------------------------------------------------------------------------------
+
+
+def deep_image(path, number, black, white):
+    """A 16-bit grey image whose ellipse is white; returns its mask."""
+    mask = pair(number)[1]
+    save(path, Image.fromarray(np.where(mask, white, black).astype(np.uint16)))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("black", "white", "window"),
+    [(20, 200, (20, 200)), (100, 4000, (100, 4000)), (0, 60000, (0, 65535))],
+)
+def test_images_of_16_bits_are_scaled_as_the_data_set_needs(tmp_path, capsys, black, white, window):
+    paths = [tmp_path / f"{number}.tif" for number in range(3)]
+    for number, path in enumerate(paths):
+        deep_image(path, number, black, white)
+    assert images.find_value_range(paths, "0.5,99.5") == window
+    assert "3 of more than 8 bits" in capsys.readouterr().out
+    pixels = images.read_image(paths[0], window)
+    mask = pair(0)[1]
+    assert pixels[mask].min() == (255 if window[0] else 255 * white // 65535)
+    assert pixels[~mask].max() == 0
+
+
+def test_colours_of_16_bits_keep_their_low_bits(tmp_path):
+    colours = np.dstack([np.full((4, 6), value, np.uint16) for value in (100, 300, 500)])
+    cv2.imwrite(str(tmp_path / "a.png"), colours[..., ::-1])
+    assert images.read_header(tmp_path / "a.png").deep
+    assert images.read_image(tmp_path / "a.png", (100.0, 500.0))[0, 0].tolist() == [0, 127, 255]
+
+
+def test_levels_between_0_and_1_are_an_image(tmp_path):
+    values = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
+    save(tmp_path / "a.tif", Image.fromarray(values))
+    window = images.find_value_range([tmp_path / "a.tif"], "0,100")
+    assert window == (0, 1)
+    assert images.read_image(tmp_path / "a.tif", window)[..., 0].ravel().tolist()[::23] == [0, 255]
+    with pytest.raises(UserError, match="values that 8-bit images do not have"):
+        images.read_image(tmp_path / "a.tif")
+
+
+def test_16_bits_that_use_8_are_not_black_for_a_model_of_8_bits(tmp_path):
+    deep_image(tmp_path / "a.tif", 0, 10, 250)
+    assert images.read_image(tmp_path / "a.tif").max() == 250
+
+
+def test_images_of_8_bits_have_no_window(tmp_path):
+    assert images.find_value_range([], "0.5,99.5") == ()
+
+
+@pytest.mark.parametrize("wanted", ["5", "a,b", "-1,50", "50,101", "60,40", "nan,50"])
+def test_percentiles_out_of_range_are_refused(wanted):
+    with pytest.raises(UserError, match=f"--window {wanted}: takes two percentiles"):
+        images.find_value_range([], wanted)
+
+
+def test_several_pages_are_asked_about(tmp_path):
+    pages = [Image.fromarray(pair(number)[0]) for number in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=r"a\.tif: has 3 pages; save the one"):
+        images.read_image(tmp_path / "a.tif")
+
+
+def test_a_smaller_copy_in_a_tiff_is_no_page(tmp_path):
+    page = Image.fromarray(pair(0)[0])
+    small = page.resize((30, 22))
+    small.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: reduced
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    assert images.open_header(tmp_path / "a.tif").n_frames == 2
+    assert images.read_image(tmp_path / "a.tif").shape == (44, 60, 3)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_mask_of_the_stored_size_is_turned_with_its_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for number in range(COUNT):
+        image, mask = pair(number)
+        save(tmp_path / "images" / f"{number}.png", Image.fromarray(image), exif=exif)
+        save(tmp_path / "masks" / f"{number}.png", grey(mask))
+    samples = data.scan_dataset(data.find_samples(str(tmp_path), training=True).samples)
+    for row in samples.itertuples():
+        pixels, mask = data.read_sample(row)
+        assert pixels.shape == (60, 44, 3)
+        assert ((pixels[..., 0] > 120) == (mask == 1)).all()
+
+
+def test_turns_that_no_size_tells_are_said(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    write(tmp_path)
+    save(tmp_path / "images" / "p00.png", Image.fromarray(pair(0)[0]), exif=exif)
+    collection = data.find_samples(str(tmp_path), training=True)
+    line = data.describe(collection, data.scan_dataset(collection.samples))
+    assert "1 images are turned by EXIF, their masks are taken as upright: see examples.jpg" in line
+
+
+def test_images_without_a_mask_are_empty_when_that_is_said(tmp_path):
+    write(tmp_path)
+    for number in range(0, COUNT, 2):
+        (tmp_path / "masks" / f"p{number:02d}.png").unlink()
+    asked(tmp_path, "4 of 8 images have no mask", "--missing empty")
+    samples = data.find_samples(str(tmp_path), training=True, missing="empty").samples
+    shares = data.scan_dataset(samples).share
+    assert [share > 0 for share in shares] == [False, True] * 4
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_csv_of_masks_without_foreground_or_background_is_refused(tmp_path, full):
+    lines = [f"p{number:02d},{'1 2640' if full else ''}" for number in range(COUNT)]
+    for number in range(COUNT):
+        save(tmp_path / "train" / f"p{number:02d}.png", pair(number)[0])
+    (tmp_path / "train.csv").write_text("\n".join(["id,rle_mask", *lines]))
+    collection = data.find_samples(str(tmp_path), training=True)
+    samples = data.scan_dataset(collection.samples)
+    with pytest.raises(UserError, match=f"all 8 masks are {'full' if full else 'empty'}"):
+        data.decode_samples(samples, ModelConfig(), 0)

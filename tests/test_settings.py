@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import callbacks
-import class_metrics
+import evaluate
 import infer
 import model
 import resume
@@ -327,7 +327,7 @@ def test_a_model_with_a_forks_setting_loads(network, tmp_path):
     path = save(tmp_path / "model.pt", network, settings)
     trained = model.load_model(path, "cpu")
     assert trained.settings == settings
-    class_metrics.export(trained, tmp_path, {"threshold": 0.25, "min_pixels": 9})
+    evaluate.export(trained, tmp_path, {"threshold": 0.25, "min_pixels": 9})
     again = model.load_model(path, "cpu")
     assert again.settings == settings
     assert (again.config.threshold, again.config.min_pixels) == (0.25, 9)

@@ -1,13 +1,69 @@
-"""From a dataset to batches: the order of training, items in memory, the loader."""
+"""From samples to batches: validation images kept in memory, and an order that can be resumed."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import UserError
+
+
+def make_loaders(
+    training: Dataset,
+    validation: Dataset,
+    batch_size: int,
+    workers: int,
+    processes: int,
+    seed: int,
+    memory: int,
+) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader of this process.
+
+    `batch_size`: of all processes together. `memory`: bytes of validation items that are kept.
+    Raises UserError where there are more processes than training images.
+    """
+    if len(training) < processes:
+        raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
+    size = max(1, min(-(-batch_size // processes), len(training) // processes))
+    options = {"batch_size": size, "workers": workers, "processes": processes, "seed": seed}
+    cached = Cached(validation, memory)
+    return make_loader(training, True, **options), make_loader(cached, False, **options)
+
+
+def default_workers(device: str) -> int:
+    """4 next to a GPU; none on a CPU, whose cores are the network's."""
+    return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
+
+
+def default_batch(device: str, fast_cpu: bool, small: float, count: int) -> int:
+    """The default of --batch_size for so many training images.
+
+    On a CPU it is larger where inputs are small, `small` times under the usual, but leaves an epoch
+    a hundred steps.
+    """
+    size = 8 if device != "cpu" or fast_cpu else 4
+    if device == "cpu":
+        size *= max(1, min(round(small), 16 // size, count // 100 // size))
+    return size
+
+
+def class_weights(samples: pd.DataFrame, fold: int, kind: str) -> torch.Tensor | None:
+    """A weight for each class in the loss, from the images that train; None for all alike.
+
+    "inverse": one by the class's share of the pixels, which counts as a thousandth at least. The
+    mean weight of a pixel is 1. A class without pixels has the weight 0.
+    """
+    shares = np.array(samples.shares[samples.fold != fold].tolist())
+    if kind == "none" or not shares.size:
+        return None
+    share = shares.mean(0)
+    weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
+    mean = (weight * share).sum() / share.sum()
+    return torch.tensor(weight / mean, dtype=torch.float32)
 
 
 class Cached(Dataset):
@@ -51,30 +107,6 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
     )
-
-
-def make_loaders(
-    training: Dataset, validation: Dataset, batch_size: int, **options: int
-) -> list[DataLoader]:
-    """The training and the validation loader. Raises UserError for too few training images."""
-    processes = options["processes"]
-    if len(training) < processes:
-        raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
-    size = max(1, min(batch_size, len(training) // processes))
-    shuffled = make_loader(training, True, size, **options)
-    return [shuffled, make_loader(validation, False, size, **options)]
-
-
-def default_batch(device: str, fast_cpu: bool, small: float, count: int) -> int:
-    """The default of --batch_size for so many training images.
-
-    On a CPU it is larger where inputs are small, `small` times under the usual, but leaves an epoch
-    a hundred steps.
-    """
-    size = 8 if device != "cpu" or fast_cpu else 4
-    if device == "cpu":
-        size *= max(1, min(round(small), 16 // size, count // 100 // size))
-    return size
 
 
 class ShardedSampler(Sampler):
