@@ -37,11 +37,19 @@ def class_settings(classes: Classes) -> dict[str, Any]:
     }
 
 
+def describe_classes(classes: Classes) -> str:
+    """The kind and the names, for a message."""
+    if not classes.names:
+        return "one class"
+    kind = "that exclude each other" if classes.exclusive else "that may overlap"
+    return f"classes {kind} ({first_five(classes.names)})"
+
+
 class Listed(NamedTuple):
     """A row of a file of classes."""
 
     name: str
-    id: str = ""  # the value in a label map; "" for the number of the row, from 0
+    id: str = ""  # the value in a label map; "" for the number of its row, from 0
     colour: str = ""  # such as #804080
 
 
@@ -124,7 +132,7 @@ def read_classes(path: Path) -> tuple[Listed, ...]:
     for number, row in enumerate(rows):
         if len(row) <= max(columns.values()):
             raise UserError(f"{path}: class {number + 1} has a field too few; fix the csv")
-        value = row[columns["id"]] if "id" in columns else str(number)
+        value = row[columns["id"]] if "id" in columns else ""
         colour = ""
         if len(colours) == 3:
             levels = [row[column] for column in colours]
@@ -198,8 +206,8 @@ class ClassMasks:
 
     @property
     def path(self) -> Path:
-        """One of the files."""
-        return next(part.path for part in self.parts if part)
+        """One of the files; an empty path where there is none."""
+        return next((part.path for part in self.parts if part), Path())
 
     def read(self, size: tuple[int, int]) -> np.ndarray:
         """(h, w, K) uint8: 1 foreground, 0 background, 255 ignored. Raises UserError."""
@@ -228,6 +236,10 @@ def choose_masks(masks: list[Any], wanted: Wanted) -> tuple[list[Any], Classes]:
     found = next((mask.classes for mask in masks if isinstance(mask, ClassMasks)), None)
     if not found:
         return masks, ONE_CLASS
+    if wanted.model and wanted.model.exclusive:
+        return masks, found
+    empty = ClassMasks((None,) * len(found.names), found)  # of an image without any
+    masks = [mask and (mask if isinstance(mask, ClassMasks) else empty) for mask in masks]
     if wanted.merged:
         print(f"classes: {first_five(found.names)} are merged into one", flush=True)
         return [mask and UnitedMasks(mask.parts, found) for mask in masks], ONE_CLASS

@@ -21,11 +21,11 @@ import classes
 import images
 import kitti
 import layouts
+import masks as mask_files
 import rle
 import tables
 from classes import ONE_CLASS, Classes
 from images import Collection
-from masks import decide_masks
 from utils import UserError, closest, first_five, reason_of
 
 DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
@@ -131,52 +131,7 @@ def find_samples(
         name_test_images(samples, root)
     chosen = classes.find_wanted(wanted, root)
     needed = training or masks != "auto" or runs != "auto"
-    return read_classes(collection, foreground, training, runs, needed, chosen)
-
-
-def read_classes(
-    collection: Collection,
-    foreground: str,
-    training: bool,
-    runs: str,
-    needed: bool,
-    wanted: classes.Wanted,
-) -> Collection:
-    """Decide which classes the masks tell apart, and how their values and runs are read.
-
-    `needed`: whether masks that cannot be read are an error. Raises UserError.
-    """
-    samples = collection.samples
-    samples["mask"], found = classes.choose_masks(samples["mask"].tolist(), wanted)
-    parts = classes.split_parts(samples)
-    order = resolve_order(parts, runs, needed)
-    one_each = None if found.names else wanted
-    masks, labels = decide_masks(parts["mask"], foreground, training, one_each)
-    samples["mask"] = classes.join_parts(samples["mask"], masks)
-    found = found if found.names else labels
-    if training and wanted.asks_for_labels and not found.names:
-        raise UserError(f"{wanted.where}: the masks are of one class; leave the flag out")
-    if wanted.model is not None and found.names != wanted.model.names and any(samples["mask"]):
-        own, other = (first_five(one.names) or "one class" for one in (wanted.model, found))
-        print(f"no scores: the model has {own}, the masks have {other}")
-        samples["mask"] = None
-    return collection._replace(rle=order, classes=found)
-
-
-def resolve_order(samples: pd.DataFrame, runs: str, needed: bool) -> str:
-    """Set the order of RLE in the samples' masks and return it, see `rle.resolve_order`.
-
-    Raises UserError where it cannot be found; masks that are not needed are left out instead.
-    """
-    try:
-        samples["mask"], order = rle.resolve_order(samples, runs)
-        return order
-    except UserError as error:
-        if needed:
-            raise
-        print(f"no scores: {error}")
-        samples["mask"] = None
-        return "columns"
+    return mask_files.read_classes(collection, foreground, training, runs, needed, chosen)
 
 
 def name_test_images(samples: pd.DataFrame, root: Path) -> None:
@@ -263,8 +218,6 @@ def describe(collection: Collection, samples: pd.DataFrame) -> str:
 
 def check_shares(samples: pd.DataFrame) -> None:
     """Raise UserError where no mask of `scan_dataset` has foreground, or none has background."""
-    if any(samples.shares):  # of several classes, see `labels.decide_labels`
-        return
     for share, what in ((0, "empty (no foreground)"), (1, "full (no background)")):
         if (samples.share == share).all():
             remedy = "name other masks with --masks, or the foreground's values with --foreground"
@@ -307,7 +260,8 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
     if bad:
         where = f"--data {samples.image.iloc[0].parent}: {len(bad)} of {len(samples)} pairs"
         raise UserError(f"{where} cannot be used: {first_five(bad, ' | ')}")
-    check_shares(samples)
+    if not config.exclusive:  # there `labels.decide_labels` has looked
+        check_shares(samples)
     return pairs
 
 

@@ -63,7 +63,8 @@ def decide_labels(
             raise UserError(f"{wanted.where}: {reason}; add the columns r,g,b")
         value_of = {one.name: int(one.colour[1:], 16) for one in listed}
     else:
-        value_of = {one.name: label_of(one, wanted) for one in listed}
+        value_of = {one.name: label_of(one, number, wanted) for number, one in enumerate(listed)}
+        check_highest(listed, pixels, wanted)
     if wanted.only and wanted.listed:
         choose_names(wanted, value_of)
         value_of = {name: value_of[name] for name in wanted.only}
@@ -79,26 +80,32 @@ def decide_labels(
     return labels, words, Classes(names, values, exclusive=True)
 
 
-def label_of(one: Listed, wanted: Wanted) -> int:
-    """The value of a listed class in label maps. Raises UserError."""
+def label_of(one: Listed, number: int, wanted: Wanted) -> int:
+    """The value of a listed class in label maps, its id or its place. Raises UserError."""
+    if not one.id and number < IGNORE:
+        return number
     if not one.id.isdecimal() or int(one.id) >= IGNORE:
         reason = f"{one.name} has the id {one.id}, label maps need 0 to {IGNORE - 1}"
         raise UserError(f"{wanted.where}: {reason}; fix the column id")
     return int(one.id)
 
 
+def check_highest(listed: tuple[Listed, ...], pixels: Counter[float], wanted: Wanted) -> None:
+    """Raise UserError where a list of names without ids is too short for the label maps."""
+    highest = int(max(pixels, default=0))
+    if not listed[0].id and highest >= len(listed):
+        reason = f"lists {len(listed)} names, from 0, but label maps have ids to {highest}"
+        raise UserError(f"{wanted.where}: {reason}; name them all, or give a file of id,name")
+
+
 def name_values(pixels: Counter[float], channel: str, wanted: Wanted) -> tuple[Listed, ...]:
-    """A class for each value, named as --classes says, from 0, or by the value. Raises UserError"""
+    """A class for each value, named by it, or as --classes says. Raises UserError."""
     values = [show(value, channel) for value in sorted(pixels)]
     if not wanted.only:
         return tuple(Listed(f"class {value}", value, value) for value in values)
     if channel == "colour":
         raise UserError(f"{wanted.where}: the masks are in colours; give a file of name,r,g,b")
-    highest = int(max(pixels, default=0))
-    if highest >= len(wanted.only):
-        reason = f"names {len(wanted.only)} classes, from 0, but label maps have ids to {highest}"
-        raise UserError(f"{wanted.where}: {reason}; name them all, or give a file of id,name")
-    return tuple(Listed(name, str(number)) for number, name in enumerate(wanted.only))
+    return tuple(Listed(name) for name in wanted.only)
 
 
 def describe_labels(
@@ -107,14 +114,16 @@ def describe_labels(
     """What a label map was understood as, and which values are ignored, in words."""
     pixels = sum((count.pixels for count in counts), Counter())
     ignored = []
-    for value in sorted(set(pixels) - set(labels)):
+    free = set() if channel == "colour" else {IGNORE} & set(pixels)
+    for value in sorted(set(pixels) - set(labels) - free):
         where = next(count.path.name for count in counts if value in count.pixels)
         ignored.append(f"{show(value, channel)} ({pixels[value]} pixels, such as in {where})")
+    never = f"; {IGNORE} is ignored" if free else ""
     unlisted = f"; not listed and ignored: {first_five(ignored)}" if ignored else ""
     absent = [name for name, label in zip(names, labels, strict=True) if not pixels[label]]
     without = f"; in no mask: {first_five(absent)}" if absent else ""
     where = "" if channel == "grey" else f" in {channel}"
-    return f"{len(counts)} label maps{where} of {len(labels)} classes{unlisted}{without}"
+    return f"{len(counts)} label maps{where} of {len(labels)} classes{never}{unlisted}{without}"
 
 
 def describe_label_map(counts: list[ValueCounts], channel: str) -> str:

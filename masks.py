@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from PIL.Image import Transpose
 
+import classes
+import rle
 from classes import Classes, Wanted
-from images import IGNORE, open_image, read_header
+from images import IGNORE, Collection, open_image, read_header
 from labels import (
     ValueCounts,
     are_labels,
@@ -134,6 +137,56 @@ def palette_levels(image: Image.Image) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 #  Decide
 # --------------------------------------------------------------------------------------------------
+
+
+def read_classes(
+    collection: Collection,
+    foreground: str,
+    training: bool,
+    runs: str,
+    needed: bool,
+    wanted: Wanted,
+) -> Collection:
+    """Decide which classes the masks tell apart, and how they are read. Raises UserError.
+
+    `needed`: whether masks that cannot be read are an error.
+    """
+    samples = collection.samples
+    samples["mask"], found = classes.choose_masks(samples["mask"].tolist(), wanted)
+    parts = classes.split_parts(samples)
+    order = resolve_order(parts, runs, needed)
+    if parts["mask"].isna().all():
+        samples["mask"] = None
+        return collection._replace(rle=order)
+    maps = None if found.names else wanted
+    masks, labels = decide_masks(parts["mask"], foreground, training, maps)
+    samples["mask"] = classes.join_parts(samples["mask"], masks)
+    found = found if found.names else labels
+    if found.exclusive and any(isinstance(mask, rle.RunLengths) for mask in samples["mask"]):
+        raise UserError("--missing empty: a label map cannot be empty; move these images away")
+    if training and wanted.asks_for_labels and not found.names:
+        raise UserError(f"{wanted.where}: the masks are of one class; leave the flag out")
+    if wanted.model is not None and found != wanted.model and any(samples["mask"]):
+        own, other = (classes.describe_classes(one) for one in (wanted.model, found))
+        print(f"no scores: the model has {own}, the masks have {other}")
+        samples["mask"] = None
+    return collection._replace(rle=order, classes=found)
+
+
+def resolve_order(samples: pd.DataFrame, runs: str, needed: bool) -> str:
+    """Set the order of RLE in the samples' masks and return it, see `rle.resolve_order`.
+
+    Raises UserError where it cannot be found; masks that are not needed are left out instead.
+    """
+    try:
+        samples["mask"], order = rle.resolve_order(samples, runs)
+        return order
+    except UserError as error:
+        if needed:
+            raise
+        print(f"no scores: {error}")
+        samples["mask"] = None
+        return "columns"
 
 
 def decide_masks(
