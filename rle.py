@@ -148,7 +148,8 @@ def resolve_order(samples: pd.DataFrame, wanted: str) -> tuple[list[Any], str]:
     elif wanted == "auto":
         order, reason = columns_or_rows(examples, base)
     print(f"{path.name}: RLE {order} ({reason})")
-    return [replace(mask, order=order) for mask in masks], order
+    runs = [replace(mask, order=order) if isinstance(mask, RunLengths) else mask for mask in masks]
+    return runs, order
 
 
 def absolute_overlaps(mask: RunLengths) -> bool:

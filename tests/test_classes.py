@@ -1,0 +1,621 @@
+"""Classes: exclusive and overlapping ones, from the masks to the submission."""
+
+import csv
+import json
+import zipfile
+
+import albumentations as A
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run, succeed
+from PIL import Image
+
+import class_metrics
+import classes
+import colours
+import data
+import images
+import loaders
+import metrics
+import model
+import predict
+import submissions
+import train
+import visualize
+from classes import Classes
+from model import ModelConfig
+from utils import UserError
+
+SIZE = (44, 60)
+EXCLUSIVE = Classes(("sky", "road", "car"), ("0", "1", "2"), True)
+OVERLAPPING = Classes(("1", "3"), ("1", "3"))
+
+
+def labels(index):
+    """A synthetic label map: sky above, road below, a car at a random place, a row ignored."""
+    rng = np.random.default_rng(index)
+    mask = np.zeros(SIZE, np.uint8)
+    mask[20:] = 1
+    y, x = rng.integers(14, 24), rng.integers(0, 40)
+    mask[y : y + 12, x : x + 16] = 2
+    mask[0] = 255
+    return mask
+
+
+def picture(mask):
+    """An image whose colours tell the classes."""
+    colour = np.array([[90, 140, 220], [90, 90, 90], [200, 40, 30]], np.uint8)
+    return colour[np.where(mask == 255, 0, mask)]
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_label_maps(root, count=12, convert=lambda mask: mask):
+    for index in range(count):
+        save(root / f"images/p{index:02d}.png", picture(labels(index)))
+        save(root / f"masks/p{index:02d}.png", convert(labels(index)))
+    return root
+
+
+def column_runs(mask):
+    """RLE down the columns from 1, plainly."""
+    flat = np.r_[0, mask.T.ravel().astype(int), 0]
+    starts, ends = np.flatnonzero(np.diff(flat) == 1), np.flatnonzero(np.diff(flat) == -1)
+    pairs = zip(starts + 1, ends - starts, strict=True)
+    return " ".join(f"{start} {length}" for start, length in pairs)
+
+
+def decode(runs):
+    mask = np.zeros(SIZE[0] * SIZE[1], bool)
+    numbers = [int(word) for word in runs.split()]
+    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+        mask[start - 1 : start - 1 + length] = True
+    return mask.reshape(SIZE[::-1]).T
+
+
+def write_competition(root, count=12, joined=False):
+    """Train and test images, a csv of the classes 1 (road) and 3 (car), and a sample."""
+    rows = []
+    for index in range(count):
+        folder = "train_images" if index < count - 3 else "test_images"
+        save(root / folder / f"p{index:02d}.png", picture(labels(index)))
+        for value, number in (("3", 2), ("1", 1)):
+            mask = labels(index) == number
+            if index < count - 3 and not (index == 2 and value == "3"):
+                rows.append((f"p{index:02d}.png", value, column_runs(mask)))
+    names = [f"p{index:02d}.png" for index in range(count - 1, count - 4, -1)]
+    sample = [(name, value, "1 1") for name in names for value in ("3", "1")]
+    for file, some in (("train.csv", rows), ("sample_submission.csv", sample)):
+        with (root / file).open("w") as target:
+            writer = csv.writer(target)
+            if joined:
+                writer.writerow(["ImageId_ClassId", "EncodedPixels"])
+                writer.writerows((f"{name}_{value}", runs) for name, value, runs in some)
+            else:
+                writer.writerow(["ImageId", "ClassId", "EncodedPixels"])
+                writer.writerows(some)
+    return root
+
+
+def find(root, **options):
+    return data.find_samples(str(root), training=True, **options)
+
+
+def refused(root, *words, **options):
+    with pytest.raises(UserError) as error:
+        find(root, **options)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), error.value
+
+
+# --------------------------------------------------------------------------------------------------
+#  Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_label_map_is_read_with_the_names_of_its_file(tmp_path, capsys):
+    write_label_maps(tmp_path)
+    assert find(tmp_path).classes.names == ("class 0", "class 1", "class 2")
+    (tmp_path / "classes.csv").write_text("id,name\n2,car\n0,sky\n")
+    found = find(tmp_path)
+    assert found.classes == Classes(("car", "sky"), ("2", "0"), True)
+    assert "not listed and ignored: 1 (" in capsys.readouterr().out
+    expected = np.full(SIZE, 255, np.uint8)
+    expected[labels(3) == 2] = 0
+    expected[labels(3) == 0] = 1
+    assert (found.samples["mask"][3].read(SIZE) == expected).all()
+    assert find(tmp_path, wanted="sky,car").classes.names == ("sky", "car")
+    merged = find(tmp_path, wanted="one")
+    assert not merged.classes.names
+    values = np.where(labels(3) == 255, 255, labels(3) > 0)
+    assert (merged.samples["mask"][3].read(SIZE) == values).all()
+
+
+def in_colour(mask):
+    return np.array([[0, 0, 0], [128, 64, 128], [0, 0, 255], [9, 9, 9]], np.uint8)[mask.clip(max=3)]
+
+
+def indexed(mask):
+    image = Image.fromarray(mask, "P")
+    image.putpalette([7, 0, 0, 0, 0, 0, 200, 0, 0] + [0] * 759)  # black is the second colour
+    return image
+
+
+def test_colours_and_palettes_are_label_maps(tmp_path, capsys):
+    write_label_maps(tmp_path / "a", convert=in_colour)
+    (tmp_path / "a/class_dict.csv").write_text(
+        "name,r,g,b\nsky,0,0,0\nroad,128,64,128\ncar,0,0,255\n"
+    )
+    found = find(tmp_path / "a")
+    assert found.classes.names == EXCLUSIVE.names
+    assert (found.samples["mask"][5].read(SIZE) == labels(5)).all()
+    assert "#090909 (720 pixels, such as in p00.png)" in capsys.readouterr().out
+    root = tmp_path / "b"
+    for index in range(4):
+        save(root / f"images/p{index}.png", picture(labels(index)))
+        (root / "masks").mkdir(exist_ok=True)
+        indexed(labels(index)).save(root / f"masks/p{index}.png")
+    assert (find(root).samples["mask"][2].read(SIZE) == labels(2)).all()
+
+
+def test_what_the_kit_writes_it_reads_again(tmp_path):
+    values, table = colours.palette(Classes(("a", "b", "c"), ("0", "7", "2"), True))
+    numbers = labels(0).clip(max=2)
+    images.write_palette_image(tmp_path / "x.png", values[numbers], table)
+    image = Image.open(tmp_path / "x.png")
+    assert image.mode == "P"
+    assert (np.asarray(image) == np.array([0, 7, 2])[numbers]).all()
+    seen = np.asarray(image.convert("RGB"))
+    assert (seen == colours.class_colours(("a", "b", "c"))[numbers]).all()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_classes_of_a_csv_may_overlap(tmp_path, joined):
+    found = find(write_competition(tmp_path, joined=joined))
+    assert found.classes == OVERLAPPING
+    samples = data.scan_dataset(found.samples, found.classes)
+    for row in samples.itertuples():
+        index = int(row.id[1:])
+        mask = row.mask.read(SIZE)
+        assert (mask[..., 0] == (labels(index) == 1)).all()
+        assert (mask[..., 1] == (labels(index) == 2) * (index != 2)).all()
+        assert row.shares == tuple((mask == 1).mean((0, 1)))
+    assert find(tmp_path, wanted="3,1").classes.names == ("3", "1")
+    merged = find(tmp_path, wanted="one").samples["mask"][0].read(SIZE)
+    assert (merged == ((labels(0) == 1) | (labels(0) == 2))).all()
+    (tmp_path / "names.csv").write_text("id,name\n1,road\n2,tree\n3,car\n")
+    named = find(tmp_path, wanted="names.csv")
+    assert named.classes == Classes(("road", "tree", "car"), ("1", "2", "3"))
+    assert named.samples["mask"][0].read(SIZE)[..., 1].sum() == 0
+    (tmp_path / "names.csv").write_text("id,name\n1,road\n2,tree\n")
+    refused(tmp_path, "class 3", "road, tree", wanted="names.csv")
+
+
+def test_a_folder_for_each_class(tmp_path, capsys):
+    for index in range(6):
+        save(tmp_path / f"images/p{index}.png", picture(labels(index)))
+        for name, number in (("road", 1), ("car", 2)):
+            if (index, name) != (4, "car"):
+                mask = np.uint8(255 * (labels(index) == number))
+                save(tmp_path / f"masks/{name}/p{index}.png", mask)
+    found = find(tmp_path)
+    assert found.classes == Classes(("car", "road"), ("car", "road"))
+    assert (found.samples["mask"][3].read(SIZE)[..., 0] == (labels(3) == 2)).all()
+    assert found.samples["mask"][4].read(SIZE)[..., 0].sum() == 0
+    assert "1 masks of a class are not there" in capsys.readouterr().out
+    save(tmp_path / "masks/car/p1.png", np.zeros((5, 5), np.uint8))
+    found = find(tmp_path)
+    with pytest.raises(UserError, match="is 5x5, but its image is 60x44"):
+        samples = data.scan_dataset(found.samples, found.classes)
+        data.decode_samples(samples, ModelConfig(), 0)
+
+
+def test_a_class_column_of_a_manifest(tmp_path):
+    rows = []
+    for index in range(4):
+        save(tmp_path / f"i{index}.png", picture(labels(index)))
+        for number in (1, 2):
+            save(tmp_path / f"m{index}_{number}.png", np.uint8(255 * (labels(index) == number)))
+            rows.append((f"i{index}.png", f"m{index}_{number}.png", "abc"[number]))
+    table = pd.DataFrame(rows, columns=["image", "mask", "class"])
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    found = find(tmp_path / "pairs.csv")
+    assert found.classes.names == ("b", "c")
+    assert (found.samples["mask"][1].read(SIZE)[..., 1] == (labels(1) == 2)).all()
+
+
+FAULTS = {
+    "colour twice": ("name,r,g,b\na,1,2,3\nb,1,2,3\n", "#010203 is listed twice (a and b)"),
+    "id twice": ("id,name\n0,a\n0,b\n", "id 0 is listed twice"),
+    "name twice": ("id,name\n0,a\n1,a\n", "name a is listed twice"),
+    "no number": ("name,r,g,b\na,x,0,0\nb,1,1,1\n", "r,g,b are x,0,0"),
+    "one": ("id,name\n0,a\n", "at least two"),
+    "too short": ("sky\nroad\n", "2 names, from 0, but label maps have ids to 2"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_faulty_list_of_classes_is_refused_in_a_line(tmp_path, kind):
+    write_label_maps(tmp_path, 2)
+    (tmp_path / "list.csv").write_text(FAULTS[kind][0])
+    refused(tmp_path, "list.csv", FAULTS[kind][1], wanted="list.csv")
+
+
+def test_other_wrong_uses_of_classes_are_refused(tmp_path):
+    write_label_maps(tmp_path / "a", 2)
+    refused(tmp_path / "a", "ids to 2", wanted="sky,road")
+    refused(tmp_path / "a", "no such file", wanted="none.csv")
+    refused(tmp_path / "a", "at least two", wanted="sky")
+    write_label_maps(tmp_path / "b", 2, lambda mask: np.full_like(mask, 3))
+    refused(tmp_path / "b", "class 3 alone")
+    write_label_maps(tmp_path / "c", 2, lambda mask: np.uint8(mask == 2))
+    (tmp_path / "c/list.csv").write_text("id,name\n4,a\n5,b\n")
+    refused(tmp_path / "c", "none of a, b", wanted="list.csv")
+
+
+def test_a_model_is_scored_with_masks_of_its_kind_alone(tmp_path, capsys):
+    write_label_maps(tmp_path)
+    for own, scored in ((EXCLUSIVE, True), (OVERLAPPING, False)):
+        named = own._replace(names=("class 0", "class 1", "class 2")[: len(own.names)])
+        samples = data.find_samples(str(tmp_path), wanted=named).samples
+        assert samples["mask"].notna().all() == scored
+    assert "no scores: the model has classes that may overlap" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+#  Training
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_exclusive_classes_is_its_definition():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 6, 5, requires_grad=True)
+    mask = torch.randint(0, 3, (2, 1, 6, 5)).float()  # class 3 does not occur
+    mask[:, :, :2] = 255
+    known = mask[:, 0] != 255
+    p = logits.softmax(1)
+    pixels = -torch.log(p.gather(1, mask.clamp(max=3).long()))[:, 0][known].mean()
+    dice = []
+    for k in range(3):
+        one, target = p[:, k][known], (mask[:, 0] == k)[known].float()
+        dice.append((2 * (one * target).sum() + 1) / (one.sum() + target.sum() + 1))
+    expected = pixels + 0.5 * (1 - torch.stack(dice)).mean()
+    config = train.Config(dice=0.5)
+    value = train.loss(logits, mask, config)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    value.backward()
+    assert (logits.grad[:, :, :2] == 0).all(), "ignored pixels have no gradient"
+    assert torch.isfinite(train.loss(logits, torch.full_like(mask, 255), config))
+    weights = torch.tensor([1.0, 2.0, 0.0, 5.0])
+    each = F.cross_entropy(logits, mask[:, 0].long().clamp(max=3), weights, reduction="none")
+    heavier = train.loss(logits, mask, train.Config(dice=0), weights)
+    assert heavier.item() == pytest.approx(each[known].mean().item(), rel=1e-5)
+
+
+def test_the_loss_of_overlapping_classes_is_the_mean_of_each():
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 3, 8, 8), torch.randint(0, 2, (2, 3, 8, 8)).float()
+    mask[0, 1, :3] = 255
+    config = train.Config()
+    each = [train.loss(logits[:, k, None], mask[:, k, None], config).item() for k in range(3)]
+    assert train.loss(logits, mask, config).item() == pytest.approx(np.mean(each), rel=1e-5)
+    mask[:, 2] = 0  # a class that does not occur counts in BCE alone
+    pixels = [
+        train.loss(logits[:, k, None], mask[:, k, None], train.Config(dice=0)) for k in (0, 1, 2)
+    ]
+    both = [train.loss(logits[:, k, None], mask[:, k, None], config) for k in (0, 1)]
+    dice = sum(a - b for a, b in zip(both, pixels, strict=False)) / 2
+    expected = sum(pixels) / 3 + dice
+    assert train.loss(logits, mask, config).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_augmentation_fills_masks_of_classes_with_ignored(count):
+    config = train.Config(height=64, width=96, tiles=False)
+    mask = np.ones((64, 96, count), np.uint8)
+    mask[..., 1] = 0
+    augment = A.Compose([step for step in train.augmentation(config) if isinstance(step, A.Affine)])
+    augment.transforms[0].p = 1
+    seen = set()
+    for seed in range(5):
+        augment.set_random_seed(seed)
+        changed = augment(image=np.zeros((64, 96, 3), np.uint8), mask=mask)["mask"]
+        assert changed.shape == mask.shape
+        borders = changed == 255
+        assert (borders == borders[..., :1]).all(), "in all classes alike"
+        assert set(np.unique(changed[..., 1])) <= {0, 255}
+        seen |= set(np.unique(changed))
+    assert seen == {0, 1, 255}
+
+
+def test_a_mask_of_many_classes_is_resized_by_the_nearest_pixel():
+    mask = np.random.default_rng(0).integers(0, 2, (*SIZE, 9), np.uint8)
+    small = images.resize_mask(mask, ModelConfig(height=32, width=32))
+    each = [
+        cv2.resize(mask[..., k], (32, 32), interpolation=cv2.INTER_NEAREST_EXACT) for k in range(9)
+    ]
+    assert (small == np.dstack(each)).all()
+
+
+def test_weights_are_inverse_to_the_share_of_pixels():
+    samples = pd.DataFrame({"shares": [(0.75, 0.25, 0.0)] * 3, "fold": [0, 1, 1]})
+    weights = loaders.class_weights(samples, 0, "inverse")
+    assert weights.tolist() == pytest.approx([2 / 3, 2, 0])
+    assert loaders.class_weights(samples, 0, "none") is None
+
+
+def test_folds_are_stratified_by_the_rarest_class():
+    shares = np.zeros((40, 3))
+    shares[:, 0] = 0.5
+    shares[::4, 1] = 0.1
+    shares[[3, 8, 21, 36], 2] = 0.01  # 8 and 36 have all three
+    assert classes.rarest_class(shares).tolist().count(2) == 4
+    rows = {"id": [f"p{8 * i}" for i in range(40)], "category": "", "share": shares.sum(1)}
+    samples = pd.DataFrame(rows).assign(shares=[tuple(row) for row in shares], fields=None)
+    fold = data.assign_folds(samples, 4, 0)
+    assert sorted(fold[[3, 8, 21, 36]]) == [0, 1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------
+#  Prediction and scores
+# --------------------------------------------------------------------------------------------------
+
+
+def trained(found, **settings):
+    """A model with random weights."""
+    torch.manual_seed(0)
+    config = {"encoder": "resnet18", "height": 64, "width": 64, "precision": "32"} | settings
+    config = ModelConfig(**config, **classes.class_settings(found))
+    network = model.build_network(config).eval()
+    return model.TrainedModel(network, config, {}, {})
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("found", [EXCLUSIVE, OVERLAPPING], ids=["exclusive", "overlapping"])
+def test_probabilities_of_flips_models_and_tiles_are_averaged(found, tiles):
+    one, image = trained(found, tiles=tiles), picture(labels(0))
+    if tiles:
+        image = np.tile(image, (2, 2, 1))
+    plain = predict.predict_images([one], [image], 4, "false")[0]
+    twice = predict.predict_images([one, one], [image], 4, "false")[0]
+    assert (plain == twice).all()
+    both = predict.predict_images([one], [image], 4, "true")[0]
+    flipped = predict.predict_images([one], [image[:, ::-1]], 4, "true")[0][..., ::-1]
+    assert both.shape == (2, *image.shape[:2])
+    if found.exclusive:
+        assert (both[0] != flipped[0]).mean() < 0.01
+        assert (predict.make_mask(both, one.config) == both[0]).all()
+        assert both[0].max() < 3
+        assert both[1].min() >= 84  # a third at least
+    else:
+        assert np.abs(both.astype(int) - flipped).max() <= 1
+
+
+def test_each_overlapping_class_has_its_threshold_and_area():
+    config = ModelConfig(**classes.class_settings(OVERLAPPING), thresholds=(0.2, 0.8), areas=(0, 5))
+    probability = np.zeros((2, 9, 9), np.uint8)
+    probability[:, 1:3, 1:3] = 100
+    probability[1, 5:8, 5:8] = 230
+    mask = predict.make_mask(probability, config)
+    assert mask.sum((1, 2)).tolist() == [4, 9]
+    probability[1, 5:8, 5:7] = 0
+    assert predict.make_mask(probability, config).sum((1, 2)).tolist() == [4, 0]
+
+
+class Sample:
+    category, views = "", ()
+
+
+def test_scores_of_exclusive_classes_equal_their_definition(tmp_path):
+    rng = np.random.default_rng(0)
+    found = Classes(("a", "b", "c", "d"), tuple("0123"), True)
+    evaluation, parts = (class_metrics.make_evaluation(found) for _ in range(2))
+    pairs = []
+    for _ in range(4):
+        target = rng.choice(np.uint8([0, 1, 2, 255]), SIZE)  # d does not occur
+        mask = np.where(rng.random(SIZE) < 0.6, target % 255, rng.integers(0, 4, SIZE)).astype(
+            np.uint8
+        )
+        pairs.append((mask, target))
+        prediction = np.stack([mask, mask])
+        evaluation.add(Sample, prediction, mask, target)
+        parts.count(torch.as_tensor(prediction), torch.as_tensor(target))
+    mask, target = (np.hstack(some) for some in zip(*pairs, strict=True))
+    known = target != 255
+    ious = [
+        ((mask == k) & (target == k)).sum() / (((mask == k) | (target == k)) & known).sum()
+        for k in range(3)
+    ]
+    block = evaluation.class_report()
+    assert block["absent"] == ["d"]
+    assert block["mIoU"] == pytest.approx(100 * np.mean(ious), abs=1e-3)
+    assert block["per_class"]["b"]["IoU"] == pytest.approx(100 * ious[1], abs=1e-3)
+    assert block["accuracy"] == pytest.approx(100 * (mask == target)[known].mean(), abs=1e-3)
+    recall = ((mask == 2) & (target == 2)).sum() / (target == 2).sum()
+    assert block["per_class"]["c"]["recall"] == pytest.approx(100 * recall, abs=1e-3)
+    assert parts.class_report() == block
+    report = evaluation.write(tmp_path, None)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["classes"] == block
+    assert report["image"]["all"]["images"] == 4
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
+
+
+def test_scores_of_overlapping_classes_equal_those_of_one(tmp_path):
+    rng = np.random.default_rng(0)
+    evaluation = class_metrics.make_evaluation(OVERLAPPING, "skip")
+    halves = [class_metrics.make_evaluation(OVERLAPPING, "skip") for _ in range(2)]
+    alone = [metrics.Evaluation("skip") for _ in range(2)]
+    for index in range(4):
+        target = rng.choice(np.uint8([0, 1, 255]), (*SIZE, 2))
+        target[..., 1] *= index > 0
+        probability = rng.integers(0, 256, (2, *SIZE), np.uint8)
+        mask = probability >= 100
+        mask[1] &= index > 0
+        for one in (evaluation, halves[index % 2]):
+            one.add(Sample, probability, mask, target)
+        for k in range(2):
+            alone[k].add(Sample, probability[k], mask[k], target[..., k])
+    report = evaluation.report()["image"]
+    for k, name in enumerate(OVERLAPPING.names):
+        own = alone[k].report()["image"]["all"]
+        assert {key: report[name][key] for key in own} == own
+    both = [pair for one in alone for pair in one.masks]
+    assert np.isnan(both).sum() == 2, "one mask is empty, and right"
+    assert evaluation.mean()["Dice"] == pytest.approx(100 * np.nanmean(both, 0)[0], abs=1e-3)
+    halves[0].merge(halves[1])
+    assert halves[0].report() == evaluation.report()
+    assert halves[0].mean() == evaluation.mean()
+    evaluation.write(tmp_path, (0.4, 0.5))
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["threshold"] == {"1": 0.4, "3": 0.5}
+    assert (tmp_path / "pr_curve.png").exists()
+
+
+@pytest.mark.parametrize(("score", "expected"), [("1", 1), ("0", 0), ("skip", np.nan)])
+def test_an_empty_mask_that_is_right_scores_as_asked(score, expected):
+    empty = np.zeros(SIZE, bool)
+    dice = metrics.mask_scores(empty, np.zeros(SIZE, np.uint8), score)[0]
+    assert dice == expected or np.isnan([dice, expected]).all()
+    assert metrics.mask_scores(~empty, np.zeros(SIZE, np.uint8), score)[0] == 0
+    counts = [metrics.pixel_counts(np.full(SIZE, 9, np.uint8), np.zeros(SIZE, np.uint8)).numpy()]
+    full = metrics.pixel_counts(np.full(SIZE, 200, np.uint8), np.ones(SIZE, np.uint8)).numpy()
+    values = metrics.scores_by_threshold([*counts, full], "dice", score)
+    assert values[0, 5] == (1 if score == "skip" else 0), "skipped, it changes no mean"
+    assert not np.isnan(values).any()
+
+
+# --------------------------------------------------------------------------------------------------
+#  Pictures and submissions
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 11, 19])
+def test_the_colour_blind_tell_the_colours(count):
+    table = colours.class_colours(tuple(map(str, range(count))))
+    lab = colours.to_lab(table.astype(float))
+    distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e9 * np.eye(count)[..., None]
+    assert distance.min() > 15, "in Lab; 2 is just noticeable"
+    assert (colours.class_colours(("background", "car"))[0] == 0).all()
+
+
+def test_a_comparison_shows_classes_and_errors_with_a_legend():
+    mask, image = labels(0).clip(max=2), picture(labels(0))
+    wrong = mask.copy()
+    wrong[30:, :20] = 0
+    drawn = visualize.class_comparison(image, labels(0), wrong, "x", EXCLUSIVE)
+    overlapping = np.stack([mask == 1, mask == 2])
+    truth = np.dstack([labels(0) == 1, labels(0) == 2]).astype(np.uint8)
+    again = visualize.class_comparison(image, truth, overlapping, "x", OVERLAPPING)
+    height = visualize.comparison(image, truth[..., 0], mask == 1, "x").shape[0]
+    for one in (drawn, again):
+        assert one.shape[0] == height + 26, "a row with the names"
+    panel = drawn[height // 2 + 30 : height, drawn.shape[1] // 2 + 3 :][: SIZE[0], : SIZE[1]]
+    red = (panel[..., 0] > 150) & (panel[..., 1] < 120)
+    assert (red == (wrong != mask)).mean() > 0.98
+
+
+def answers(path):
+    with path.open() as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_submission_answers_each_image_and_class_of_the_sample_once(tmp_path, joined):
+    write_competition(tmp_path, joined=joined)
+    samples = pd.DataFrame({"id": ["p09", "p10", "p11"]})
+    sample = str(tmp_path / "sample_submission.csv")
+    submission = submissions.ClassSubmission(samples, sample, "error", "columns", OVERLAPPING)
+    for row in samples.itertuples():
+        target = labels(int(row.id[1:]))
+        submission.add(row, None, np.stack([target == 1, (target == 2) & (row.id != "p10")]))
+    submission.write(tmp_path)
+    written, asked = (
+        answers(tmp_path / "submission.csv"),
+        answers(tmp_path / "sample_submission.csv"),
+    )
+    assert [row[:-1] for row in written] == [row[:-1] for row in asked]
+    for row in written[1:]:
+        name, value = row[0].rsplit("_", 1) if joined else row[:2]
+        target = labels(int(name[1:3])) == {"1": 1, "3": 2}[value]
+        expected = target & ((name, value) != ("p10.png", "3"))
+        assert (decode(row[-1]) == expected).all()
+
+
+def test_a_sample_that_does_not_fit_the_classes_is_refused(tmp_path):
+    samples = pd.DataFrame({"id": ["p09"]})
+    for text, words in (
+        ("ImageId,ClassId,EncodedPixels\np09,1,\np09,4,\n", "does not have: 4"),
+        ("ImageId,EncodedPixels\np09,\n", "rows name no class"),
+        ("ImageId,ClassId,EncodedPixels\np09,1,\np09,1,\n", "twice"),
+        ("ImageId,ClassId,EncodedPixels\np08,1,\n", "without an image"),
+    ):
+        (tmp_path / "sample.csv").write_text(text)
+        with pytest.raises(UserError, match=words):
+            sample = str(tmp_path / "sample.csv")
+            submissions.ClassSubmission(samples, sample, "error", "columns", OVERLAPPING)
+
+
+# --------------------------------------------------------------------------------------------------
+#  From end to end
+# --------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "--encoder", "resnet18", "--encoder_weights", "none", "--height", 32, "--width", 64,
+    "--batch_size", 4, "--folds", 3,
+)  # fmt: skip
+
+
+def test_exclusive_classes_from_end_to_end(tmp_path):
+    write_label_maps(tmp_path / "data")
+    (tmp_path / "data/classes.csv").write_text("id,name\n0,sky\n1,road\n2,car\n")
+    flags = ("--data", tmp_path / "data", "--out", tmp_path / "out")
+    printed = succeed("train.py", *flags, *SMALL, "--epochs", 2, "--class_weights", "inverse")
+    assert "3 classes that exclude each other: sky" in printed
+    assert "mIoU" in printed
+    rows = pd.read_csv(tmp_path / "out/metrics.csv")
+    assert {"mIoU", "mDice", "accuracy"} <= set(rows)
+    for name in ("confusion.png", "validation.jpg", "curves.png", "examples.jpg", "augmented.jpg"):
+        assert (tmp_path / "out" / name).exists()
+    flags = ("--data", tmp_path / "data", "--out", tmp_path / "p", "--submission", "png")
+    succeed("infer.py", "--model", tmp_path / "out", *flags)
+    scores = json.loads((tmp_path / "p/metrics.json").read_text())["classes"]
+    total = np.zeros((3, 3), int)
+    for index in range(12):
+        own = np.asarray(Image.open(tmp_path / f"p/masks/p{index:02d}.png"))
+        with zipfile.ZipFile(tmp_path / "p/submission.zip") as archive:
+            grey = np.asarray(Image.open(archive.open(f"p{index:02d}.png")))
+        assert (own == grey).all()
+        known = labels(index) < 3
+        np.add.at(total, (labels(index)[known], own[known]), 1)
+    ious = total.diagonal() / (total.sum(0) + total.sum(1) - total.diagonal())
+    assert scores["mIoU"] == pytest.approx(100 * ious.mean(), abs=1e-3)
+    done = run("infer.py", "--model", tmp_path / "out", *flags[:4], "--submission", "kitti")
+    assert done.returncode == 2
+    assert "needs a model of one class, this one has 3" in done.stderr
+
+
+def test_overlapping_classes_from_end_to_end(tmp_path):
+    write_competition(tmp_path / "data")
+    flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--folds", 2)
+    printed = succeed("train.py", *flags, *SMALL[:-2], "--epochs", 1, "--fold", "all")
+    assert "2 classes that may overlap: 1" in printed
+    assert "out of fold: mIoU" in printed
+    config = json.loads((tmp_path / "out/fold1/config.json").read_text())
+    assert len(config["thresholds"]) == len(config["areas"]) == 2
+    flags = ("--data", tmp_path / "data", "--out", tmp_path / "p", "--submission", "rle")
+    succeed("infer.py", "--model", tmp_path / "out", *flags)
+    written = answers(tmp_path / "p/submission.csv")
+    asked = answers(tmp_path / "data/sample_submission.csv")
+    assert [row[:2] for row in written] == [row[:2] for row in asked]
+    for name, value, runs in written[1:]:
+        mask = np.asarray(Image.open(tmp_path / "p/masks" / value / name))
+        assert (decode(runs) == (mask == 255)).all()
