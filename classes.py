@@ -188,8 +188,9 @@ def choose_overlapping(found: Classes, wanted: Wanted) -> Classes:
             remedy = f"add it to the file, which lists {names}"
             raise UserError(f"{wanted.where}: masks are of a class {value}; {remedy}")
         value_of[fits[0]] = value
-    names = tuple(one.name for one in wanted.listed)
-    return Classes(names, tuple(value_of.get(name, name) for name in names))
+    by_id = bool({one.id for one in wanted.listed} & set(found.values))
+    values = (value_of.get(one.name, one.id if by_id else one.name) for one in wanted.listed)
+    return Classes(tuple(one.name for one in wanted.listed), tuple(values))
 
 
 # --------------------------------------------------------------------------------------------------
