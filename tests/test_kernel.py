@@ -24,8 +24,8 @@ from PIL import Image
 
 FILES = (
     "train.py", "infer.py", "data.py", "tables.py", "loaders.py", "predict.py", "metrics.py",
-    "visualize.py", "kitti.py", "layouts.py", "rle.py", "callbacks.py", "resume.py", "masks.py",
-    "images.py", "model.py", "utils.py",
+    "visualize.py", "kitti.py", "layouts.py", "folders.py", "rle.py", "callbacks.py", "resume.py",
+    "masks.py", "images.py", "model.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",
