@@ -4,8 +4,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from classes import Classes, ClassMasks, sort_values
+from folders import ImageFile
 from images import Collection
-from layouts import ImageFile, Pairs, check_names, collect, images_and_masks, match
+from layouts import Pairs, check_names, collect, images_and_masks, match, one_split
 from masks import MaskFile
 
 
@@ -16,7 +17,7 @@ def class_folders(root: Path, masks: str, target: str, training: bool) -> Collec
     """
     if "{stem}" in masks:
         return None
-    images, others = images_and_masks(root, masks, training)
+    images, others, _ = one_split(*images_and_masks(root, masks), masks, training)
     folders: dict[str, list[ImageFile]] = defaultdict(list)
     for mask in others:
         above = [folder.name for folder in mask.path.parents]

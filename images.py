@@ -19,7 +19,7 @@ from utils import UserError, check_file, reason_of, write_file
 
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp",
+    ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
 )  # fmt: skip
 INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
 TILES_FROM = 2e6  # pixels of the median image
@@ -27,7 +27,7 @@ TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MARKER = ".written_by_segmentation_kit"  # in every --out
 PAGED_FORMATS = ("PNG", "GIF", "TIFF", "WEBP")
-IMAGE_FORMATS = (*PAGED_FORMATS, "JPEG", "BMP")  # others, such as EPS, could run a program
+IMAGE_FORMATS = (*PAGED_FORMATS, "JPEG", "BMP", "PPM")  # others, such as EPS, could run a program
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more than 8 bits
 
 warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # hostile model files

@@ -8,130 +8,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
-from images import IMAGE_SUFFIXES, MARKER, Collection, image_folder, list_images, open_header
+from folders import MASK_WORDS, SPLIT_WORDS, ImageFile, list_files, split_words, tail_of
+from images import IMAGE_SUFFIXES, Collection, image_folder, list_images, open_header
 from masks import MaskFile
 from utils import UserError, first_five
-
-MASK_WORDS = {
-    "mask", "masks", "label", "labels", "annotation", "annotations", "annot", "gt", "groundtruth",
-    "truth", "manual", "seg", "segmentation", "segmentations", "segmentationclass", "target",
-    "targets", "matte", "mattes",
-}  # fmt: skip
-IMAGE_WORDS = {
-    "image", "images", "img", "imgs", "jpegimages", "photo", "photos", "input", "inputs", "sat",
-}  # fmt: skip
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "tr": "train", "val": "val", "valid": "val",
-    "validation": "val", "test": "test", "testing": "test", "ts": "test",
-}  # fmt: skip
-NEVER_MASKS = {"SegmentationObject"}  # Pascal VOC's instances, next to its classes
-
-# --------------------------------------------------------------------------------------------------
-#  Files and their roles
-# --------------------------------------------------------------------------------------------------
-
-
-class ImageFile(NamedTuple):
-    """An image or a mask below a folder."""
-
-    path: Path
-    name: str  # its path below the folder, with "/"
-    stem: str  # its name without suffixes of images, or what stands for {stem} in a pattern
-    place: tuple[str, ...]  # its folders, without the words of roles and splits
-    split: str  # train, val, test, or ""
-    role: str  # "" for an image; for a mask the folder or pattern that names its kind
-    named: bool = False  # a folder's name says that these are images
-
-
-def split_words(name: str) -> list[str]:
-    """The words of a name: TrainingGroundTruth_01 is training, ground, truth, 01."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?=annot)", " ", name)
-    return re.findall(r"[a-z]+|\d+", spaced.lower())
-
-
-def list_files(root: Path) -> list[ImageFile]:
-    """All images and masks below a folder, sorted, with their roles.
-
-    Hidden ones do not count, nor does what the kit has written: see `images.MARKER`.
-    """
-    files = []
-    if (root.parent / MARKER).exists():
-        return files
-    for folder, below, names in os.walk(root, followlinks=True):
-        if MARKER in names:
-            below.clear()
-            continue
-        below[:] = sorted(n for n in below if not n.startswith(".") and n not in NEVER_MASKS)
-        paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-        files += roles_by_name([describe_file(path, root) for path in paths])
-    return files
-
-
-def describe_file(path: Path, root: Path) -> ImageFile:
-    """A file with what its folders say."""
-    name, stem = path.relative_to(root).as_posix(), path.stem
-    while Path(stem).suffix.lower() in IMAGE_SUFFIXES:  # x.jpg.png
-        stem = Path(stem).stem
-    place, split, role, named = [], "", "", False
-    for part in name.split("/")[:-1]:
-        words = split_words(part)
-        split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), split)
-        role = part if MASK_WORDS & set(words) else role
-        named |= bool(words and set(words) & (IMAGE_WORDS | set(SPLIT_WORDS)))
-        rest = [word for word in words if word not in MASK_WORDS | IMAGE_WORDS | set(SPLIT_WORDS)]
-        if rest:
-            place.append(part if len(rest) == len(words) else "_".join(rest))
-    return ImageFile(path, name, stem, tuple(place), split, role, named)
-
-
-def roles_by_name(files: list[ImageFile]) -> list[ImageFile]:
-    """Find the masks among the images of one folder.
-
-    By a word at an end of the name (X_mask), by the suffix (a.jpg and a.png), or because every name
-    occurs with more at its end, too (X and X_1stHO).
-    """
-    if not files or any(file.role for file in files):
-        return files
-    words = [split_words(file.stem.rstrip("0123456789")) for file in files]
-    marked = [next((w for w in (n[-1:] + n[:1]) if w in MASK_WORDS), "") for n in words]
-    if any(marked) and not all(marked):
-        kinds = [f"{{stem}}_{word}" for word in marked]
-        return [
-            file._replace(role=kind if word else "")
-            for file, kind, word in zip(files, kinds, marked, strict=True)
-        ]
-    suffixes = sorted({file.path.suffix for file in files}, key=is_lossless)
-    by_suffix = [{file.stem for file in files if file.path.suffix == s} for s in suffixes]
-    if len(suffixes) == 2 and by_suffix[0] == by_suffix[1]:
-        role = "{stem}" + suffixes[1]
-        return [file._replace(role=role * (file.path.suffix == suffixes[1])) for file in files]
-    stems = {file.stem for file in files}
-    tails = [tail_of(file.stem, stems) for file in files]
-    counts = Counter(tails)
-    if len(counts) < 2 or len(set(counts.values())) > 1 or len(files) == len(counts):
-        return files
-    kinds = [f"{{stem}}{tail}{file.path.suffix}" for file, tail in zip(files, tails, strict=True)]
-    return [
-        file._replace(role=kind if tail else "")
-        for file, kind, tail in zip(files, kinds, tails, strict=True)
-    ]
-
-
-def is_lossless(suffix: str) -> bool:
-    """Whether masks rather than photographs have this suffix."""
-    return suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".webp")
-
-
-def tail_of(stem: str, stems: set[str]) -> str:
-    """What a name has more than the longest other name that it starts with, such as _1stHO."""
-    ends = [match.start() for match in re.finditer(r"[\W_]", stem)]
-    return next((stem[end:] for end in reversed(ends) if stem[:end] in stems), "")
-
 
 # --------------------------------------------------------------------------------------------------
 #  Pairs
@@ -151,12 +34,17 @@ def affixes(files: list[ImageFile]) -> list[tuple[str, str]]:
     return [(start, end) for start in prefixes for end in suffixes]
 
 
+def cores(files: list[ImageFile], affix: tuple[str, str]) -> list[str]:
+    """The names without an affix."""
+    start, end = affix
+    return [file.stem[len(start) : len(file.stem) - len(end)] for file in files]
+
+
 def by_core(
     files: list[ImageFile], affix: tuple[str, str], where: Callable
 ) -> dict[tuple, ImageFile]:
     """{(place, name without the affix): file}; empty where two files share a key."""
-    start, end = affix
-    keys = [(where(file), file.stem[len(start) : len(file.stem) - len(end)]) for file in files]
+    keys = [(where(file), core) for file, core in zip(files, cores(files, affix), strict=True)]
     unique = len(set(keys)) == len(files) and all(core for _, core in keys)
     return dict(zip(keys, files, strict=True)) if unique else {}
 
@@ -206,7 +94,7 @@ def mask_candidates(files: list[ImageFile], images: list[ImageFile]) -> dict[str
         words = tuple(word for word in split_words(file.role) if word not in SPLIT_WORDS)
         kinds[words, bool(file.split)].append(file)  # train_masks and val_masks are one kind
     candidates: dict[str, list[ImageFile]] = {}
-    stems = {image.stem for image in images}
+    stems = {core for affix in affixes(images) for core in cores(images, affix)}
     for masks in kinds.values():
         role = masks[0].role
         tails = [tail_of(mask.stem, stems) for mask in masks]
@@ -215,7 +103,8 @@ def mask_candidates(files: list[ImageFile], images: list[ImageFile]) -> dict[str
             candidates[role] = masks
             continue
         for mask, tail in zip(masks, tails, strict=True):
-            pattern = f"{role}/{{stem}}{tail}{mask.path.suffix}"
+            folder = "" if tail else f"{role}/"
+            pattern = f"{folder}{{stem}}{tail}{mask.path.suffix}"
             candidates.setdefault(pattern, []).append(mask)
     return candidates
 
@@ -243,8 +132,8 @@ def named_masks(root: Path, masks: str, files: list[ImageFile]) -> list[ImageFil
     return [file._replace(role=masks) for file in inside or outside]
 
 
-def images_and_masks(root: Path, masks: str, training: bool) -> tuple[list[ImageFile], ...]:
-    """The images below a folder, and the masks there or in a folder next to it; of one split."""
+def images_and_masks(root: Path, masks: str) -> tuple[list[ImageFile], list[ImageFile]]:
+    """The images below a folder, and the masks there or in a folder next to it."""
     if not root.is_dir() or masks.endswith(".csv"):
         return [], []
     files = list_files(root)
@@ -257,28 +146,47 @@ def images_and_masks(root: Path, masks: str, training: bool) -> tuple[list[Image
         others = masks_next_to(root)
     if any(file.named for file in images):
         images = [file for file in images if file.named]
+    return images, others
+
+
+def one_split(
+    images: list[ImageFile], others: list[ImageFile], masks: str, training: bool
+) -> tuple[list[ImageFile], list[ImageFile], bool]:
+    """The images and masks of the test, or all others, and whether they are of the test."""
     test = bool(choose_split(images, True)) and not (training and choose_split(images, False))
     images, same = choose_split(images, test), choose_split(others, test)
-    return images, same if masks == "auto" else same or others  # never masks of other images
+    others = same if masks == "auto" else same or others  # never the masks of other images
+    return images, others, test
 
 
 def paired_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
     """Images and masks below a folder, or masks in a folder next to it."""
-    images, others = images_and_masks(root, masks, training)
+    every_image, every_mask = images_and_masks(root, masks)
+    images, others, test = one_split(every_image, every_mask, masks, training)
     if not images or not others:
         return None
     check_names(images)
-    found = {kind: match(images, some) for kind, some in mask_candidates(others, images).items()}
-    best = max(map(len, found.values()))
-    fitting = {kind: pairs for kind, pairs in found.items() if 2 * len(pairs) >= best > 0}
-    if len(fitting) == 1 or not best:
+    fitting = fitting_masks(images, others)
+    if test and len(fitting) == 1 and masks == "auto":  # what is in doubt there is in doubt here
+        rest = [choose_split(group, False) for group in (every_image, every_mask)]
+        fitting = max(fitting, fitting_masks(*rest), key=len)
+    if len(fitting) < 2:
         return collect(root, images, next(iter(fitting.values()), {}))
     both = " and ".join(fitting)
-    reason = f"{both} both fit the images; choose one, such as --masks '{next(iter(fitting))}'"
+    reason = f"{both} fit the images; choose one, such as --masks '{next(iter(fitting))}'"
     if training:
         raise UserError(f"--data {root}: {reason}")
     print(f"--data {root}: no scores, {reason}")
     return collect(root, images, {})
+
+
+def fitting_masks(images: list[ImageFile], others: list[ImageFile]) -> dict[str, Pairs]:
+    """{folder or pattern for --masks: pairs}, the candidates that fit about as well as the best."""
+    if not images:
+        return {}
+    found = {kind: match(images, some) for kind, some in mask_candidates(others, images).items()}
+    best = max(map(len, found.values()), default=0)
+    return {kind: pairs for kind, pairs in found.items() if 2 * len(pairs) >= best > 0}
 
 
 def masks_next_to(root: Path) -> list[ImageFile]:

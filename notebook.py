@@ -474,6 +474,8 @@ install_smp()
 
 # %% layouts.py _kg_hide-input=true
 
+# %% folders.py _kg_hide-input=true
+
 # %% rle.py _kg_hide-input=true
 
 # %% callbacks.py _kg_hide-input=true

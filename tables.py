@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 import classes
+import folders
 import images
 import layouts
 import rle
@@ -40,7 +41,7 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
     train = [path for path in tables if path.name.lower() == "train.csv"]
     if train:
         return train[0]
-    if layouts.masks_next_to(folder) or any(file.role for file in layouts.list_files(folder)):
+    if layouts.masks_next_to(folder) or any(file.role for file in folders.list_files(folder)):
         return None
     if len(tables) > 1 and training:
         raise UserError(f"--data: {' and '.join(map(str, tables))} hold masks; choose with --masks")

@@ -25,9 +25,9 @@ from PIL import Image
 FILES = (
     "train.py", "infer.py", "data.py", "tables.py", "loaders.py", "predict.py",
     "evaluate.py", "class_metrics.py", "metrics.py", "visualize.py", "submissions.py",
-    "colours.py", "kitti.py",
-    "class_folders.py", "layouts.py", "rle.py", "callbacks.py", "resume.py", "masks.py",
-    "labels.py", "images.py", "classes.py", "model.py", "utils.py",
+    "colours.py", "kitti.py", "class_folders.py", "layouts.py", "folders.py",
+    "rle.py", "callbacks.py", "resume.py", "masks.py", "labels.py", "images.py",
+    "classes.py", "model.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 import data
+import folders
 import images
-import layouts
 import visualize
 from classes import Classes
 from model import ModelConfig
@@ -309,11 +309,11 @@ CANDIDATES = {
 def test_two_candidates_are_asked_about_and_both_flags_work(tmp_path, kind, capsys):
     image, masks = CANDIDATES[kind]
     write(tmp_path, image, masks, numbers=range(1, 9))
-    names = re.search(r": (\S+) and (\S+) both fit", asked(tmp_path, "--masks"))
+    names = re.search(r": (\S+) and (\S+) fit", asked(tmp_path, "--masks"))
     for name in names.groups():
         read(tmp_path, masks=name)
     assert data.find_samples(str(tmp_path)).samples["mask"].isna().all()
-    assert "both fit" in capsys.readouterr().out
+    assert "fit the images" in capsys.readouterr().out
 
 
 def test_masks_takes_a_pattern(tmp_path):
@@ -397,8 +397,37 @@ def test_files_that_start_with_a_dot_are_no_files(tmp_path):
     (tmp_path / "images/._p00.png").write_bytes(b"Mac OS X")
     (tmp_path / ".cache").mkdir()
     save(tmp_path / ".cache/masks/p00.png", grey(pair(0)[1]))
-    assert len(layouts.list_files(tmp_path)) == 2 * COUNT
+    assert len(folders.list_files(tmp_path)) == 2 * COUNT
     read(tmp_path)
+
+
+def test_the_inner_folder_says_what_is_in_it(tmp_path):
+    root = write(tmp_path, "Kvasir-SEG/images/c{:02d}.png", "Kvasir-SEG/masks/c{:02d}.png")
+    assert len(read(root)) == COUNT
+
+
+def test_portable_pixmaps(tmp_path):
+    read(write(tmp_path, "stare-images/im{:04d}.ppm", "labels-ah/im{:04d}.ah.ppm"))
+
+
+def test_kinds_of_masks_next_to_each_other_are_asked_about_by_their_endings(tmp_path):
+    """Cityscapes."""
+    masks = [f"gtFine/train/a/a_{{:06d}}_gtFine_{kind}.png" for kind in ("color", "labelIds")]
+    write(tmp_path, "leftImg/train/a/a_{:06d}_leftImg.png", masks)
+    asked(tmp_path, "{stem}_gtFine_color.png and {stem}_gtFine_labelIds.png fit the images")
+    assert len(read(tmp_path, masks="{stem}_gtFine_labelIds.png")) == COUNT
+
+
+def test_a_doubt_of_the_training_folder_is_one_of_the_test_folder(tmp_path, capsys):
+    """DRIVE: next to test images lie field-of-view masks alone."""
+    masks = ["training/1st_manual/{}_manual1.gif", "training/mask/{}_training_mask.gif"]
+    write(tmp_path, "training/images/{}_training.tif", masks, numbers=range(21, 29))
+    write(tmp_path, "test/images/{}_test.tif", "test/mask/{}_test_mask.gif", numbers=range(1, 5))
+    samples = data.find_samples(str(tmp_path)).samples
+    assert len(samples) == 4
+    assert samples["mask"].isna().all()
+    assert "no scores, 1st_manual and mask fit the images" in capsys.readouterr().out
+    assert len(read(tmp_path, masks="1st_manual")) == 8
 
 
 # --------------------------------------------------------------------------------------------------
