@@ -23,7 +23,7 @@ raise ImportError("these are the cells of a notebook: python kernel.py build")
 # %% settings
 # Your competition
 DATA = "auto"  # its slug, or a folder; auto: KITTI Road, for rle the competition that is attached
-SUBMISSION = "none"  # rle: submission.csv as its sample shows; kitti: the KITTI Road server's zip
+SUBMISSION = "none"  # rle: submission.csv as its sample shows; png: label maps; kitti: the server's zip
 METRIC = "auto"  # the threshold is tuned for it: dice, iou or maxf; auto: dice, for KITTI Road maxf
 
 # Model
@@ -43,6 +43,7 @@ LR = 5e-4  # learning rate; "auto": Lightning's finder
 DICE = 1.0  # weight of Dice next to BCE; another loss: the function loss in the cell of train.py
 AUGMENT = 1.0  # strength of the augmentation; 0: none
 MASKS = "auto"  # folder or csv of the training masks; auto: next to the images
+CLASSES = "auto"  # auto: as found; one: all merged; a file of id,name; or names: "car,road"
 FOLDS = 10  # parts that the data is split into
 FOLD = 0  # the part that validates; "all": one model for each part, averaged in prediction
 SEED = 0  # another seed is another training: other folds, first weights, augmentations
@@ -542,11 +543,16 @@ def show_scores(folder):
     """Tables of the measures that a folder's files metrics.json hold."""
     for path in sorted(Path(folder).glob("**/metrics.json")):
         scores = json.loads(path.read_text())
-        print(f"{path}: percent, at the threshold {scores.pop('threshold'):.3f}")
+        threshold, classes = scores.pop("threshold"), scores.pop("classes", {})
+        how = f", at the threshold {threshold:.3f}" if isinstance(threshold, float) else ""
+        print(f"{path}: percent{how}")
         display(pd.DataFrame({"mean over images": scores.pop("mean")}).T.round(2))
         for view, measures in scores.items():
             print(view)
             display(pd.DataFrame(measures).T.round(2))
+        if classes:
+            print(f"mIoU {classes['mIoU']:.2f}, pixel accuracy {classes['accuracy']:.2f}")
+            display(pd.DataFrame(classes["per_class"]).T.round(2))
 
 
 if TRAIN:
@@ -561,7 +567,7 @@ if TRAIN:
 folders, files = walk()
 if Path("predictions").exists():
     shutil.rmtree("predictions")  # an earlier result is not to be taken for this one
-for name in ("submission.csv", "submission_kitti.zip"):
+for name in ("submission.csv", "submission.zip", "submission_kitti.zip"):
     Path(name).unlink(missing_ok=True)
 images = data_folder() if PREDICT == "auto" else unpacked(find("PREDICT", PREDICT))
 count = processes()
