@@ -23,7 +23,7 @@ raise ImportError("these are the cells of a notebook: python kernel.py build")
 # %% settings
 # Your competition
 DATA = "auto"  # its slug, or a folder; auto: KITTI Road, for rle the competition that is attached
-SUBMISSION = "none"  # rle: submission.csv as its sample shows; png: label maps; kitti: the server's zip
+SUBMISSION = "none"  # rle: submission.csv as its sample shows; png: label maps; kitti: the server's
 METRIC = "auto"  # the threshold is tuned for it: dice, iou or maxf; auto: dice, for KITTI Road maxf
 
 # Model
