@@ -239,6 +239,17 @@ def outline_length(image: np.ndarray, mask: np.ndarray) -> float:
     return float((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
 
 
+def thickness(mask: np.ndarray) -> float:
+    """The mean thickness in pixels of a mask (h, w), of foreground or background, the thinner one.
+
+    Twice the area over the length of the outline; 0 where there is no outline.
+    """
+    foreground = mask == 1
+    outline = outline_length(mask, foreground)
+    area = min(foreground.sum(), foreground.size - foreground.sum())
+    return float(2 * area / outline) if outline else 0.0
+
+
 def edge_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     """The mean gradient of an image (h, w, 3) uint8 along the outline of a mask (h, w) uint8."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)

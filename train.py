@@ -312,19 +312,19 @@ def make_loaders(
 
 CACHE = 4 << 30  # bytes of decoded images that stay in memory
 INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
-TILES_FROM = 2e6  # pixels of the median image
 
 
 def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, ModelConfig]:
     """Make all decisions for one fold; only the learning rate may stay "auto". Raises UserError."""
     samples = collection.samples
     median = samples.height.median(), samples.width.median()
-    tiles = bool(median[0] * median[1] > TILES_FROM) if config.tiles == "auto" else config.tiles
-    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     device = model.best_device()
     precision = model.resolve_precision(config.precision, device, training=True)
     fast_cpu = device == "cpu" and precision == "bf16-mixed"
-    pixels = INPUT_PIXELS["cpu bf16" if fast_cpu else device] * (2 if tiles else 1)
+    usual = INPUT_PIXELS["cpu bf16" if fast_cpu else device]
+    free = not (config.height or config.width)
+    tiles, pixels = data.resolve_detail(samples, config.tiles, usual, free)
+    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
     height, width = config.height or height, config.width or width
     batch_size = 8 if device != "cpu" or fast_cpu else 4
