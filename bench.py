@@ -212,6 +212,7 @@ def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Trainer, module and loader of the kit, with the images decoded, as `train.train` does."""
+    import callbacks
     import data
     import model
     import train
@@ -225,7 +226,9 @@ def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[An
     network = model.build_network(model_config)
     module = train.SegmentationModule(config, model_config, network)
     module.lr = config.lr
-    return train.make_trainer(config, max_epochs=1, gradient_clip_val=1.0), module, loader
+    options = {"max_epochs": 1, "gradient_clip_val": 1.0}
+    trainer = callbacks.make_trainer(config.devices, config.precision, **options)
+    return trainer, module, loader
 
 
 def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]:

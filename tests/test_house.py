@@ -18,7 +18,7 @@ from PIL import Image
 import model
 
 IMPORTS = {  # a file imports only the files in its row, which all come after it
-    "train": "data images model predict metrics visualize callbacks resume utils",
+    "train": "data images encoders trial model predict metrics visualize callbacks resume utils",
     "infer": "data images model predict metrics visualize kitti rle utils",
     "data": "kitti layouts rle masks images utils",
     "predict": "images model utils",
@@ -31,7 +31,9 @@ IMPORTS = {  # a file imports only the files in its row, which all come after it
     "resume": "model utils",
     "masks": "images utils",
     "images": "model utils",
-    "model": "utils",
+    "trial": "encoders model utils",
+    "model": "encoders utils",
+    "encoders": "utils",
     "utils": "",
 }
 SCRIPTS = ("train", "infer")
