@@ -30,6 +30,7 @@ from utils import UserError, writable_folder, write_file
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
+warnings.filterwarnings("ignore", "Grad strides do not match")  # of ViTs in several processes
 
 # The best epoch of a few validation images is luck: the last one was better on held-out sequences
 # in 8 of 8 trainings (docs/results.md). model.pt holds the last epoch's weights, unless its MaxF is

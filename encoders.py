@@ -92,14 +92,11 @@ def build(arch: str, encoder: str, classes: int, channels: str = "auto") -> torc
         raise UserError(
             f"--decoder_channels {channels}: {arch} does not take it ({reason}); {remedy}"
         )
-    others = f"{encoder} goes with {', '.join(fitting) or 'no architecture'}"
-    takes = (
-        "the ViTs of timm, such as tu-vit_small_patch16_224"
-        if arch.lower() == "dpt"
-        else "resnet34"
-    )
-    both = f"--arch {arch} --encoder {encoder}"
-    raise UserError(f"{both}: do not fit together ({reason}); {others}; {arch} takes {takes}")
+    takes = "resnet34 and other CNNs"
+    if arch.lower() == "dpt":
+        takes = "the ViTs of timm, such as tu-vit_small_patch16_224"
+    others = f"{encoder} goes with {', '.join(fitting) or 'no architecture'}; {arch} takes {takes}"
+    raise UserError(f"--arch {arch} --encoder {encoder}: do not fit together ({reason}); {others}")
 
 
 def archs_that_take(encoder: str) -> list[str]:
@@ -132,7 +129,7 @@ def decoder_options(arch: str, text: str) -> dict[str, Any]:
     flat = [
         n for value in defaults.values() for n in (value if isinstance(value, tuple) else [value])
     ]
-    example = f"auto, {','.join(map(str, flat))}, or a factor such as 0.5"
+    example = f"{','.join(map(str, flat))}, or a factor such as 0.5, or auto"
     words = [word.strip() for word in text.split(",")]
     if len(words) == 1 and re.fullmatch(r"\d*\.?\d+", text) and 0 < float(text) <= LARGEST_FACTOR:
         step = 32 if kind is smp.FPN else 8  # FPN's GroupNorm has 32 groups

@@ -74,7 +74,7 @@ def refusal(network: torch.nn.Module, batch: int, size: Size, backward: bool = F
 #  Sizes
 # --------------------------------------------------------------------------------------------------
 
-STEPS = (8, 14, 16, 32, 64, 128)  # a refused size is rounded to multiples of these
+STEPS = (16, 32, 64, 128)  # a refused size is rounded to multiples of these
 
 
 def nearest_size(
@@ -87,7 +87,7 @@ def nearest_size(
     config = timm.get_pretrained_cfg(timm_name(encoder)) if timm_name(encoder) else None
     own = tuple(config.input_size[1:]) if config else ()
     near = {own} if own else set()
-    for step in sorted({*STEPS, *own}):
+    for step in sorted({*STEPS, *own, size_step(network)} - {1}):
         choices = []
         for length, may_change in zip(size, free, strict=True):
             rounded = {max(step, length // step * step), max(step, -(-length // step) * step)}
