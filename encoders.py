@@ -228,32 +228,30 @@ def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, t
     given = {plain_name(key): tensor for key, tensor in read_weights(file).items()}
     own = module.state_dict()
     state, missing, wrong = {}, [], []
-    classifier = classifier_names(module)
+    unused = "|".join((*classifier_names(module), "num_batches_tracked$"))
     for key, tensor in own.items():
         other = given.get(plain_name(key))
-        if other is not None and other.shape == tensor.shape:
-            state[key] = other
-            continue
-        state[key] = tensor
-        if plain_name(key).startswith(classifier) or key.endswith("num_batches_tracked"):
-            continue
-        (missing if other is None else wrong).append(key)
+        fits = other is not None and other.shape == tensor.shape
+        state[key] = other if fits else tensor
+        if not fits and not re.search(unused, plain_name(key)):
+            (missing if other is None else wrong).append(key)
     if missing or wrong:
-        fitting = len(own) - len(missing) - len(wrong)
+        needed = [key for key in own if not re.search(unused, plain_name(key))]
+        fitting = len(needed) - len(missing) - len(wrong)
         words = [f"absent: {first_five(missing)}"] * bool(missing)
         words += [f"of other shape: {first_five(wrong)}"] * bool(wrong)
-        reason = f"not the weights of {encoder}: {fitting} of {len(own)} tensors fit"
+        reason = f"not the weights of {encoder}: {fitting} of {len(needed)} tensors fit"
         remedy = "name its own file"
         raise UserError(f"--encoder_weights {file}: {reason} ({'; '.join(words)}); {remedy}")
     return state
 
 
 def classifier_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """What the names of a timm model's classifier start with."""
+    """Patterns of the names of a timm model's classifier."""
     config = getattr(getattr(module, "model", None), "pretrained_cfg", None) or {}
     names = config.get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
-    return tuple(f"{plain_name(name)}_" for name in names)
+    return tuple(f"^{plain_name(name)}_" for name in names)
 
 
 def from_hub(encoder: str, load: Callable[[], Any]) -> Any:

@@ -123,21 +123,24 @@ def settle_size(
     reason, names = refusal(network, batch, size, backward=True), f"{arch} with {encoder}"
     if not reason:
         return size
-    found = nearest_size(network, encoder, batch, size, free) if any(free) else None
-    words = "x".join(map(str, size))
+    height, width = size
+    one_is_too_few = batch == 1 and not refusal(network, 2, size)
+    if one_is_too_few and refusal(network, 1, (2 * height, 2 * width)):  # no size helps
+        found = nearest = None
+    else:
+        found = nearest_size(network, encoder, batch, size, free) if any(free) else None
+        nearest = found or nearest_size(network, encoder, batch, size, (True, True))
     if found:
         taken = "{}x{}".format(*found)
-        print(f"{names} cannot take {words} ({reason}): takes {taken}", flush=True)
+        print(f"{names} cannot take {height}x{width} ({reason}): takes {taken}", flush=True)
         return found
-    nearest = nearest_size(network, encoder, batch, size, (True, True))
     near = "--height {} --width {}".format(*nearest) if nearest else ""
-    if batch == 1 and not refusal(network, 2, size):
+    if one_is_too_few:
         cause, remedy = one_image
         remedy += f", or {near}" if near else ""
-        raise UserError(
-            f"{cause}: {names} cannot learn from one image at a time ({reason}); {remedy}"
-        )
-    flags = "--height {} --width {}".format(*size)
+        what = f"{names} cannot learn from one image at a time ({reason})"
+        raise UserError(f"{cause}: {what}; {remedy}")
+    flags = f"--height {height} --width {width}"
     remedy = f"take {near}" if near else "take another --encoder or --arch"
     raise UserError(f"{flags}: not possible with {names} ({reason}); {remedy}")
 
