@@ -78,7 +78,7 @@ CHANNELS = (
 LARGEST_FACTOR = 4  # a single number up to it is a factor, above it a number of channels
 
 
-def build(arch: str, encoder: str, classes: int, channels: str = "auto") -> torch.nn.Module:
+def build(arch: str, encoder: str, classes: int, channels: str = "1") -> torch.nn.Module:
     """Build smp's network without pretrained weights. Raises UserError."""
     check_names(arch, encoder)
     options = decoder_options(arch, channels)
@@ -88,7 +88,7 @@ def build(arch: str, encoder: str, classes: int, channels: str = "auto") -> torc
     except Exception as error:  # smp and timm raise anything
         reason, fitting = reason_of(error), archs_that_take(encoder)
     if options and ARCHS[arch.lower()].__name__ in fitting:
-        remedy = "take others, or auto"
+        remedy = "take others, or 1"
         raise UserError(
             f"--decoder_channels {channels}: {arch} does not take it ({reason}); {remedy}"
         )
@@ -119,17 +119,17 @@ def decoder_options(arch: str, text: str) -> dict[str, Any]:
 
     Raises UserError for text that the architecture cannot take.
     """
-    if text == "auto":
+    if text == "1":
         return {}
     kind, flag = ARCHS[arch.lower()], f"--decoder_channels {text}"
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {name: parameters[name].default for name in CHANNELS if name in parameters}
     if not defaults:
-        raise UserError(f"{flag}: {kind.__name__}'s decoder follows the encoder; take auto")
+        raise UserError(f"{flag}: {kind.__name__}'s decoder follows the encoder; take 1")
     flat = [
         n for value in defaults.values() for n in (value if isinstance(value, tuple) else [value])
     ]
-    example = f"{','.join(map(str, flat))}, or a factor such as 0.5, or auto"
+    example = f"{','.join(map(str, flat))}, or a factor such as 0.5"
     words = [word.strip() for word in text.split(",")]
     if len(words) == 1 and re.fullmatch(r"\d*\.?\d+", text) and 0 < float(text) <= LARGEST_FACTOR:
         step = 32 if kind is smp.FPN else 8  # FPN's GroupNorm has 32 groups

@@ -26,7 +26,7 @@ class ModelConfig:
 
     arch: str = "Unet"  # an architecture of smp
     encoder: str = "resnet34"  # an encoder of smp
-    decoder_channels: str = "auto"  # numbers of channels, or a factor for smp's
+    decoder_channels: str = "1"  # a factor for smp's, or numbers of channels
     classes: int = 1  # [1..] channels of the logits
     height: int = 256  # [1..16384] pixels of the input, or of a tile
     width: int = 256  # [1..16384] as height
@@ -54,7 +54,7 @@ class ModelConfig:
         """The network in a line for people."""
         top = f" below the upper {100 * self.top:.0f} %" if self.top else ""
         size = f"{self.height}x{self.width}{' in tiles' if self.tiles else top}"
-        decoder = "" if self.decoder_channels == "auto" else f" ({self.decoder_channels})"
+        decoder = "" if self.decoder_channels == "1" else f" ({self.decoder_channels})"
         mean, std = (" ".join(f"{n:.3g}" for n in values) for values in (self.mean, self.std))
         statistics = f"mean {mean}, deviation {std}"
         return f"model: {self.arch}{decoder} {self.encoder}, input {size}, {statistics}"

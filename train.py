@@ -34,7 +34,7 @@ class Config:
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
     encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
-    decoder_channels: str = "auto"  # such as 256,128,64,32,16, or a factor such as 0.5
+    decoder_channels: str = "1"  # a factor for smp's, such as 0.5, or 256,128,64,32,16
     height: int = 0  # [0..16384] pixels of the input; 0: from the images' shape and the device
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI

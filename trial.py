@@ -48,12 +48,13 @@ def trial_pass(
     }
     for name in weights:
         copies[name].requires_grad_()
+    images = torch.zeros(batch, 3, *size, device=device)
     training = network.training
-    with torch.set_grad_enabled(backward):
-        logits = functional_call(
-            network.train(), copies, torch.zeros(batch, 3, *size, device=device)
-        )
-    network.train(training)
+    try:
+        with torch.set_grad_enabled(backward):
+            logits = functional_call(network.train(), copies, images)
+    finally:
+        network.train(training)
     if logits.shape[2:] != size:
         raise RuntimeError("its output is {}x{}".format(*logits.shape[2:]))
     if backward:

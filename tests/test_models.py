@@ -311,7 +311,7 @@ def test_a_factor_makes_a_smaller_decoder(arch):
     encoder = "tu-vit_tiny_patch16_224" if arch == "dpt" else "resnet18"
     whole, half = (
         sum(weight.numel() for weight in encoders.build(arch, encoder, 1, channels).parameters())
-        for channels in ("auto", "0.5")
+        for channels in ("1", "0.5")
     )
     assert half < whole
 
@@ -320,6 +320,9 @@ def test_numbers_of_channels():
     options = encoders.decoder_options("Unet", "128,64,32,16,8")
     assert options == {"decoder_channels": (128, 64, 32, 16, 8)}
     assert encoders.decoder_options("Unet", "0.5") == options
+    whole = {"decoder_channels": (256, 128, 64, 32, 16)}
+    assert encoders.decoder_options("Unet", "1.0") == whole
+    assert encoders.decoder_options("Linknet", "1") == {}
     assert encoders.decoder_options("UPerNet", "64") == {"decoder_channels": 64}
     network = model.build_network(ModelConfig(encoder="resnet18", decoder_channels="64,32,16,8,8"))
     assert network.segmentation_head[0].in_channels == 8
