@@ -30,6 +30,7 @@ from utils import UserError, writable_folder, write_file
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
+warnings.filterwarnings("ignore", "Grad strides do not match")  # of ViTs in several processes
 
 # The best epoch of a few validation images is luck: the last one was better on held-out sequences
 # in 8 of 8 trainings (docs/results.md). model.pt holds the last epoch's weights, unless its MaxF is
@@ -351,6 +352,24 @@ def count_processes(devices: int) -> tuple[int, int]:
     return devices, devices
 
 
+def make_trainer(devices: int, precision: str, **options: Any) -> pl.Trainer:
+    """A Trainer that leaves writing and logging to the TrainingCallback."""
+    processes, local = count_processes(devices)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return pl.Trainer(
+        accelerator="auto",
+        devices=local,
+        num_nodes=processes // local,
+        plugins=cluster(),
+        precision=precision,
+        enable_progress_bar=sys.stdout.isatty(),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **quiet,
+        **options,
+    )
+
+
 def default_workers(device: str) -> int:
     """4 next to a GPU; none on a CPU, whose cores are the network's."""
     return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
@@ -364,13 +383,14 @@ def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
         raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
 
 
-def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:
+def find_lr(module: pl.LightningModule, loader: Any, devices: int, precision: str) -> float:
     """Lightning's learning-rate finder: 50 steps in a Trainer of its own. Raises UserError.
 
     In the training's own Trainer a short run would end before the finder does.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(max_epochs=-1, limit_val_batches=0, default_root_dir=folder)
+        options = {"max_epochs": -1, "limit_val_batches": 0, "default_root_dir": folder}
+        trainer = make_trainer(devices, precision, **options)
         options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
         finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
     lr = finder.suggestion()

@@ -476,7 +476,11 @@ install_smp()
 
 # %% images.py _kg_hide-input=true
 
+# %% trial.py _kg_hide-input=true
+
 # %% model.py _kg_hide-input=true
+
+# %% encoders.py _kg_hide-input=true
 
 # %% utils.py _kg_hide-input=true
 

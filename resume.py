@@ -23,7 +23,14 @@ MAY_DIFFER = {  # settings that do not identify a run
     "devices", "workers", "resume", "tta", "check",
 }  # fmt: skip
 
-WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks")  # and the layout's file
+WEIGHTS_FOLLOW_FROM = (
+    "train",
+    "data",
+    "images",
+    "model",
+    "encoders",
+    "callbacks",
+)  # and the layout's file
 
 # --------------------------------------------------------------------------------------------------
 #  Identity

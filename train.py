@@ -36,7 +36,8 @@ class Config:
     # --- model ---
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
-    encoder_weights: str = "imagenet"  # imagenet, none (from scratch), .safetensors or .pth file
+    encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
+    decoder_channels: str = "1"  # a factor for smp's, such as 0.5, or 256,128,64,32,16
     height: int = 0  # [0..16384] pixels of the input; 0: from the images' shape and the device
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
@@ -70,7 +71,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 import copy
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network
@@ -86,11 +86,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import callbacks
 import data
+import encoders
 import images
 import loaders
 import metrics
 import model
 import predict
+import trial
 import visualize
 from callbacks import Clock, TrainingCallback
 from images import IGNORE, Collection
@@ -165,6 +167,20 @@ class SegmentationDataset(Dataset):
         return item | {"mask": torch.from_numpy(mask[None].copy())}
 
 
+def make_loaders(
+    config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
+) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
+    validates = samples.fold == config.fold
+    augment = images.strict_augmentation(lambda: augmentation(config))
+    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
+    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
+    processes, _ = callbacks.count_processes(config.devices)
+    size = trial.images_per_step(config.batch_size, len(training), processes, parts)
+    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
+    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
+
+
 # --- Model ----------------------------------------------------------------------------------------
 
 
@@ -203,7 +219,7 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
-        self.network = network.to(memory_format=torch.channels_last)  # up to five times faster
+        self.network = model.set_memory_format(network, model.best_device())
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock
         self.evaluation = metrics.Evaluation()
@@ -274,40 +290,6 @@ class SegmentationModule(pl.LightningModule):
             self.log(name, score[name], prog_bar=name == "MaxF", rank_zero_only=True)
 
 
-# --- Trainer --------------------------------------------------------------------------------------
-
-
-def make_trainer(config: Config, **options: Any) -> pl.Trainer:
-    """A Trainer that leaves writing and logging to the TrainingCallback."""
-    processes, local = callbacks.count_processes(config.devices)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return pl.Trainer(
-        accelerator="auto",
-        devices=local,
-        num_nodes=processes // local,
-        plugins=callbacks.cluster(),
-        precision=config.precision,
-        enable_progress_bar=sys.stdout.isatty(),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **quiet | options,
-    )
-
-
-def make_loaders(
-    config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
-) -> tuple[DataLoader, DataLoader]:
-    """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
-    validates = samples.fold == config.fold
-    augment = images.strict_augmentation(lambda: augmentation(config))
-    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
-    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
-    size = -(-config.batch_size // parts)
-    processes, _ = callbacks.count_processes(config.devices)
-    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
-    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
-
-
 # --- Resolve: all that follows from device and data -----------------------------------------------
 
 CACHE = 4 << 30  # bytes of decoded images that stay in memory
@@ -350,15 +332,28 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         devices=model.resolve_devices(config.devices, device),
         workers=callbacks.default_workers(device) if config.workers < 0 else config.workers,
     )
+    return try_network(config, resolved, collection)
+
+
+def try_network(
+    config: Config, resolved: Config, collection: Collection
+) -> tuple[Config, ModelConfig]:
+    """The trial step with the training samples; it may change the size and --grow."""
+    samples = collection.samples[collection.samples.fold != resolved.fold]
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
     settings = {name: getattr(resolved, name) for name in shared}
     settings |= {"precision": config.precision, "value_range": collection.value_range}
     settings["min_pixels"] = max(0, config.min_pixels)
     weights = "none" if config.check else config.encoder_weights
-    mean, std = model.input_normalisation(config.encoder, weights)
-    model_config = ModelConfig(**settings, mean=mean, std=std)
-    model.check_size(model_config)
-    return resolved, model_config
+    statistics = encoders.normalisation(config.arch, config.encoder, weights)
+    model_config = ModelConfig(**settings, **statistics)
+    free = config.height == 0, config.width == 0
+    resolutions = [part for _, part in RESOLUTIONS if config.grow and not resolved.tiles]
+    count = len(images.item_places(samples, model_config))
+    numbers = resolved.batch_size, count, callbacks.count_processes(resolved.devices)[0]
+    model_config, grow = trial.try_network(model_config, free, resolutions, *numbers)
+    size = {"height": model_config.height, "width": model_config.width}
+    return replace(resolved, grow=config.grow and grow, **size), model_config
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
@@ -419,6 +414,8 @@ def train_fold(
     run.find_checkpoint(config.resume, asdict(Config()))
     pl.seed_everything(config.seed, verbose=False)
     network = model.build_network(model_config, config.encoder_weights)
+    if callbacks.count_processes(config.devices)[0] > 1:
+        trial.freeze_unused(network, model_config)
     samples = samples.assign(pair=data.decode_samples(samples, model_config, CACHE))
     print(data.describe_folds(samples, config.fold))
     run.prepare_out()
@@ -456,7 +453,7 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
     config, model_config = module.config, module.model_config
     if run.lr == "auto":
         loader, _ = make_loaders(config, model_config, samples)
-        run.lr = callbacks.find_lr(lambda **more: make_trainer(config, **more), module, loader)
+        run.lr = callbacks.find_lr(module, loader, config.devices, config.precision)
     module.lr = run.lr
 
     def attempt(parts: int) -> None:
@@ -464,10 +461,13 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
         if path:
             print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
         training, validation = make_loaders(config, model_config, samples, parts)
+        if parts > 1:
+            trial.check_batch(module.network, model_config, training.batch_size)
         training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         hooks = [run, callbacks.BatchNormReestimation(config.seed), *callbacks.progress_bar()]
         options = {"max_epochs": config.epochs or -1, "accumulate_grad_batches": parts}
-        trainer = make_trainer(config, callbacks=hooks, gradient_clip_val=1.0, **options)
+        options |= {"callbacks": hooks, "gradient_clip_val": 1.0}
+        trainer = callbacks.make_trainer(config.devices, config.precision, **options)
         options = {"ckpt_path": path, "weights_only": True if path else None}
         trainer.fit(copy.deepcopy(module), training, validation, **options)
 

@@ -18,11 +18,11 @@ from PIL import Image
 import model
 
 IMPORTS = {  # a file imports only the files in its row, which all come after it
-    "train": "data images loaders model predict metrics visualize callbacks resume utils",
+    "train": "data images loaders encoders trial model predict metrics visualize callbacks utils",
     "infer": "data images model predict metrics visualize kitti rle utils",
     "data": "tables kitti layouts rle masks images utils",
     "tables": "layouts folders rle masks images utils",
-    "loaders": "utils",
+    "loaders": "",
     "predict": "images model utils",
     "metrics": "images visualize utils",
     "visualize": "images",
@@ -34,7 +34,9 @@ IMPORTS = {  # a file imports only the files in its row, which all come after it
     "resume": "model utils",
     "masks": "images utils",
     "images": "model utils",
-    "model": "utils",
+    "trial": "encoders model utils",
+    "model": "encoders utils",
+    "encoders": "utils",
     "utils": "",
 }
 SCRIPTS = ("train", "infer")

@@ -25,7 +25,7 @@ from PIL import Image
 FILES = (
     "train.py", "infer.py", "data.py", "tables.py", "loaders.py", "predict.py", "metrics.py",
     "visualize.py", "kitti.py", "layouts.py", "folders.py", "rle.py", "callbacks.py", "resume.py",
-    "masks.py", "images.py", "model.py", "utils.py",
+    "masks.py", "images.py", "trial.py", "model.py", "encoders.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",
