@@ -25,7 +25,7 @@ from model import ModelConfig, TrainedModel
 from train import Config
 from utils import UserError
 
-SMALL = ("--encoder", "resnet18", "--encoder_weights", "none")
+SMALL = ("--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none")
 
 
 def plain_encode(mask):

@@ -872,7 +872,8 @@ def test_no_more_processes_than_gpus(session):
 # --------------------------------------------------------------------------------------------------
 #  the notebook run as Kaggle runs it: in an empty folder next to the input
 
-SMALL = {"EPOCHS": 2, "ENCODER": "resnet18", "ENCODER_WEIGHTS": "none", "HEIGHT": 64, "WIDTH": 192}
+SMALL = {"EPOCHS": 2, "ENCODER": "timm-mobilenetv3_small_minimal_100", "ENCODER_WEIGHTS": "none"}
+SMALL |= {"HEIGHT": 64, "WIDTH": 192}
 
 
 def execute(built, working, env=None, leave_out=(), more=(), **settings):
@@ -1056,7 +1057,11 @@ def test_a_competition_next_to_kitti_from_the_settings_to_its_submission(built, 
     """Taken by itself, with the reason; few files; the head of submission.csv is shown."""
     shutil.copytree(roads, tmp_path / "input" / "datasets" / "sakshaymahna" / "kitti")
     write_competition(tmp_path / "input" / "competitions" / "discs")
-    small = {"ENCODER": "resnet18", "ENCODER_WEIGHTS": "none", "EPOCHS": 1}
+    small = {
+        "ENCODER": "timm-mobilenetv3_small_minimal_100",
+        "ENCODER_WEIGHTS": "none",
+        "EPOCHS": 1,
+    }
     notebook = execute(built, tmp_path / "working", SUBMISSION="rle", **small)
     for step in ("look-data", "run-train", "run-infer"):
         assert "DATA: discs, because SUBMISSION is rle" in outputs(notebook, step)
