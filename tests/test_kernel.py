@@ -1092,7 +1092,7 @@ def test_the_image_without_internet(built, roads, tmp_path):
     state = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     torch.save(state, tmp_path / "input" / "weights" / "resnet18-made.pth")
     subprocess.run([*pip, "uninstall", "--yes", "segmentation-models-pytorch"], check=True)
-    settings = SMALL | {"ENCODER_WEIGHTS": "imagenet"}
+    settings = SMALL | {"ENCODER": "resnet18", "ENCODER_WEIGHTS": "imagenet"}
     notebook = execute(built, tmp_path / "working", env=NOWHERE, **settings)
     assert "installed from" in outputs(notebook, "setup")
     assert "resnet18-made.pth" in outputs(notebook, "run-train")
