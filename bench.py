@@ -4,26 +4,32 @@
     python bench.py infer --data DIR       # from files to masks
     python bench.py scale --data DIR       # over the number of images, their size, the batch
     python bench.py accuracy --data DIR --minutes 6.6
+    python bench.py models                 # encoders and architectures: work, time, memory
+    python bench.py sweep                  # which pairs of them train, export and predict
 
 Every variant runs in a process of its own, in turn (A B C A B C); the tables give medians and
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
 tutorial with its pairing fixed, `example` that of smp's binary example, `bare` the forward and
-backward passes alone, on a tensor in memory.
+backward passes alone, on a tensor in memory. `models` and `sweep` write docs/models.md; `sweep`
+goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,6 +218,7 @@ def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Trainer, module and loader of the kit, with the images decoded, as `train.train` does."""
+    import callbacks
     import data
     import model
     import train
@@ -225,11 +232,9 @@ def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[An
     network = model.build_network(model_config)
     module = train.SegmentationModule(config, model_config, network)
     module.lr = config.lr
-    return (
-        train.make_trainer(config.devices, config.precision, max_epochs=1, gradient_clip_val=1.0),
-        module,
-        loader,
-    )
+    options = {"max_epochs": 1, "gradient_clip_val": 1.0}
+    trainer = callbacks.make_trainer(config.devices, config.precision, **options)
+    return trainer, module, loader
 
 
 def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]:
@@ -440,6 +445,247 @@ def tutorial_training(data: Path, out: Path, options: argparse.Namespace) -> int
 
 
 # --------------------------------------------------------------------------------------------------
+#  Encoders and architectures: docs/models.md
+# --------------------------------------------------------------------------------------------------
+
+ENCODERS = (  # one of each family of smp, and some of timm
+    "resnet18", "resnet34", "resnet50", "resnext50_32x4d", "timm-resnest14d",
+    "timm-res2net50_26w_4s", "timm-regnetx_002", "timm-gernet_s", "se_resnet50",
+    "timm-skresnet18", "densenet121", "inceptionresnetv2", "inceptionv4", "efficientnet-b0",
+    "timm-efficientnet-b0", "timm-tf_efficientnet_lite0", "timm-mobilenetv3_small_100",
+    "mobilenet_v2", "dpn68", "vgg11_bn", "xception", "mit_b0", "mobileone_s0",
+    "tu-convnext_atto", "tu-convnextv2_atto", "tu-mobilenetv4_conv_small",
+    "tu-tf_efficientnetv2_b0", "tu-swin_tiny_patch4_window7_224", "tu-swinv2_tiny_window8_256",
+    "tu-maxvit_nano_rw_256", "tu-vit_tiny_patch16_224", "tu-vit_small_patch16_dinov3",
+    "tu-hrnet_w18_small", "tu-fastvit_t8", "tu-mambaout_femto", "tu-repvgg_b0", "tu-hgnetv2_b0",
+    "tu-edgenext_xx_small", "tu-pvt_v2_b0", "tu-poolformer_s12", "tu-rdnet_tiny", "tu-dla34",
+    "tu-ghostnet_100", "tu-inception_next_atto",
+)  # fmt: skip
+SECONDS = 300  # a pair of the sweep may take
+
+
+def archs() -> list[str]:
+    """The names of smp's architectures."""
+    import encoders
+
+    return [arch.__name__ for arch in encoders.ARCHS.values()]
+
+
+def in_child(work: Callable[[], Any]) -> tuple[int, str]:
+    """Call `work` in a child process; its exit status (minus a signal) and what it printed."""
+    import utils
+
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if not child:
+            signal.alarm(SECONDS)  # ends it even within torch
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            status = 1
+            try:
+                with utils.one_line_errors():
+                    work()
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read().decode(errors="replace")
+
+
+def load_report(name: str) -> dict[str, Any]:
+    """What an earlier run wrote to bench_NAME.json."""
+    path = Path(f"bench_{name}.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def draw_pairs(folder: Path) -> None:
+    """Four small images, odd in height and width, whose lower half is the foreground."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    mask = np.zeros((70, 101), np.uint8)
+    mask[35:] = 255
+    for number in range(4):
+        image = rng.integers(0, 255, (*mask.shape, 3), np.uint8)
+        for name, pixels in (("images", image), ("masks", mask)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+def train_and_predict(arch: str, encoder: str) -> None:
+    """Two epochs on four images at automatic size, the export, and predictions with it."""
+    import infer
+    import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        draw_pairs(root / "data")
+        names = {"arch": arch, "encoder": encoder, "encoder_weights": "none"}
+        paths = {"data": str(root / "data"), "out": str(root / "out")}
+        train.train(train.Config(epochs=2, **names, **paths))
+        options = {"model": [str(root / "out")], "data": str(root / "data" / "images")}
+        infer.infer(infer.Options(out=str(root / "predictions"), **options))
+
+
+def sweep(options: argparse.Namespace) -> dict[str, str]:
+    """{"Unet resnet18": "" where it runs, a refusal in one line, or how it failed}."""
+    import infer  # once, before the children
+    import train
+
+    assert train and infer
+    results = load_report("sweep").get("pairs", {})
+    for encoder in options.encoders.split(","):
+        for arch in options.archs.split(",") if options.archs else archs():
+            pair = f"{arch} {encoder}"
+            if pair in results:
+                continue
+            status, text = in_child(functools.partial(train_and_predict, arch, encoder))
+            last = (text.strip().splitlines() or [""])[-1]
+            refused = status == 2 and last.startswith("error: ")
+            failed = f"FAILED with status {status}: {last}"
+            results[pair] = "" if status == 0 else last if refused else failed
+            print(f"{pair}: {results[pair] or 'runs'}", flush=True)
+            report = json.dumps({"machine": machine(), "pairs": results}, indent=2)
+            Path("bench_sweep.json").write_text(report + "\n")
+    return results
+
+
+def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The measurements of one network, at the size that it takes."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import encoders
+    import model
+    import train
+    import trial
+
+    device = model.best_device()
+    config = model_settings(options.size, arch=arch, encoder=encoder)
+    config, resizes = trial.try_network(config, (True, True), [0.5, 0.75], options.batch, 99, 1)
+    network = model.build_network(config)
+    size, step = (config.height, config.width), trial.size_step(network)
+    unused = trial.trial_step(network, 2, size, backward=True)
+    parameters = sum(weight.numel() for weight in network.parameters())
+    network = model.set_memory_format(network, device).to(device)
+    batch = torch.randn(options.batch, 3, *size, device=device)
+    batch = batch.to(memory_format=torch.channels_last)
+    mask, settings = torch.zeros(len(batch), 1, *size, device=device), train.Config()
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            network.eval()(batch[:1])
+        network(batch)
+        predicting = median_seconds(lambda: network(batch), device, options.rounds)
+    network.train()
+    learn = lambda: train.loss(network(batch), mask, settings).backward()  # noqa: E731
+    learn()
+    learning = median_seconds(learn, device, options.rounds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak
+    free = "any" if step == 1 else f"multiples of {step}"
+    return {
+        "M parameters": round(parameters / 1e6, 1),
+        "GMAC": round(counter.get_total_flops() / 2e9, 2),
+        "ms training": round(1000 * learning / len(batch), 1),
+        "ms inference": round(1000 * predicting / len(batch), 1),
+        "peak GB": round(peak, 2),
+        "size": "{}x{}".format(*size),
+        "sizes": free if resizes else f"{free} that the network accepts; --grow off",
+        "frozen in two processes": len(unused),
+        "weights": ", ".join(encoders.weights_names(encoder)) or "none",
+    }
+
+
+def print_row(arch: str, encoder: str, options: argparse.Namespace) -> None:
+    """`model_row` as JSON."""
+    print(json.dumps(model_row(arch, encoder, options)))
+
+
+def median_seconds(work: Callable, device: str, rounds: int) -> float:
+    """The median time of a piece of work."""
+    return statistics.median(seconds_of(work, device) for _ in range(rounds))
+
+
+def measure_models(options: argparse.Namespace) -> dict[str, Any]:
+    """{"Unet resnet18": measurements}, each in a process of its own."""
+    import train  # once, before the children
+
+    assert train
+    pairs = [("Unet", encoder) for encoder in options.encoders.split(",")]
+    pairs += [(arch, "resnet34") for arch in archs() if arch not in ("Unet", "DPT")]
+    pairs.append(("DPT", "tu-vit_tiny_patch16_224"))
+    rows = load_report("models").get("rows", {})
+    for pair in pairs:
+        name = " ".join(pair)
+        if name in rows:
+            continue
+        status, text = in_child(functools.partial(print_row, *pair, options))
+        last = (text.strip().splitlines() or [""])[-1]
+        if status == 0:
+            rows[name] = json.loads(last)
+        print(f"{name}: {last}", flush=True)
+        call = " ".join(sys.argv[1:])
+        report = {"machine": machine(), "call": call, "batch": options.batch, "rows": rows}
+        Path("bench_models.json").write_text(json.dumps(report, indent=2) + "\n")
+    return rows
+
+
+def write_models_page() -> None:
+    """docs/models.md from bench_models.json and bench_sweep.json."""
+    measured, swept = load_report("models"), load_report("sweep")
+    lines = [
+        "# Which encoder and architecture",
+        "Written by `bench.py models` and `bench.py sweep`; every number is measured.",
+        "To begin take the default, `--arch Unet --encoder resnet34`. With light encoders most of",
+        "the work is the decoder's: take `--decoder_channels 0.5` or `--arch Linknet`.",
+    ]
+    rows = measured.get("rows", {})
+    if rows:
+        columns = list(next(iter(rows.values())))
+        lines += [
+            "\n## Work, time and memory",
+            f"Float32, no pretrained weights, ms an image in batches of {measured['batch']}.",
+            f"`python bench.py {measured['call']}` on {measured['machine']}.\n",
+            f"| network | {' | '.join(columns)} |",
+            f"| --- |{' --- |' * len(columns)}",
+        ]
+        for name, row in rows.items():
+            lines.append(f"| {name} | {' | '.join(str(row[column]) for column in columns)} |")
+    pairs = swept.get("pairs", {})
+    if pairs:
+        names = list(dict.fromkeys(pair.split()[0] for pair in pairs))
+        done = sum(not text for text in pairs.values())
+        failed = sum(text.startswith("FAILED") for text in pairs.values())
+        lines += [
+            "\n## Which go together",
+            "Two epochs on four images of 70x101 at automatic size, the export, predictions.",
+            f"{len(pairs)} pairs tried on {swept['machine']}: {done} run,",
+            f"{len(pairs) - done - failed} are refused in one line, {failed} fail.",
+            "+ runs, - is refused, ! fails, blank: not tried.\n",
+            f"| encoder | {' | '.join(names)} |",
+            f"| --- |{' --- |' * len(names)}",
+        ]
+        for encoder in dict.fromkeys(pair.split()[1] for pair in pairs):
+            texts = [pairs.get(f"{arch} {encoder}") for arch in names]
+            signs = [sign_of(text) for text in texts]
+            lines.append(f"| {encoder} | {' | '.join(signs)} |")
+    (HERE / "docs" / "models.md").write_text("\n".join(lines) + "\n")
+
+
+def sign_of(text: str | None) -> str:
+    """What became of a pair, in one sign."""
+    if text is None:
+        return " "
+    return "+" if not text else "!" if text.startswith("FAILED") else "-"
+
+
+# --------------------------------------------------------------------------------------------------
 #  Tables
 # --------------------------------------------------------------------------------------------------
 
@@ -522,7 +768,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("command", choices=["train", "infer", "scale", "accuracy"])
+    add("command", choices=["train", "infer", "scale", "accuracy", "models", "sweep"])
     add("--data", default="demo/data", help="KITTI Road folder (for speed: any images with masks)")
     add("--size", type=int, default=256, help="height and width of the input")
     add("--batch", type=int, default=8, help="images per step")
@@ -530,6 +776,8 @@ def main() -> None:
     add("--rounds", type=int, default=2, help="how often each variant runs")
     add("--minutes", type=float, default=6.6, help="accuracy: of training")
     add("--seed", type=int, default=0)
+    add("--encoders", default=",".join(ENCODERS), help="models, sweep: names with commas")
+    add("--archs", default="", help="sweep: names with commas; all")
     add("--variant", help=argparse.SUPPRESS)  # set by in_turn: be one variant, print its numbers
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -538,6 +786,10 @@ def main() -> None:
         numbers = run[options.command](options.variant, options)
         numbers["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(numbers))
+        return
+    if options.command in ("models", "sweep"):
+        {"models": measure_models, "sweep": sweep}[options.command](options)
+        write_models_page()
         return
     if options.command == "scale":
         results = scale(options)

@@ -30,6 +30,7 @@ from utils import UserError, writable_folder, write_file
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
+warnings.filterwarnings("ignore", "Grad strides do not match")  # of ViTs in several processes
 
 # The best epoch of a few validation images is luck: the last one was better on held-out sequences
 # in 8 of 8 trainings (docs/results.md). model.pt holds the last epoch's weights, unless its MaxF is
@@ -382,13 +383,14 @@ def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
         raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
 
 
-def find_lr(make_trainer: Callable, module: pl.LightningModule, loader: Any) -> float:
+def find_lr(module: pl.LightningModule, loader: Any, devices: int, precision: str) -> float:
     """Lightning's learning-rate finder: 50 steps in a Trainer of its own. Raises UserError.
 
     In the training's own Trainer a short run would end before the finder does.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(max_epochs=-1, limit_val_batches=0, default_root_dir=folder)
+        options = {"max_epochs": -1, "limit_val_batches": 0, "default_root_dir": folder}
+        trainer = make_trainer(devices, precision, **options)
         options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
         finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
     lr = finder.suggestion()

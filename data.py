@@ -3,6 +3,7 @@
 A new layout is one function and one entry in `LAYOUTS`.
 """
 
+import math
 import os
 import re
 import warnings
@@ -29,6 +30,9 @@ from images import Collection
 from utils import UserError, closest, first_five, reason_of
 
 DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
+TILES_FROM = 2e6  # pixels of the median image
+THINNEST = 3.0  # pixels of the input that the thinnest parts of masks need
+LARGER = 4.0  # times as many pixels as the device takes well
 BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
 
 # --------------------------------------------------------------------------------------------------
@@ -170,10 +174,12 @@ def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFr
 
     `height`, `width` of the image; `turn`, EXIF's orientation; `deep`, whether it has more than 8
     bits; `share` of foreground, 0..1; `shares`, that of each class; `above`, how much of the height
-    is above the foreground, 0..1 (1 for an empty mask); `digest` of the mask's pixels. A pair that
-    cannot be read is 1x1 and empty here; `decode_samples` names it.
+    is above the foreground, 0..1 (1 for an empty mask); `thickness` of the mask's thinner side, see
+    `images.thickness`; `digest` of the mask's pixels. A pair that cannot be read is 1x1 and empty
+    here; `decode_samples` names it.
     """
     bad = {"height": 1, "width": 1, "turn": 1, "deep": False, "share": 0.0, "above": 1.0}
+    bad["thickness"] = 0.0
 
     def scan(sample: Any) -> dict[str, Any]:
         try:
@@ -184,6 +190,7 @@ def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFr
             return bad | {"digest": 0, "shares": (0.0,) * len(found.names)}
         foreground = mask != images.IGNORE if found.exclusive else mask == 1
         foreground = foreground.any(2) if foreground.ndim == 3 else foreground
+        united = mask if mask.ndim == 2 else foreground
         rows = foreground.any(1)
         return {
             "height": height,
@@ -193,6 +200,7 @@ def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFr
             "share": float(foreground.mean()),
             "shares": classes.shares_of(mask, found),
             "above": float(rows.argmax() / height) if rows.any() else 1.0,
+            "thickness": math.inf if found.exclusive else images.thickness(united),
             "digest": zlib.crc32(mask.tobytes()),
         }
 
@@ -278,6 +286,23 @@ def resolve_top(top: float | str, collection: Collection, fold: int) -> float:
     samples = collection.samples
     highest = float(samples.above[samples.fold != fold].min())
     return min(0.9, round(highest - 0.05, 2)) if 0.15 < highest < 1 else 0.0  # less is not worth it
+
+
+def resolve_detail(
+    samples: pd.DataFrame, tiles: bool | str, pixels: float, free: bool
+) -> tuple[bool, float]:
+    """Whether images are cut into tiles, and the pixels of an input; the device likes `pixels`.
+
+    Where the size is `free`, the thinnest parts of the masks stay `THINNEST` pixels wide: by a
+    larger input, or by tiles where it would be over `LARGER` times as large. `tiles`: the user's
+    choice, or "auto".
+    """
+    area = float((samples.height * samples.width).median())
+    thickness = samples.thickness[samples.thickness > 0].median()
+    needed = area * min(1.0, THINNEST / max(thickness, 1)) ** 2 if free else 0.0
+    if tiles == "auto":
+        tiles = bool(area > TILES_FROM or needed > LARGER * pixels)
+    return tiles, 2 * pixels if tiles else max(pixels, needed)
 
 
 def spread(samples: pd.DataFrame, count: int) -> pd.DataFrame:

@@ -21,8 +21,6 @@ IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
 )  # fmt: skip
-INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
-TILES_FROM = 2e6  # pixels of the median image
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MARKER = ".written_by_segmentation_kit"  # in every --out
@@ -243,6 +241,17 @@ def outline_length(image: np.ndarray, mask: np.ndarray) -> float:
     return float((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
 
 
+def thickness(mask: np.ndarray) -> float:
+    """The mean thickness in pixels of a mask (h, w), of foreground or background, the thinner one.
+
+    Twice the area over the length of the outline; 0 where there is no outline.
+    """
+    foreground = mask == 1
+    outline = outline_length(mask, foreground)
+    area = min(foreground.sum(), foreground.size - foreground.sum())
+    return float(2 * area / outline) if outline else 0.0
+
+
 def edge_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     """The mean gradient of an image (h, w, 3) uint8 along the outline of a mask (h, w) uint8."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
@@ -268,11 +277,6 @@ def prepare_pair(
     if config.tiles:
         return image, mask
     return resize_image(image, config), resize_mask(mask, config)
-
-
-def input_pixels(device: str, fast_cpu: bool, double: bool) -> int:
-    """How many pixels the input has by default; twice as many for tiles and exclusive classes."""
-    return INPUT_PIXELS["cpu bf16" if fast_cpu else device] * (2 if double else 1)
 
 
 def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -9,8 +9,6 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import UserError
-
 
 def make_loaders(
     training: Dataset,
@@ -21,15 +19,11 @@ def make_loaders(
     seed: int,
     memory: int,
 ) -> tuple[DataLoader, DataLoader]:
-    """The training and the validation loader of this process.
+    """The training and the validation loader of this process, which takes `batch_size` items.
 
-    `batch_size`: of all processes together. `memory`: bytes of validation items that are kept.
-    Raises UserError where there are more processes than training images.
+    `memory`: bytes of validation items that are kept.
     """
-    if len(training) < processes:
-        raise UserError(f"{processes} processes, but {len(training)} training images: take fewer")
-    size = max(1, min(-(-batch_size // processes), len(training) // processes))
-    options = {"batch_size": size, "workers": workers, "processes": processes, "seed": seed}
+    options = {"batch_size": batch_size, "workers": workers, "processes": processes, "seed": seed}
     cached = Cached(validation, memory)
     return make_loader(training, True, **options), make_loader(cached, False, **options)
 
@@ -49,6 +43,11 @@ def default_batch(device: str, fast_cpu: bool, small: float, count: int) -> int:
     if device == "cpu":
         size *= max(1, min(round(small), 16 // size, count // 100 // size))
     return size
+
+
+def weighting(wanted: str, exclusive: bool) -> str:
+    """What --class_weights means; auto: inverse where mIoU counts rare classes like any other."""
+    return ("inverse" if exclusive else "none") if wanted == "auto" else wanted
 
 
 def class_weights(samples: pd.DataFrame, fold: int, kind: str) -> torch.Tensor | None:

@@ -1,26 +1,19 @@
-"""The network: its settings, sizes, encoder weights, device, EMA and BatchNorm, and model.pt."""
+"""The network: its settings, sizes, device, EMA and BatchNorm, and model.pt."""
 
 import ctypes
 import dataclasses
 import io
-import logging
 import math
-import os
 import platform
-import socket
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
-import huggingface_hub.constants
-import segmentation_models_pytorch as smp
 import torch
-from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils import UserError, check_fields, closest, reason_of, write_file
+import encoders
+from utils import UserError, check_fields, reason_of, write_file
 
 FORMAT = 2  # of model.pt
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # private: the base class of BatchNorm1d to 3d
@@ -32,6 +25,7 @@ class ModelConfig:
 
     arch: str = "Unet"  # an architecture of smp
     encoder: str = "resnet34"  # an encoder of smp
+    decoder_channels: str = "1"  # a factor for smp's, or numbers of channels
     classes: int = 1  # [1..] channels of the logits
     height: int = 256  # [1..16384] pixels of the input, or of a tile
     width: int = 256  # [1..16384] as height
@@ -67,7 +61,10 @@ class ModelConfig:
         """The network in a line for people."""
         top = f" below the upper {100 * self.top:.0f} %" if self.top else ""
         size = f"{self.height}x{self.width}{' in tiles' if self.tiles else top}"
-        return f"model: {self.arch} {self.encoder}, input {size}"
+        decoder = "" if self.decoder_channels == "1" else f" ({self.decoder_channels})"
+        mean, std = (" ".join(f"{n:.3g}" for n in values) for values in (self.mean, self.std))
+        statistics = f"mean {mean}, deviation {std}"
+        return f"model: {self.arch}{decoder} {self.encoder}, input {size}, {statistics}"
 
 
 class TrainedModel(NamedTuple):
@@ -91,25 +88,11 @@ class TrainedModel(NamedTuple):
 def build_network(config: ModelConfig, weights: str = "none") -> torch.nn.Module:
     """Build the network: (N, 3, H, W) float32 to logits (N, classes, H, W).
 
-    `weights`: "none" (for inference always), "imagenet" (from the Hub or its cache), or a file for
-    the encoder. Raises UserError for unknown names and for weights that cannot be had.
+    `weights`: "none" (for inference always), "imagenet" and the like (from the Hub or its cache),
+    or a file for the encoder. Raises UserError for unknown names and weights that cannot be had.
     """
-    classes = [getattr(smp, name) for name in smp.__all__ if name[0].isupper()]
-    archs = [arch.__name__ for arch in classes]
-    if config.arch.lower() not in [arch.lower() for arch in archs]:
-        raise UserError(f"--arch {config.arch}: unknown{closest(config.arch, archs)}")
-    encoders = list(smp.encoders.encoders)
-    if config.encoder not in encoders and not config.encoder.startswith(("tu-", "timm-")):
-        raise UserError(f"--encoder {config.encoder}: unknown{closest(config.encoder, encoders)}")
-    try:
-        network = smp.create_model(
-            config.arch, config.encoder, encoder_weights=None, classes=config.classes
-        )
-    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        both = f"--arch {config.arch} --encoder {config.encoder}"
-        raise UserError(f"{both}: do not fit together ({error})") from None
-    if weights != "none":
-        network.encoder.load_state_dict(encoder_weights(config.encoder, network.encoder, weights))
+    network = encoders.build(config.arch, config.encoder, config.classes, config.decoder_channels)
+    encoders.load_weights(network, config.arch, config.encoder, weights)
     return network
 
 
@@ -131,97 +114,28 @@ def fit_size(height: float, width: float, pixels: float) -> tuple[int, int]:
     return tuple(max(32, 32 * round(length * scale / 32)) for length in (height, width))
 
 
-def check_size(config: ModelConfig) -> int:
-    """Try the network at the size of the config. Returns its `size_step`; raises UserError.
+def set_memory_format(network: torch.nn.Module, device: str) -> torch.nn.Module:
+    """channels_last, up to five times faster; but not where it crashes on a CPU.
 
-    It draws its weights from a random state of its own.
+    There torch's backward pass of a 1x1 convolution with stride on few channels (of mobileone,
+    repvgg, fastvit) corrupts the heap or never ends; with 16 channels it is fine.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        network = build_network(config).eval()
-        step, names = size_step(network), f"{config.arch} with {config.encoder}"
-        for flag, value in (("height", config.height), ("width", config.width)):
-            if value % step:
-                below, above = value // step * step, -(-value // step) * step
-                near = f"{below} or {above}" if below else f"{above}"
-                reason = f"{names} takes multiples of {step}; take {near}"
-                raise UserError(f"--{flag} {value}: {reason}")
-        try:
-            network(torch.zeros(1, 3, config.height, config.width))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            size = f"--height {config.height} --width {config.width}"
-            reason = f"not possible with {names} ({reason_of(error)}); take a larger size"
-            raise UserError(f"{size}: {reason}") from None
-    return step
+    crashes = device == "cpu" and any(
+        isinstance(part, torch.nn.Conv2d)
+        and part.kernel_size == (1, 1)
+        and max(part.stride) > 1
+        and part.in_channels < 16
+        for part in network.modules()
+    )
+    if crashes:
+        network.register_forward_pre_hook(make_contiguous)
+        return network
+    return network.to(memory_format=torch.channels_last)
 
 
-def input_normalisation(encoder: str, weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and std, of 0..1, that the encoder's ImageNet weights were trained with."""
-    if weights != "imagenet":
-        return ModelConfig.mean, ModelConfig.std
-    own = from_hub(encoder, lambda: smp.encoders.get_preprocessing_params(encoder, "imagenet"))
-    return tuple(own["mean"]), tuple(own["std"])
-
-
-# --------------------------------------------------------------------------------------------------
-#  Encoder weights
-# --------------------------------------------------------------------------------------------------
-
-REMEDY = "--encoder_weights FILE (.safetensors or .pth), or --encoder_weights none (much weaker)"
-
-
-def encoder_weights(encoder: str, module: torch.nn.Module, weights: str) -> dict[str, torch.Tensor]:
-    """The encoder's pretrained state dict, from the Hub or a file. Raises UserError."""
-    if weights == "imagenet":
-        hub = from_hub(encoder, lambda: smp.encoders.get_encoder(encoder, weights="imagenet"))
-        return hub.state_dict()
-    state, own = read_weights(weights), module.state_dict()
-    state = {key: value for key, value in state.items() if key in own}
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = missing + [k for k in state if getattr(state[k], "shape", None) != own[k].shape]
-    if wrong:
-        count = f"{len(wrong)} of {len(own)} tensors do not fit, such as {wrong[0]}"
-        reason = f"not the weights of {encoder} ({count}); name its own file"
-        raise UserError(f"--encoder_weights {weights}: {reason}")
-    return {key: state.get(key, value) for key, value in own.items()}
-
-
-def from_hub(encoder: str, load: Callable[[], Any]) -> Any:
-    """What `load` takes from the Hugging Face Hub or its cache. Raises UserError."""
-    hub_offline_unless_reachable()
-    try:
-        return load()
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        ways = f"internet (or HF_HUB_CACHE set to a copy of the Hub's cache), {REMEDY}"
-        reason = f"cannot be had ({reason_of(error)}). Three ways out: {ways}"
-        raise UserError(f"ImageNet weights for {encoder} {reason}") from None
-
-
-def hub_offline_unless_reachable() -> None:
-    """Where the Hub cannot be reached, use its cache alone: 0.6 s instead of 26 s of retries."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
-        return
-    address = urlsplit(huggingface_hub.constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-def read_weights(file: str) -> dict[str, torch.Tensor]:
-    """Read a .safetensors or .pth file without running code in it. Raises UserError."""
-    if not Path(file).is_file():
-        raise UserError(f"--encoder_weights {file}: no such file; imagenet, {REMEDY}")
-    try:
-        if file.endswith(".safetensors"):
-            return load_file(file)
-        if zipfile.is_zipfile(file):  # torch's older files are not
-            check_archive(Path(file))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise anything on a damaged file
-        reason = f"cannot be read ({reason_of(error)}); replace it"
-        raise UserError(f"--encoder_weights {file}: {reason}") from None
-    return state if isinstance(state, dict) else {}
+def make_contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """A forward pre-hook: the images without channels_last."""
+    return tuple(images.contiguous() for images in inputs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,22 +264,12 @@ def save_model(
     write_file(path, buffer.getvalue())
 
 
-def check_archive(path: Path) -> None:
-    """Raise ValueError for a zip that is damaged or unpacks to more than its own size."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-            raise ValueError("unpacks to more than its size")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"checksum of {damaged}")
-
-
 def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
     """Read a file of torch.save without running code in it. Raises UserError with the flag."""
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; train.py writes it")
     try:
-        check_archive(path)
+        encoders.check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise anything on a damaged file
         reason = f"damaged or not a model ({reason_of(error)}); train again"
@@ -394,5 +298,5 @@ def load_model(path: Path, device: str) -> TrainedModel:
         reason = f"damaged or from another version ({reason_of(error)}); train again"
         raise UserError(f"--model {path}: {reason}") from None
     network = network.eval().requires_grad_(False)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = set_memory_format(network, device).to(device)
     return TrainedModel(network, config, content.get("config", {}), metrics)

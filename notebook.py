@@ -453,6 +453,8 @@ install_smp()
 
 # %% tables.py _kg_hide-input=true
 
+# %% losses.py _kg_hide-input=true
+
 # %% loaders.py _kg_hide-input=true
 
 # %% predict.py _kg_hide-input=true
@@ -491,7 +493,11 @@ install_smp()
 
 # %% classes.py _kg_hide-input=true
 
+# %% trial.py _kg_hide-input=true
+
 # %% model.py _kg_hide-input=true
+
+# %% encoders.py _kg_hide-input=true
 
 # %% utils.py _kg_hide-input=true
 

@@ -24,7 +24,7 @@ MAY_DIFFER = {  # settings that do not identify a run
 }  # fmt: skip
 
 # and the layout's file
-WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "callbacks", "loaders")
+WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "encoders", "callbacks", "losses")
 
 # --------------------------------------------------------------------------------------------------
 #  Identity

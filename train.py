@@ -37,7 +37,8 @@ class Config:
     # --- model ---
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
-    encoder_weights: str = "imagenet"  # imagenet, none (from scratch), .safetensors or .pth file
+    encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
+    decoder_channels: str = "1"  # a factor for smp's, such as 0.5, or 256,128,64,32,16
     height: int = 0  # [0..16384] pixels of the input; 0: from the images' shape and the device
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
@@ -52,7 +53,8 @@ class Config:
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool = True  # progressive resizing: 1/2, then 3/4 of height and width first
     dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE or cross-entropy
-    class_weights: Literal["none", "inverse"] = "none"  # of the loss; inverse: of their frequency
+    # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
+    class_weights: Literal["auto", "none", "inverse"] = "auto"
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
     # to tune for; auto: KITTI maxf, else dice; miou: pooled over the images
@@ -91,16 +93,19 @@ from torch.utils.data import DataLoader, Dataset
 import callbacks
 import class_metrics
 import data
+import encoders
 import evaluate
 import images
 import loaders
 import metrics
 import model
 import predict
+import trial
 import visualize
-from callbacks import Clock, TrainingCallback, make_trainer
+from callbacks import Clock, TrainingCallback
 from classes import class_settings, classes_of
-from images import IGNORE, TILES_FROM, Collection
+from images import IGNORE, Collection
+from losses import class_loss
 from model import ModelConfig
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -173,6 +178,20 @@ class SegmentationDataset(Dataset):
         return item | {"mask": torch.from_numpy(np.atleast_3d(mask).transpose(2, 0, 1).copy())}
 
 
+def make_loaders(
+    config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
+) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
+    validates = samples.fold == config.fold
+    augment = images.strict_augmentation(lambda: augmentation(config))
+    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
+    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
+    processes, _ = callbacks.count_processes(config.devices)
+    size = trial.images_per_step(config.batch_size, len(training), processes, parts)
+    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
+    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
+
+
 # --- Model ----------------------------------------------------------------------------------------
 
 
@@ -181,10 +200,10 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
 
     `logits` (N, 1, H, W), `mask` (N, 1, H, W) float32 of 0, 1 and 255 (ignored). Returns a float32
     scalar. Dice (Milletari et al., 3DV 2016) is taken over the whole batch, so that an image
-    without foreground does no harm. Several classes: see `class_loss`.
+    without foreground does no harm. Several classes: see `losses.class_loss`.
     """
     if logits.shape[1] > 1:
-        return class_loss(logits, mask, config, weights)
+        return class_loss(logits, mask, config.dice, weights)
     logits = logits.float()  # Dice overflows in 16 bits
     counted = (mask != IGNORE).float()
     target = mask * counted
@@ -193,32 +212,6 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
     p = logits.sigmoid() * counted
     dice = (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
     return bce + config.dice * (1 - dice)
-
-
-def class_loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None) -> Tensor:
-    """Cross-entropy, of classes that overlap BCE, plus the mean Dice loss of those that occur.
-
-    `logits` (N, K, H, W); `mask` (N, 1, H, W) float32 of numbers, for classes that overlap
-    (N, K, H, W) of 0 and 1; 255 is ignored. `weights` (K,): of the classes, or None.
-    """
-    logits, counted, each = logits.float(), mask != IGNORE, (0, 2, 3)
-    if mask.shape[1] == 1:  # the classes exclude each other
-        number = torch.where(counted, mask, 0).long()
-        pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
-        pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
-        p = logits.softmax(1) * counted
-        right, number = p.gather(1, number).flatten(), number.flatten()  # no copy for each class
-        hits = p.new_zeros(p.shape[1]).index_add(0, number, right)
-        size = p.new_zeros(p.shape[1]).index_add(0, number, counted.flatten().float())
-    else:
-        target = mask * counted
-        pixels = (F.softplus(logits) - logits * target) * counted  # BCE
-        pixels = pixels.sum(each) / counted.sum(each).clamp(min=1)
-        pixels = (pixels if weights is None else pixels * weights).mean()
-        p = logits.sigmoid() * counted
-        hits, size = (p * target).sum(each), target.sum(each)
-    dice = (2 * hits + 1) / (p.sum(each) + size + 1)
-    return pixels + config.dice * (1 - dice)[size > 0].sum() / (size > 0).sum().clamp(min=1)
 
 
 def schedule(progress: float) -> float:
@@ -239,7 +232,7 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
-        self.network = network.to(memory_format=torch.channels_last)  # up to five times faster
+        self.network = model.set_memory_format(network, model.best_device())
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock
         self.register_buffer("class_weights", None, persistent=False)  # `fit` sets them
@@ -310,38 +303,24 @@ class SegmentationModule(pl.LightningModule):
             self.log(name, score[name], prog_bar=name in ("MaxF", "mIoU"), rank_zero_only=True)
 
 
-# --- Trainer --------------------------------------------------------------------------------------
-
-
-def make_loaders(
-    config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
-) -> list[DataLoader]:
-    """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
-    validates = samples.fold == config.fold
-    augment = images.strict_augmentation(lambda: augmentation(config))
-    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
-    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
-    size = -(-config.batch_size // parts)
-    processes, _ = callbacks.count_processes(config.devices)
-    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
-    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
-
-
 # --- Resolve: all that follows from device and data -----------------------------------------------
 
 CACHE = 4 << 30  # bytes of decoded images that stay in memory
+INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
 
 
 def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, ModelConfig]:
     """Make all decisions for one fold; only the learning rate may stay "auto". Raises UserError."""
     samples = collection.samples
     median = samples.height.median(), samples.width.median()
-    tiles = bool(median[0] * median[1] > TILES_FROM) if config.tiles == "auto" else config.tiles
-    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     device = model.best_device()
     precision = model.resolve_precision(config.precision, device, training=True)
     fast_cpu = device == "cpu" and precision == "bf16-mixed"
-    pixels = images.input_pixels(device, fast_cpu, tiles or collection.classes.exclusive)
+    usual = INPUT_PIXELS["cpu bf16" if fast_cpu else device]
+    free = not (config.height or config.width)
+    tiles, pixels = data.resolve_detail(samples, config.tiles, usual, free)
+    pixels = max(pixels, 2 * usual) if collection.classes.exclusive else pixels
+    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
     height, width = config.height or height, config.width or width
     small, count = pixels / (height * width), int((samples.fold != fold).sum())
@@ -356,6 +335,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         width=width,
         rle=collection.rle,
         classes=",".join(collection.classes.names) or "one",
+        class_weights=loaders.weighting(config.class_weights, collection.classes.exclusive),
         top=top,
         tiles=tiles,
         epochs=config.epochs or (0 if config.max_minutes else 40),
@@ -365,15 +345,28 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         devices=model.resolve_devices(config.devices, device),
         workers=loaders.default_workers(device) if config.workers < 0 else config.workers,
     )
+    return try_network(config, resolved, collection)
+
+
+def try_network(
+    config: Config, resolved: Config, collection: Collection
+) -> tuple[Config, ModelConfig]:
+    """The trial step with the training samples; it may change the size and --grow."""
+    samples = collection.samples[collection.samples.fold != resolved.fold]
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
     settings = {name: getattr(resolved, name) for name in shared}
     settings |= {"precision": config.precision, "value_range": collection.value_range}
     settings |= {"min_pixels": max(0, config.min_pixels)} | class_settings(collection.classes)
     weights = "none" if config.check else config.encoder_weights
-    mean, std = model.input_normalisation(config.encoder, weights)
-    model_config = ModelConfig(**settings, mean=mean, std=std)
-    model.check_size(model_config)
-    return resolved, model_config
+    statistics = encoders.normalisation(config.arch, config.encoder, weights)
+    model_config = ModelConfig(**settings, **statistics)
+    free = config.height == 0, config.width == 0
+    resolutions = [part for _, part in RESOLUTIONS if config.grow and not resolved.tiles]
+    count = len(images.item_places(samples, model_config))
+    numbers = resolved.batch_size, count, callbacks.count_processes(resolved.devices)[0]
+    model_config, grow = trial.try_network(model_config, free, resolutions, *numbers)
+    size = {"height": model_config.height, "width": model_config.width}
+    return replace(resolved, grow=config.grow and grow, **size), model_config
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
@@ -434,6 +427,8 @@ def train_fold(
     run.find_checkpoint(config.resume, asdict(Config()))
     pl.seed_everything(config.seed, verbose=False)
     network = model.build_network(model_config, config.encoder_weights)
+    if callbacks.count_processes(config.devices)[0] > 1:
+        trial.freeze_unused(network, model_config)
     samples = samples.assign(pair=data.decode_samples(samples, model_config, CACHE))
     print(data.describe_folds(samples, config.fold))
     run.prepare_out()
@@ -473,10 +468,9 @@ def show_data(config: Config, model_config: ModelConfig, samples: pd.DataFrame, 
 def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback) -> None:
     """Run the training, with gradient accumulation where the device's memory is too small."""
     config, model_config = module.config, module.model_config
-    machine = config.devices, config.precision
     if run.lr == "auto":
         loader, _ = make_loaders(config, model_config, samples)
-        run.lr = callbacks.find_lr(lambda **more: make_trainer(*machine, **more), module, loader)
+        run.lr = callbacks.find_lr(module, loader, config.devices, config.precision)
     module.lr = run.lr
     module.class_weights = loaders.class_weights(samples, config.fold, config.class_weights)
 
@@ -485,10 +479,13 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
         if path:
             print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
         training, validation = make_loaders(config, model_config, samples, parts)
+        if parts > 1:
+            trial.check_batch(module.network, model_config, training.batch_size)
         training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         hooks = [run, callbacks.BatchNormReestimation(config.seed), *callbacks.progress_bar()]
         options = {"max_epochs": config.epochs or -1, "accumulate_grad_batches": parts}
-        trainer = make_trainer(*machine, callbacks=hooks, gradient_clip_val=1.0, **options)
+        options |= {"callbacks": hooks, "gradient_clip_val": 1.0}
+        trainer = callbacks.make_trainer(config.devices, config.precision, **options)
         options = {"ckpt_path": path, "weights_only": True if path else None}
         trainer.fit(copy.deepcopy(module), training, validation, **options)
 

@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time
 
 TINY = (
-    "--encoder", "resnet18", "--encoder_weights", "none",
+    "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none",
     "--height", "64", "--width", "192", "--batch_size", "4",
 )  # fmt: skip
 

@@ -199,8 +199,8 @@ def test_encoder_weights(pairs, tmp_path, trained_on_pairs):
     text.write_text("no weights")
     train_refuses(pairs, tmp_path, "--encoder_weights", missing, names=[missing])
     train_refuses(pairs, tmp_path, "--encoder_weights", text, names=[text])
-    model = trained_on_pairs / "model.pt"
-    train_refuses(pairs, tmp_path, "--encoder_weights", model, names=["resnet18"])
+    other = ("--encoder_weights", trained_on_pairs / "model.pt", "--encoder", "resnet34")
+    train_refuses(pairs, tmp_path, *other, names=["resnet34", "0 of 180 tensors fit"])
 
 
 def test_out(pairs, tmp_path):

@@ -25,7 +25,7 @@ from model import ModelConfig, TrainedModel
 from train import Config
 from utils import UserError
 
-SMALL = ("--encoder", "resnet18", "--encoder_weights", "none")
+SMALL = ("--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none")
 
 
 def plain_encode(mask):
@@ -483,7 +483,7 @@ def resolve(config, collection):
 def test_images_over_two_megapixels_are_cut_into_tiles(tmp_path):
     Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
     collection = data.find_samples(str(tmp_path))
-    sizes = {"fold": 1, "height": 1500, "width": 2000, "above": 1.0}
+    sizes = {"fold": 1, "height": 1500, "width": 2000, "above": 1.0, "thickness": 50.0}
     samples = collection.samples.assign(**sizes)
     config, model_config = resolve(NO_WEIGHTS, collection._replace(samples=samples))
     assert config.tiles is True
@@ -497,7 +497,8 @@ def test_images_over_two_megapixels_are_cut_into_tiles(tmp_path):
 
 @pytest.mark.parametrize(("default", "expected"), [(0, 0), (-1, 0.35)])
 def test_the_crop_and_the_metric_are_the_layouts_own(default, expected):
-    samples = pd.DataFrame({"fold": 1, "height": 300, "width": 900, "above": 0.4}, range(9))
+    columns = {"fold": 1, "height": 300, "width": 900, "above": 0.4, "thickness": 50.0}
+    samples = pd.DataFrame(columns, range(9))
     collection = Collection("", samples, top=default, metric="iou")
     config, model_config = resolve(NO_WEIGHTS, collection)
     assert config.top == model_config.top == expected
@@ -510,7 +511,7 @@ def test_many_small_images_make_larger_batches_on_a_cpu(monkeypatch, precision, 
     monkeypatch.setattr(model, "best_device", lambda: "cpu")
 
     def batch(count, size):
-        columns = {"fold": 1, "height": size, "width": size, "above": 1.0}
+        columns = {"fold": 1, "height": size, "width": size, "above": 1.0, "thickness": 50.0}
         collection = Collection("", pd.DataFrame(columns, range(count)))
         return resolve(NO_WEIGHTS, collection)[0].batch_size
 

@@ -18,6 +18,7 @@ from PIL import Image
 import data
 import images
 import loaders
+import model
 import resume
 import rle
 import train
@@ -509,6 +510,39 @@ def test_the_crop_at_the_top_is_the_default_for_kitti_alone(roads, low_masks):
     assert resolved(folder, top=-1)[1].top == 0.7, "on request: 5 % above the highest mask"
     assert resolved(folder, top=0.3)[1].top == 0.3
     assert resolved(data.find_samples(str(roads), training=True), top=0)[1].top == 0
+
+
+def striped(folder, size, width, gap):
+    """Four pairs with vertical stripes of so many pixels; the samples."""
+    for stem in "abcd":
+        mask = np.zeros((size, size), np.uint8)
+        for left in range(0, size, width + gap):
+            mask[:, left : left + width] = 255
+        for kind in ("images", "masks"):
+            (folder / kind).mkdir(exist_ok=True)
+            Image.fromarray(mask).save(folder / kind / f"{stem}.png")
+    return data.find_samples(str(folder), training=True)
+
+
+@pytest.mark.parametrize(
+    ("width", "gap", "tiles", "size"),
+    [
+        (40, 60, False, 160),  # large enough for the device's usual input
+        (8, 40, False, 192),  # a larger input
+        (40, 8, False, 192),  # thin background, such as cell membranes
+        (3, 40, True, 224),  # tiles of the image's own size
+    ],
+)
+def test_the_size_follows_the_thinnest_parts_of_the_masks(
+    tmp_path, monkeypatch, width, gap, tiles, size
+):
+    monkeypatch.setattr(model, "best_device", lambda: "cpu")
+    monkeypatch.setattr(model, "cpu_has_bf16", lambda: False)
+    collection = striped(tmp_path, 576, width, gap)
+    config = resolved(collection)[1]
+    assert (config.tiles, config.height, config.width) == (tiles, size, size)
+    assert not resolved(collection, height=96, width=96)[1].tiles, "a size that was asked for stays"
+    assert resolved(collection, tiles=False)[1].tiles is False
 
 
 def test_the_default_metric_belongs_to_the_layout(roads, low_masks):

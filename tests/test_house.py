@@ -18,13 +18,13 @@ from PIL import Image
 import model
 
 IMPORTS = {  # a file imports only the files in its row, which all come after it
-    "train": "data images loaders model predict evaluate class_metrics metrics visualize callbacks"
-    " resume classes utils",
+    "train": "data images losses loaders encoders trial model evaluate predict class_metrics"
+    " metrics visualize callbacks classes utils",
     "infer": "data images model predict class_metrics metrics submissions visualize colours kitti"
     " rle classes utils",
     "data": "tables kitti class_folders layouts rle masks classes images utils",
     "tables": "layouts folders rle masks classes images utils",
-    "loaders": "utils",
+    "loaders": "",
     "evaluate": "class_metrics predict metrics visualize model classes utils",
     "class_metrics": "metrics visualize classes utils",
     "predict": "images model utils",
@@ -41,9 +41,12 @@ IMPORTS = {  # a file imports only the files in its row, which all come after it
     "masks": "rle labels classes images utils",
     "rle": "images utils",
     "labels": "classes images utils",
+    "losses": "images",
     "images": "model classes utils",
     "classes": "utils",
-    "model": "utils",
+    "trial": "encoders model utils",
+    "model": "encoders utils",
+    "encoders": "utils",
     "utils": "",
 }
 SCRIPTS = ("train", "infer")

@@ -23,11 +23,11 @@ from conftest import KIT, build_once
 from PIL import Image
 
 FILES = (
-    "train.py", "infer.py", "data.py", "tables.py", "loaders.py", "predict.py",
+    "train.py", "infer.py", "data.py", "tables.py", "losses.py", "loaders.py", "predict.py",
     "evaluate.py", "class_metrics.py", "metrics.py", "visualize.py", "submissions.py",
     "colours.py", "kitti.py", "class_folders.py", "layouts.py", "folders.py",
     "rle.py", "callbacks.py", "resume.py", "masks.py", "labels.py", "images.py",
-    "classes.py", "model.py", "utils.py",
+    "classes.py", "trial.py", "model.py", "encoders.py", "utils.py",
 )  # fmt: skip
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",
@@ -874,7 +874,8 @@ def test_no_more_processes_than_gpus(session):
 # --------------------------------------------------------------------------------------------------
 #  the notebook run as Kaggle runs it: in an empty folder next to the input
 
-SMALL = {"EPOCHS": 2, "ENCODER": "resnet18", "ENCODER_WEIGHTS": "none", "HEIGHT": 64, "WIDTH": 192}
+SMALL = {"EPOCHS": 2, "ENCODER": "timm-mobilenetv3_small_minimal_100", "ENCODER_WEIGHTS": "none"}
+SMALL |= {"HEIGHT": 64, "WIDTH": 192}
 
 
 def execute(built, working, env=None, leave_out=(), more=(), **settings):
@@ -1058,7 +1059,11 @@ def test_a_competition_next_to_kitti_from_the_settings_to_its_submission(built, 
     """Taken by itself, with the reason; few files; the head of submission.csv is shown."""
     shutil.copytree(roads, tmp_path / "input" / "datasets" / "sakshaymahna" / "kitti")
     write_competition(tmp_path / "input" / "competitions" / "discs")
-    small = {"ENCODER": "resnet18", "ENCODER_WEIGHTS": "none", "EPOCHS": 1}
+    small = {
+        "ENCODER": "timm-mobilenetv3_small_minimal_100",
+        "ENCODER_WEIGHTS": "none",
+        "EPOCHS": 1,
+    }
     notebook = execute(built, tmp_path / "working", SUBMISSION="rle", **small)
     for step in ("look-data", "run-train", "run-infer"):
         assert "DATA: discs, because SUBMISSION is rle" in outputs(notebook, step)
@@ -1089,7 +1094,7 @@ def test_the_image_without_internet(built, roads, tmp_path):
     state = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     torch.save(state, tmp_path / "input" / "weights" / "resnet18-made.pth")
     subprocess.run([*pip, "uninstall", "--yes", "segmentation-models-pytorch"], check=True)
-    settings = SMALL | {"ENCODER_WEIGHTS": "imagenet"}
+    settings = SMALL | {"ENCODER": "resnet18", "ENCODER_WEIGHTS": "imagenet"}
     notebook = execute(built, tmp_path / "working", env=NOWHERE, **settings)
     assert "installed from" in outputs(notebook, "setup")
     assert "resnet18-made.pth" in outputs(notebook, "run-train")

@@ -78,7 +78,7 @@ def test_training_learns_and_writes_what_it_promises(trained):
     assert {"val_loss", "MaxF"} <= set(rows)
     for name in ("curves.png", "pr_curve.png", "validation.jpg"):
         assert np.asarray(Image.open(trained / name)).std() > 20
-    assert read_json(trained / "config.json")["encoder"] == "resnet18"
+    assert read_json(trained / "config.json")["encoder"] == "timm-mobilenetv3_small_minimal_100"
 
 
 def test_it_learns_in_16_bits(roads, tmp_path):
@@ -567,7 +567,8 @@ def test_imagenet_weights_from_the_hub_cache_without_a_network(roads, tmp_path):
     _, state = encoder_file(cache, "model.safetensors")
     own = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}
     (cache / "config.json").write_text(json.dumps(own))
-    flags = ("--epochs", 1, *TINY, "--encoder_weights", "imagenet", "--lr", 1e-9)
+    flags = ("--epochs", 1, *TINY, "--encoder", "resnet18", "--encoder_weights", "imagenet")
+    flags += ("--lr", 1e-9)
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub")}  # read when the library is loaded
     out = tmp_path / "out"
     succeed("train.py", "--data", roads, "--out", out, *flags, env=environment, fresh=True)

@@ -26,8 +26,8 @@ from train import Config
 from utils import UserError
 
 SMALL = (
-    "--encoder", "resnet18", "--encoder_weights", "none", "--height", 32, "--width", 96,
-    "--batch_size", 2, "--grow", "false",
+    "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none",
+    "--height", 32, "--width", 96, "--batch_size", 2, "--grow", "false",
 )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_the_layouts_own_file_counts(roads):
     samples = data.scan_dataset(data.find_samples(str(roads), training=True).samples)
     identity = resume.identify({}, samples.assign(fold=0))
     files = {key.split(": ")[0] for key in identity.code}
-    names = ("train", "data", "images", "model", "callbacks", "loaders", "kitti")
+    names = {"train", "data", "images", "model", "encoders", "callbacks", "losses", "kitti"}
     assert files == {f"{name}.py" for name in names}
     assert not any("Config" in key and "train" in key for key in identity.code)
 
@@ -383,4 +383,7 @@ def test_the_models_used_are_named(trained, pairs, tmp_path):
     printed = succeed("infer.py", "--model", trained, "--data", pairs, "--out", tmp_path / "out")
     assert re.search(rf"^model: {re.escape(str(trained / 'model.pt'))}$", printed, re.MULTILINE)
     assert os.environ.get("KIT_NOTEBOOK") is None
-    assert predict.load_models([str(trained)], "cpu")[0].settings["encoder"] == "resnet18"
+    assert (
+        predict.load_models([str(trained)], "cpu")[0].settings["encoder"]
+        == "timm-mobilenetv3_small_minimal_100"
+    )

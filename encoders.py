@@ -1,0 +1,309 @@
+"""Encoders and decoders by name: what fits together, pretrained weights and their statistics."""
+
+import argparse
+import functools
+import inspect
+import itertools
+import logging
+import os
+import re
+import socket
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub.constants
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import constants
+
+from utils import UserError, closest, first_five, reason_of
+
+warnings.filterwarnings("ignore", module="segmentation_models_pytorch")  # remarks on old names
+
+IMAGENET = (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
+
+# --------------------------------------------------------------------------------------------------
+#  Names
+# --------------------------------------------------------------------------------------------------
+
+ARCHS = {name.lower(): getattr(smp, name) for name in smp.__all__ if name[0].isupper()}
+
+
+def timm_name(encoder: str) -> str:
+    """The name of timm's model behind an encoder; "" for an encoder of smp's own."""
+    if encoder in smp.encoders.encoders:
+        return ""
+    if encoder.startswith("tu-"):
+        return encoder[3:]
+    if smp.encoders.is_equivalent_to_timm_universal(encoder):  # smp's older names
+        return re.sub(
+            r"^timm-(mobilenetv3)?", lambda old: "tf_" * bool(old[1]) + (old[1] or ""), encoder
+        )
+    return ""
+
+
+def check_names(arch: str, encoder: str) -> None:
+    """Raise UserError with the closest names for one that there is not."""
+    if arch.lower() not in ARCHS:
+        names = [known.__name__ for known in ARCHS.values()]
+        raise UserError(f"--arch {arch}: unknown{closest(arch, names)}")
+    own, name = list(smp.encoders.encoders), timm_name(encoder)
+    if encoder in own:
+        return
+    if not (name and timm.is_model(name)):
+        known = [*own, *(f"tu-{other}" for other in timm.list_models())]
+        raise UserError(f"--encoder {encoder}: unknown{closest(encoder, known)}")
+    base, _, tag = name.partition(".")
+    tags = [f"tu-{other}" for other in timm.list_pretrained(f"{base}.*")]
+    if tag and f"tu-{name}" not in tags:
+        words = closest(encoder, tags) if tags else f"; take tu-{base}"
+        raise UserError(f"--encoder {encoder}: timm knows no such weights{words}")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Build
+# --------------------------------------------------------------------------------------------------
+
+# Names of smp's arguments that are numbers of channels in a decoder.
+CHANNELS = (
+    "decoder_channels", "decoder_pyramid_channels", "decoder_segmentation_channels",
+    "psp_out_channels", "decoder_intermediate_channels", "decoder_fusion_channels",
+)  # fmt: skip
+LARGEST_FACTOR = 4  # a single number up to it is a factor, above it a number of channels
+
+
+def build(arch: str, encoder: str, classes: int, channels: str = "1") -> torch.nn.Module:
+    """Build smp's network without pretrained weights. Raises UserError."""
+    check_names(arch, encoder)
+    options = decoder_options(arch, channels)
+    create = functools.partial(smp.create_model, encoder_weights=None, classes=classes)
+    try:
+        return create(arch, encoder, **options)
+    except Exception as error:  # smp and timm raise anything
+        reason, fitting = reason_of(error), archs_that_take(encoder)
+    if options and ARCHS[arch.lower()].__name__ in fitting:
+        remedy = "take others, or 1"
+        raise UserError(
+            f"--decoder_channels {channels}: {arch} does not take it ({reason}); {remedy}"
+        )
+    takes = "resnet34 and other CNNs"
+    if arch.lower() == "dpt":
+        takes = "the ViTs of timm, such as tu-vit_small_patch16_224"
+    others = f"{encoder} goes with {', '.join(fitting) or 'no architecture'}; {arch} takes {takes}"
+    raise UserError(f"--arch {arch} --encoder {encoder}: do not fit together ({reason}); {others}")
+
+
+def archs_that_take(encoder: str) -> list[str]:
+    """The architectures that can be built with an encoder."""
+    fitting = []
+    for arch in ARCHS.values():
+        for device in ("meta", "cpu"):  # meta is quick, but some encoders cannot be built on it
+            try:
+                with torch.random.fork_rng(devices=[]), torch.device(device):
+                    arch(encoder, encoder_weights=None)
+                fitting.append(arch.__name__)
+                break
+            except Exception as error:  # smp and timm raise anything
+                logging.debug("%s %s on %s: %s", arch.__name__, encoder, device, error)
+    return fitting
+
+
+def decoder_options(arch: str, text: str) -> dict[str, Any]:
+    """smp's arguments for --decoder_channels: numbers of channels, or a factor for the defaults.
+
+    Raises UserError for text that the architecture cannot take.
+    """
+    if text == "1":
+        return {}
+    kind, flag = ARCHS[arch.lower()], f"--decoder_channels {text}"
+    parameters = inspect.signature(kind.__init__).parameters
+    defaults = {name: parameters[name].default for name in CHANNELS if name in parameters}
+    if not defaults:
+        raise UserError(f"{flag}: {kind.__name__}'s decoder follows the encoder; take 1")
+    flat = [
+        n for value in defaults.values() for n in (value if isinstance(value, tuple) else [value])
+    ]
+    example = f"{','.join(map(str, flat))}, or a factor such as 0.5"
+    words = [word.strip() for word in text.split(",")]
+    if len(words) == 1 and re.fullmatch(r"\d*\.?\d+", text) and 0 < float(text) <= LARGEST_FACTOR:
+        step = 32 if kind is smp.FPN else 8  # FPN's GroupNorm has 32 groups
+        numbers = [max(step, step * round(float(text) * n / step)) for n in flat]
+    elif len(words) == len(flat) and all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words):
+        numbers = list(map(int, words))
+    else:
+        raise UserError(f"{flag}: {kind.__name__} takes {example}")
+    rest = iter(numbers)
+    return {
+        name: tuple(itertools.islice(rest, len(value))) if isinstance(value, tuple) else next(rest)
+        for name, value in defaults.items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+#  Pretrained weights
+# --------------------------------------------------------------------------------------------------
+
+REMEDY = "--encoder_weights FILE (.safetensors or .pth), or --encoder_weights none (much weaker)"
+
+# Mean and std of smp's own encoders that were not trained with ImageNet's, by the start of the
+# name; for weights from a file. For those from the Hub, the Hub says it.
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+OWN_STATISTICS = {
+    "timm-tf_efficientnet_lite": HALF,
+    "inception": HALF,
+    "xception": HALF,
+    "dpn": (constants.IMAGENET_DPN_MEAN, constants.IMAGENET_DPN_STD),
+}
+
+
+def weights_names(encoder: str) -> list[str]:
+    """The names of the pretrained weights that the Hub has for an encoder."""
+    name = timm_name(encoder)
+    if name:
+        return ["imagenet"] if timm.models.is_model_pretrained(name) else []
+    return list(smp.encoders.encoders[encoder]["pretrained_settings"])
+
+
+def check_weights(encoder: str, weights: str) -> None:
+    """Raise UserError where --encoder_weights is neither a name that the Hub knows nor a file."""
+    known = weights_names(encoder)
+    if weights in ("none", *known) or Path(weights).is_file():
+        return
+    others = f"{encoder} has {', '.join(known)}" if known else f"{encoder} has none on the Hub"
+    if timm_name(encoder) and known:
+        others += " (name others in the encoder, as timm does: tu-NAME.TAG)"
+    what = "not for this encoder" if weights == "imagenet" else "no such file"
+    raise UserError(f"--encoder_weights {weights}: {what}; {others}; or {REMEDY}")
+
+
+def normalisation(arch: str, encoder: str, weights: str) -> dict[str, tuple[float, ...]]:
+    """The mean and std that the encoder's pretrained weights were trained with; of 0..1.
+
+    Raises UserError for names that there are not and for weights that cannot be had.
+    """
+    check_names(arch, encoder)
+    check_weights(encoder, weights)
+    name = timm_name(encoder)
+    if weights == "none":
+        mean, std = IMAGENET
+    elif name:
+        config = timm.get_pretrained_cfg(name)
+        mean, std = (config.mean, config.std) if config else IMAGENET
+    elif weights in weights_names(encoder):
+        get = functools.partial(smp.encoders.get_preprocessing_params, encoder, weights)
+        params = from_hub(encoder, get)
+        mean, std = params["mean"], params["std"]
+    else:
+        start = next((start for start in OWN_STATISTICS if encoder.startswith(start)), "")
+        mean, std = OWN_STATISTICS.get(start, IMAGENET)
+    return {"mean": tuple(mean), "std": tuple(std)}
+
+
+def load_weights(network: torch.nn.Module, arch: str, encoder: str, weights: str) -> None:
+    """Load pretrained weights into the encoder as the architecture builds it. Raises UserError."""
+    check_weights(encoder, weights)
+    if weights in weights_names(encoder):
+        load = functools.partial(smp.create_model, arch, encoder, encoder_weights=weights)
+        network.encoder.load_state_dict(from_hub(encoder, load).encoder.state_dict())
+    elif weights != "none":
+        network.encoder.load_state_dict(fit_weights(network.encoder, encoder, weights))
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name without prefixes; timm's `features_only` turns `stages.0` to `stages_0`."""
+    return re.sub(r"^((module|model|encoder)\.)+", "", key).replace(".", "_")
+
+
+def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, torch.Tensor]:
+    """The encoder's state dict from a file, by names without prefixes. Raises UserError.
+
+    timm's classifier, which a ViT keeps, may be of other classes or absent: nothing uses it.
+    """
+    given = {plain_name(key): tensor for key, tensor in read_weights(file).items()}
+    own = module.state_dict()
+    state, missing, wrong = {}, [], []
+    unused = "|".join((*classifier_names(module), "num_batches_tracked$"))
+    for key, tensor in own.items():
+        other = given.get(plain_name(key))
+        fits = other is not None and other.shape == tensor.shape
+        state[key] = other if fits else tensor
+        if not fits and not re.search(unused, plain_name(key)):
+            (missing if other is None else wrong).append(key)
+    if missing or wrong:
+        needed = [key for key in own if not re.search(unused, plain_name(key))]
+        fitting = len(needed) - len(missing) - len(wrong)
+        words = [f"absent: {first_five(missing)}"] * bool(missing)
+        words += [f"of other shape: {first_five(wrong)}"] * bool(wrong)
+        reason = f"not the weights of {encoder}: {fitting} of {len(needed)} tensors fit"
+        remedy = "name its own file"
+        raise UserError(f"--encoder_weights {file}: {reason} ({'; '.join(words)}); {remedy}")
+    return state
+
+
+def classifier_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """Patterns of the names of a timm model's classifier."""
+    config = getattr(getattr(module, "model", None), "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return tuple(f"^{plain_name(name)}_" for name in names)
+
+
+def from_hub(encoder: str, load: Callable[[], Any]) -> Any:
+    """What `load` takes from the Hugging Face Hub or its cache. Raises UserError."""
+    hub_offline_unless_reachable()
+    try:
+        return load()
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        ways = f"internet (or HF_HUB_CACHE set to a copy of the Hub's cache), {REMEDY}"
+        reason = f"cannot be had ({reason_of(error)}). Three ways out: {ways}"
+        raise UserError(f"ImageNet weights for {encoder} {reason}") from None
+
+
+def hub_offline_unless_reachable() -> None:
+    """Where the Hub cannot be reached, use its cache alone: 0.6 s instead of 26 s of retries."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return
+    address = urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError for a zip that is damaged or unpacks to more than its own size."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("unpacks to more than its size")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
+
+
+def read_weights(file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or .pth file, without running code in it. Raises UserError.
+
+    They may lie under `state_dict` or `model`, as in a checkpoint of timm or a model.pt.
+    """
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        if zipfile.is_zipfile(file):  # torch's older files are not
+            check_archive(Path(file))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own settings
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise anything on a damaged file
+        reason = f"cannot be read ({reason_of(error)}); replace it"
+        raise UserError(f"--encoder_weights {file}: {reason}") from None
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    state = state if isinstance(state, dict) else {}
+    return {key: value for key, value in state.items() if torch.is_tensor(value)}
