@@ -661,6 +661,7 @@ def write_models_page() -> None:
         lines += [
             "\n## Work, time and memory",
             f"Float32, no pretrained weights, ms an image in batches of {measured['batch']}.",
+            "Times depend on what else the machine does: compare GMAC first.",
             f"`python bench.py {measured['call']}` on {measured['machine']}.\n",
             f"| network | {' | '.join(columns)} |",
             f"| --- |{' --- |' * len(columns)}",
