@@ -570,7 +570,7 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
     config = model_settings(options.size, arch=arch, encoder=encoder)
     config, resizes = trial.try_network(config, (True, True), [0.5, 0.75], options.batch, 99, 1)
     network = model.build_network(config)
-    size, step = (config.height, config.width), trial.size_step(network)
+    size = config.height, config.width
     unused = trial.trial_step(network, 2, size, backward=True)
     parameters = sum(weight.numel() for weight in network.parameters())
     network = model.set_memory_format(network, device).to(device)
@@ -588,7 +588,6 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
     learning = median_seconds(learn, device, options.rounds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak
-    free = "any" if step == 1 else f"multiples of {step}"
     return {
         "M parameters": round(parameters / 1e6, 1),
         "GMAC": round(counter.get_total_flops() / 2e9, 2),
@@ -596,10 +595,21 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
         "ms inference": round(1000 * predicting / len(batch), 1),
         "peak GB": round(peak, 2),
         "size": "{}x{}".format(*size),
-        "sizes": free if resizes else f"{free} that the network accepts; --grow off",
+        "sizes": sizes_in_words(network, size) + ("" if resizes else "; no --grow"),
         "frozen in two processes": len(unused),
         "weights": ", ".join(encoders.weights_names(encoder)) or "none",
     }
+
+
+def sizes_in_words(network: torch.nn.Module, size: tuple[int, int]) -> str:
+    """The finest step of height and width at which the network takes the next size but one."""
+    import trial
+
+    for step in (1, 2, 4, 8, 16, 32, 64, 128):
+        height, width = (step * (length // step + 1) for length in size)
+        if not trial.refusal(network, 2, (height, width + 2 * step)):
+            return "any" if step == 1 else f"multiples of {step}"
+    return "this one"
 
 
 def print_row(arch: str, encoder: str, options: argparse.Namespace) -> None:
@@ -651,6 +661,7 @@ def write_models_page() -> None:
         lines += [
             "\n## Work, time and memory",
             f"Float32, no pretrained weights, ms an image in batches of {measured['batch']}.",
+            "Times depend on what else the machine does: compare GMAC first.",
             f"`python bench.py {measured['call']}` on {measured['machine']}.\n",
             f"| network | {' | '.join(columns)} |",
             f"| --- |{' --- |' * len(columns)}",
