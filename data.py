@@ -298,8 +298,9 @@ def resolve_detail(
     choice, or "auto".
     """
     area = float((samples.height * samples.width).median())
-    thickness = samples.thickness[samples.thickness > 0].median()
-    needed = area * min(1.0, THINNEST / max(thickness, 1)) ** 2 if free else 0.0
+    known = samples.thickness[samples.thickness > 0]
+    part = min(1.0, THINNEST / known.median()) if free and len(known) else 0.0
+    needed = area * part**2
     if tiles == "auto":
         tiles = bool(area > TILES_FROM or needed > LARGER * pixels)
     return tiles, 2 * pixels if tiles else max(pixels, needed)

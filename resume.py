@@ -24,7 +24,9 @@ MAY_DIFFER = {  # settings that do not identify a run
 }  # fmt: skip
 
 # and the layout's file
-WEIGHTS_FOLLOW_FROM = ("train", "data", "images", "model", "encoders", "callbacks", "losses")
+WEIGHTS_FOLLOW_FROM = (
+    "train", "losses", "data", "loaders", "images", "model", "encoders", "callbacks",
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 #  Identity

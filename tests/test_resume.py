@@ -209,7 +209,17 @@ def test_the_layouts_own_file_counts(roads):
     samples = data.scan_dataset(data.find_samples(str(roads), training=True).samples)
     identity = resume.identify({}, samples.assign(fold=0))
     files = {key.split(": ")[0] for key in identity.code}
-    names = {"train", "data", "images", "model", "encoders", "callbacks", "losses", "kitti"}
+    names = {
+        "train",
+        "data",
+        "images",
+        "model",
+        "encoders",
+        "callbacks",
+        "losses",
+        "loaders",
+        "kitti",
+    }
     assert files == {f"{name}.py" for name in names}
     assert not any("Config" in key and "train" in key for key in identity.code)
 
