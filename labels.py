@@ -10,6 +10,8 @@ from classes import MOST, Classes, Listed, Wanted, choose_names
 from images import IGNORE
 from utils import UserError, first_five
 
+LARGE_ID = 64  # ids of classes are smaller, or nearly all ids below occur, too
+
 
 class ValueCounts(NamedTuple):
     """The distinct values of a mask in one channel."""
@@ -53,6 +55,8 @@ def decide_labels(
     Returns the value of each class, the same in words, and the classes. Raises UserError.
     """
     pixels = sum((count.pixels for count in counts), Counter())
+    if channel == "grey" and not (wanted.listed or wanted.only or wanted.model):
+        refuse_grey_levels(pixels)
     if channel != "colour":
         pixels.pop(IGNORE, None)
     listed = wanted.listed or name_values(pixels, channel, wanted)
@@ -78,6 +82,17 @@ def decide_labels(
     values = tuple(show(label, channel) for label in labels)
     words = describe_labels(counts, channel, labels, names)
     return labels, words, Classes(names, values, exclusive=True)
+
+
+def refuse_grey_levels(pixels: Counter[float]) -> None:
+    """Raise UserError for 255 next to few, large levels, such as 128: is it a class, or an edge?"""
+    levels = sorted(value for value in pixels if value not in (0, IGNORE))
+    highest = max(levels, default=0)
+    if IGNORE in pixels and highest >= LARGE_ID and 2 * len(levels) < highest:
+        reason = f"grey levels {first_five(f'{value:g}' for value in sorted(pixels))}"
+        one = f"--foreground {levels[len(levels) // 2]:g}-{IGNORE} takes these levels for one class"
+        several = f"--classes FILE with id,name lists several, and {IGNORE} is ignored"
+        raise UserError(f"--data: {reason}: is {IGNORE} a class, or ignored? {one}; {several}")
 
 
 def label_of(one: Listed, number: int, wanted: Wanted) -> int:

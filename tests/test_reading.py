@@ -151,7 +151,6 @@ def labels(*values):
 
 LABEL_MAPS = {
     "one class": labels(15),
-    "two levels": labels(128, 255),
     "classes and ignored": labels(15, 255),
     "trainIds": labels(*range(1, 19), 255),
     "scaled classes": labels(*range(25, 251, 25)),
@@ -173,6 +172,16 @@ def test_a_label_map_is_never_thresholded(tmp_path, kind):
     if kind != "instances":  # there it is any of many
         read(tmp_path, foreground=example)
     asked(tmp_path, "--foreground 77", "no mask has this value", foreground="77")
+
+
+@pytest.mark.parametrize("levels", [(128, 255), (85, 170, 255), range(15, 256, 15)])
+def test_255_next_to_grey_levels_is_asked_about(tmp_path, levels):
+    """Two structures, or an edge of few levels: never classes with 255 ignored."""
+    write(tmp_path, convert=labels(*levels))
+    line = asked(tmp_path, "is 255 a class, or ignored?", "--classes FILE")
+    remedy = re.search(r"--foreground (\S+)", line)[1]
+    mask = data.find_samples(str(tmp_path), training=True, foreground=remedy).samples["mask"][0]
+    assert set(np.unique(mask.read((44, 60)))) == {0, 1}
 
 
 def test_levels_saved_as_jpeg_are_a_label_map(tmp_path):
