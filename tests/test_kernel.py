@@ -108,7 +108,7 @@ def test_every_setting_says_what_it_is_for(built):
     assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in settings)
     promised = (
         "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH TRAIN EPOCHS MAX_MINUTES "
-        "SESSION_MINUTES BATCH_SIZE LR DICE AUGMENT MASKS FOLDS FOLD SEED DEVICES RESUME PREDICT "
+        "SESSION_MINUTES BATCH_SIZE LR DICE AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME PREDICT "
         "MODELS THRESHOLD TTA"
     )
     assert [line.split(" = ")[0] for line in settings] == promised.split()
@@ -543,7 +543,9 @@ def test_the_walk_is_fast_enough(session):
 
 def test_a_script_gets_each_setting_that_it_has_a_field_for(session):
     names = "metric arch encoder encoder_weights height width max_minutes session_minutes seed lr"
-    names += " batch_size dice augment masks folds fold devices threshold submission pos_weight"
+    names += (
+        " batch_size dice augment masks classes folds fold devices threshold submission pos_weight"
+    )
     fields = "".join(f"    {name}: str\n" for name in names.split())
     write_scripts(session.working, field=fields)
     code = "print(flags('train.py', data='X')); print(flags('infer.py', model=['a', 'b']))"
