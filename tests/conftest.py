@@ -85,7 +85,6 @@ def trained(roads, tmp_path_factory):
     """The --out of a small training on the roads."""
 
     def build(folder):
-        flags = ("--data", roads, "--out", folder, "--epochs", 16, *TINY)
-        succeed("train.py", *flags, fresh=True)
+        succeed("train.py", "--data", roads, "--out", folder, "--epochs", 16, *TINY)
 
     return build_once(tmp_path_factory, "trained", build)

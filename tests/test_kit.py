@@ -483,7 +483,7 @@ def test_several_models_are_averaged(trained, roads, tmp_path):
 
 def test_the_cores_share_a_batch_and_keep_its_order(roads, trained, tmp_path, monkeypatch):
     models = predict.load_models([str(trained)], "cpu")
-    samples = data.find_samples(str(roads / "training"), training=True).samples
+    samples = data.find_samples(str(roads / "training"), training=True).samples[:9]
     alone = {row.id: (image, found) for row, image, found in predict.predict(models, samples)}
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(Path(samples.image[5]).read_bytes()[:5000])
