@@ -74,10 +74,14 @@ def make_mask(prediction: np.ndarray, config: ModelConfig) -> np.ndarray:
         return prediction[0]
     if not config.class_names:
         return postprocess(prediction, config.threshold, config.min_pixels)
+    return np.stack(list(map(postprocess, prediction, *class_thresholds(config))))
+
+
+def class_thresholds(config: ModelConfig) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The threshold and the minimum component area of each overlapping class."""
     count = len(config.class_names)
-    thresholds = config.thresholds or [config.threshold] * count
-    areas = config.areas or [config.min_pixels] * count
-    return np.stack(list(map(postprocess, prediction, thresholds, areas)))
+    thresholds = config.thresholds or (config.threshold,) * count
+    return thresholds, config.areas or (config.min_pixels,) * count
 
 
 def describe_masks(config: ModelConfig) -> tuple[str, Any]:
@@ -87,9 +91,7 @@ def describe_masks(config: ModelConfig) -> tuple[str, Any]:
     if not config.class_names:
         area = f"minimum component area {config.min_pixels} pixels"
         return f"threshold {config.threshold:.3f}, {area}", config.threshold
-    count = len(config.class_names)
-    thresholds = config.thresholds or (config.threshold,) * count
-    areas = config.areas or (config.min_pixels,) * count
+    thresholds, areas = class_thresholds(config)
     each = zip(config.class_names, thresholds, areas, strict=True)
     words = (f"{name} from {threshold:.3f}, {area} pixels" for name, threshold, area in each)
     return f"thresholds and minimum areas: {first_five(words)}", thresholds

@@ -163,7 +163,7 @@ def fits_relative(examples: list[Any]) -> bool:
     readable = 0
     for row in examples:
         with contextlib.suppress(UserError):  # counted; `data.decode_samples` names it
-            replace(row.mask, order="relative").read(images.image_size(row.image))
+            replace(row.mask, order="relative").read(images.read_header(row.image).size)
             readable += 1
     return 2 * readable > len(examples)
 
@@ -274,9 +274,7 @@ class RleSubmission:
             if wrong:
                 reason = f"{len(wrong)} {words}: {first_five(wrong)}"
                 raise UserError(f"--sample_submission {sample}: {reason}")
-        values = Counter(row[self.column] for row in self.rows)
-        marks = [value for value, _ in values.most_common() if value and value.lower() in EMPTY]
-        self.empty = marks[0] if marks else ""
+        self.empty = empty_mark(self.rows, self.column)
         columns = f"ids in {self.header[id_place]}, RLE in {self.header[self.column]}"
         print(f"sample submission: {sample} ({columns}, by {self.order}, empty: {self.empty!r})")
 
@@ -286,15 +284,34 @@ class RleSubmission:
 
     def write(self, out: Path) -> None:
         """Write submission.csv whole. An image without an answer gets an empty mask."""
-        content = io.StringIO()
-        writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(self.header)
-        for fields, name in zip(self.rows, self.ids, strict=True):
-            answer = self.answers.get(name, "") or self.empty
-            writer.writerow([*fields[: self.column], answer, *fields[self.column + 1 :]])
-        write_file(out / "submission.csv", content.getvalue())
-        filled = sum(self.answers.get(name, "") != "" for name in self.ids)
-        print(f"wrote {out / 'submission.csv'}: {len(self.ids)} rows, {filled} not empty")
+        answers = [self.answers.get(name, "") for name in self.ids]
+        write_submission(out, self.header, self.rows, self.column, answers, self.empty)
+
+
+def empty_mark(rows: list[list[str]], column: int) -> str:
+    """How a sample submission writes an empty mask."""
+    values = Counter(row[column] for row in rows)
+    marks = [value for value, _ in values.most_common() if value and value.lower() in EMPTY]
+    return marks[0] if marks else ""
+
+
+def write_submission(
+    out: Path,
+    header: list[str],
+    rows: list[list[str]],
+    column: int,
+    answers: list[str],
+    empty: str,
+) -> None:
+    """Write submission.csv whole: the rows with the answers in a column; `empty` stands for ""."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(header)
+    for fields, answer in zip(rows, answers, strict=True):
+        writer.writerow([*fields[:column], answer or empty, *fields[column + 1 :]])
+    write_file(out / "submission.csv", content.getvalue())
+    filled = sum(answer != "" for answer in answers)
+    print(f"wrote {out / 'submission.csv'}: {len(rows)} rows, {filled} not empty")
 
 
 def find_sample_submission(folder: Path, ids: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """Submissions of several classes: submission.csv with a row for each image and class, and PNGs."""
 
-import csv
 import io
 import zipfile
 from collections import Counter
@@ -14,7 +13,7 @@ import utils
 from classes import Classes, class_column, split_id
 from colours import palette
 from images import encode_image
-from rle import ANSWER_COLUMNS, EMPTY, rle_column, rle_encode
+from rle import ANSWER_COLUMNS, empty_mark, rle_column, rle_encode, write_submission
 from utils import UserError, first_five, write_file
 
 
@@ -75,9 +74,7 @@ class ClassSubmission:
             print(
                 f"{sample}: {len(left)} images are not asked for and left out: {first_five(left)}"
             )
-        values = Counter(row[self.column] for row in self.rows)
-        marks = [value for value, _ in values.most_common() if value and value.lower() in EMPTY]
-        self.empty = marks[0] if marks else ""
+        self.empty = empty_mark(self.rows, self.column)
         answers = f"RLE in {self.header[self.column]}, by {self.order}, empty: {self.empty!r}"
         print(f"sample submission: {sample} ({where}, {answers})")
 
@@ -110,17 +107,8 @@ class ClassSubmission:
 
     def write(self, out: Path) -> None:
         """Write submission.csv whole. An image without an answer gets empty masks."""
-        content = io.StringIO()
-        writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(self.header)
-        filled = 0
-        for fields, key in zip(self.rows, self.keys, strict=True):
-            answer = self.answers.get(key, "")
-            filled += answer != ""
-            row = [*fields[: self.column], answer or self.empty, *fields[self.column + 1 :]]
-            writer.writerow(row)
-        write_file(out / "submission.csv", content.getvalue())
-        print(f"wrote {out / 'submission.csv'}: {len(self.rows)} rows, {filled} not empty")
+        answers = [self.answers.get(key, "") for key in self.keys]
+        write_submission(out, self.header, self.rows, self.column, answers, self.empty)
 
 
 class PngSubmission:

@@ -87,16 +87,15 @@ def class_comparison(
         drawn = tint(paint(small, known, size), reduce_mask(ignored, size), BLACK, 0.7)
         panels.append(panel(drawn, "ground truth"))
         wrong = target != mask if classes.exclusive else (target != mask).any(0)
-        grey = cv2.cvtColor(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        drawn = tint(grey, reduce_mask(wrong & ~ignored, size), RED, 0.7)
+        drawn = tint(greyed(small), reduce_mask(wrong & ~ignored, size), RED, 0.7)
         drawn = tint(drawn, reduce_mask(ignored, size), BLACK, 0.7)
         kinds = [("wrong", RED)] + [("ignored", BLACK)] * bool(ignored.any())
         panels.append(panel(drawn, "errors", kinds))
         layers = layers + known
-    pictures = grid(panels, min(columns, len(panels)))
+    drawn = grid(panels, min(columns, len(panels)))
     found = {name: colour for name, colour, _ in layers}
     entries = [(name, found[name]) for name in classes.names if name in found]
-    return np.vstack([pictures, legend_rows(entries, pictures.shape[1])])
+    return np.vstack([drawn, legend_rows(entries, drawn.shape[1])])
 
 
 def paint(
@@ -149,9 +148,14 @@ def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.sqrt(covered.astype(np.float32) / 255)
 
 
+def greyed(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, 3) uint8 without its colours, of the same shape."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
 def errors(image: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Hits green, misses blue, false alarms red over the grey image, which may be reduced."""
-    result = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    result = greyed(image)
     kinds = (
         ((target == 1) & predicted, GREEN),
         ((target == 1) & ~predicted, BLUE),
