@@ -190,7 +190,6 @@ def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFr
             return bad | {"digest": 0, "shares": (0.0,) * len(found.names)}
         foreground = mask != images.IGNORE if found.exclusive else mask == 1
         foreground = foreground.any(2) if foreground.ndim == 3 else foreground
-        united = mask if mask.ndim == 2 else foreground
         rows = foreground.any(1)
         return {
             "height": height,
@@ -200,7 +199,7 @@ def scan_dataset(samples: pd.DataFrame, found: Classes = ONE_CLASS) -> pd.DataFr
             "share": float(foreground.mean()),
             "shares": classes.shares_of(mask, found),
             "above": float(rows.argmax() / height) if rows.any() else 1.0,
-            "thickness": math.inf if found.exclusive else images.thickness(united),
+            "thickness": math.inf if found.exclusive else images.thickness(foreground),
             "digest": zlib.crc32(mask.tobytes()),
         }
 

@@ -104,7 +104,11 @@ def open_image(path: str | Path) -> Image.Image:
 
     Pillow, not OpenCV: it refuses what is cut off or damaged, and reads palettes.
     """
-    image = open_header(path)
+    return decode(path, open_header(path))
+
+
+def decode(path: str | Path, image: Image.Image) -> Image.Image:
+    """The same for an image from `open_header`."""
     try:
         pages = count_pages(image)
         image.load()
@@ -115,6 +119,11 @@ def open_image(path: str | Path) -> Image.Image:
         remedy = "save the one that is meant as an image of its own"
         raise UserError(f"{path}: has {pages} pages; {remedy}")
     return image
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image from `open_header` has more than 8 bits per channel."""
+    return image.mode in DEEP_MODES or ";16" in str(image.tile)  # RGB;16B: Pillow has no mode
 
 
 def count_pages(image: Image.Image) -> int:
@@ -139,11 +148,6 @@ def unreadable(path: str | Path, error: Exception) -> UserError:
     return UserError(f"{path}: {reason}; replace the file or move it away")
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image once it is upright, from its header. Raises UserError."""
-    return read_header(path).size
-
-
 class Header(NamedTuple):
     """What an image's header says."""
 
@@ -155,7 +159,7 @@ class Header(NamedTuple):
 def read_header(path: str | Path) -> Header:
     """Read an image's header. Raises UserError."""
     with open_header(path) as image:
-        deep = image.mode in DEEP_MODES or ";16" in str(image.tile)  # RGB;16B: Pillow has no mode
+        deep = is_deep(image)  # first: EXIF may decode the image
         try:
             turn = image.getexif().get(0x0112, 1)
         except Exception as error:  # Pillow raises anything on damaged EXIF
@@ -171,8 +175,10 @@ def read_image(path: str | Path, value_range: tuple[float, ...] = ()) -> np.ndar
     UserError where it is damaged, empty, over 179 million pixels, has several pages, or is no
     image.
     """
-    image = open_image(path)
-    if not read_header(path).deep:
+    image = open_header(path)
+    deep = is_deep(image)
+    image = decode(path, image)
+    if not deep:
         return np.asarray(image.convert("RGB"))
     values = deep_values(path, image)
     if not value_range and (values.min() < 0 or values.dtype.kind == "f"):
@@ -241,13 +247,12 @@ def outline_length(image: np.ndarray, mask: np.ndarray) -> float:
     return float((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
 
 
-def thickness(mask: np.ndarray) -> float:
-    """The mean thickness in pixels of a mask (h, w), of foreground or background, the thinner one.
+def thickness(foreground: np.ndarray) -> float:
+    """The mean thickness in pixels of a mask, bool (h, w), or of its background where thinner.
 
     Twice the area over the length of the outline; 0 where there is no outline.
     """
-    foreground = mask == 1
-    outline = outline_length(mask, foreground)
+    outline = outline_length(foreground, foreground)
     area = min(foreground.sum(), foreground.size - foreground.sum())
     return float(2 * area / outline) if outline else 0.0
 

@@ -1,10 +1,13 @@
 """Layouts that are a csv: run-length encoded masks next to images, or a manifest of both."""
 
+import functools
 import itertools
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,21 +111,31 @@ def read_masks(
         raise UserError(f"{path}: {none}{rows}; {empty}; fix the ids, or add rows of empty masks")
     if unknown or without:
         print(f"{path.name}: {f'{rows}; left out' if unknown else f'{empty}; read as empty masks'}")
-    masks: dict[str, list[tuple[int, str]]] = {stem: [] for stem in stems}
+    masks: dict[str, Rows] = {stem: [] for stem in stems}
     for line, row in filled.items():
         masks.get(match(row[ids]), []).append((line, row[column]))
-    return {stem: by_class(path, parts, labels) for stem, parts in masks.items()}, fields
+    values = classes.sort_values(filter(None, labels.values()))
+
+    def make(rows: Rows) -> rle.RunLengths:
+        return rle.RunLengths(path, tuple(rows))
+
+    return {stem: by_class(own, labels, values, make) for stem, own in masks.items()}, fields
+
+
+Rows = list[tuple[int, str]]  # the number of a row of a csv, and its mask
 
 
 def by_class(
-    path: Path, rows: list[tuple[int, str]], labels: dict[int, str]
-) -> rle.RunLengths | ClassMasks:
-    """The mask in some rows, or that of each class. `labels`: {row: class}, {} for one class."""
-    values = classes.sort_values(filter(None, labels.values()))
+    rows: Rows, labels: dict[int, str], values: tuple[str, ...], make: Callable[[Rows], Any]
+) -> Any:
+    """The mask that `make` makes of the rows of an image, or that of each class.
+
+    `labels`: {row: class}; `values`: the classes of all images, () for one class.
+    """
     if not values:
-        return rle.RunLengths(path, tuple(rows))
-    parts = (tuple(row for row in rows if labels[row[0]] == value) for value in values)
-    return ClassMasks(tuple(rle.RunLengths(path, part) for part in parts), Classes(values, values))
+        return make(rows)
+    parts = (make([row for row in rows if labels[row[0]] == value]) for value in values)
+    return ClassMasks(tuple(parts), Classes(values, values))
 
 
 def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, Path]) -> None:
@@ -135,7 +148,7 @@ def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, 
         values = {re.sub("^(img|image)_?", "", name.lower()): value for name, value in row.items()}
         size = [values.get(name, "").removesuffix(".0") for name in ("height", "width")]
         if all(map(str.isdecimal, size)):
-            height, width = images.image_size(files[stem])
+            height, width = images.read_header(files[stem]).size
             if (height, width) != tuple(map(int, size)):
                 own = f"{files[stem].name} is {width}x{height}"
                 wrong.append(f"{own}, not {size[1]}x{size[0]}")
@@ -187,20 +200,23 @@ def resolve_path(root: Path, name: str) -> Path:
 
 def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> pd.DataFrame:
     """The samples of a manifest, one for each image. `rows`: index the row's number. UserError."""
-    paths = list(dict.fromkeys(rows["image"]))
+    records = rows.to_dict("index")
+    lines: dict[Path, list[int]] = defaultdict(list)
+    for line, record in records.items():
+        lines[record["image"]].append(line)
+    paths = list(lines)
     unique = len({path.stem for path in paths}) == len(paths)
     short = [path.stem for path in paths]
     long = [re.sub(r"[\\/:]+", "_", os.path.relpath(p.with_suffix(""), root.parent)) for p in paths]
     samples = pd.DataFrame({"id": short if unique else long, "image": paths})
-    blocks = [block for _, block in rows.groupby("image", sort=False)]
     filled = "mask" in rows and ~rows["mask"].str.lower().isin(rle.EMPTY)
     known = training or np.any(filled)  # a column of nothing is no ground truth to score with
-    labels = rows["class"].to_dict() if "class" in rows else {}
-    samples["mask"] = [manifest_masks(root, block, labels) if known else None for block in blocks]
-    samples["fields"] = [block.iloc[0].astype(str).to_dict() for block in blocks]
+    samples["mask"] = manifest_masks(root, records, lines) if known else None
+    first = (records[own[0]] for own in lines.values())
+    samples["fields"] = [{name: str(value) for name, value in one.items()} for one in first]
     for column in ("id", "group", "fold", "category"):
         if column in rows:
-            samples[column] = [one_value(root, column, block) for block in blocks]
+            samples[column] = [one_value(root, records, own, column) for own in lines.values()]
     check_ids(root, samples.id.tolist())
     if "fold" in samples:
         wrong = [value for value in samples.fold if not value.removesuffix(".0").isdecimal()]
@@ -211,11 +227,11 @@ def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> pd.DataF
     return samples
 
 
-def one_value(root: Path, column: str, block: pd.DataFrame) -> str:
+def one_value(root: Path, records: dict[int, dict], lines: list[int], column: str) -> str:
     """The value of a column in all rows of an image. Raises UserError where there are several."""
-    values = list(dict.fromkeys(block[column]))
+    values = list(dict.fromkeys(records[line][column] for line in lines))
     if len(values) > 1:
-        reason = f"{block['image'].iloc[0].name} has several values in column {column}"
+        reason = f"{records[lines[0]]['image'].name} has several values in column {column}"
         raise UserError(f"--data {root}: {reason}: {first_five(values)}; an image has one")
     return values[0]
 
@@ -231,19 +247,22 @@ def check_ids(root: Path, ids: list[str]) -> None:
 
 
 def manifest_masks(
-    root: Path, block: pd.DataFrame, labels: dict[int, str]
-) -> MaskFile | rle.RunLengths | ClassMasks:
-    """The mask in the rows of one image, or that of each class. `labels`: {row: class}."""
+    root: Path, records: dict[int, dict], lines: dict[Path, list[int]]
+) -> list[MaskFile | rle.RunLengths | ClassMasks]:
+    """The mask of each image, or those of its classes. `lines`: its rows. Raises UserError."""
+    labels = {line: record.get("class", "") for line, record in records.items()}
     values = classes.sort_values(filter(None, labels.values()))
-    if not values:
-        return manifest_mask(root, block)
-    parts = (manifest_mask(root, block[block["class"] == value]) for value in values)
-    return ClassMasks(tuple(parts), Classes(values, values))
+    masks = []
+    for image, own in lines.items():
+        rows = [(line, records[line]["mask"]) for line in own]
+        make = functools.partial(manifest_mask, root, image)
+        masks.append(by_class(rows, labels, values, make))
+    return masks
 
 
-def manifest_mask(root: Path, block: pd.DataFrame) -> MaskFile | rle.RunLengths:
+def manifest_mask(root: Path, image: Path, rows: Rows) -> MaskFile | rle.RunLengths:
     """The mask in the rows of one image: a file or several, RLE, or empty. Raises UserError."""
-    filled = [(line, name) for line, name in block["mask"].items() if name.lower() not in rle.EMPTY]
+    filled = [(line, name) for line, name in rows if name.lower() not in rle.EMPTY]
     if all(rle.RUNS.fullmatch(name) for _, name in filled):
         return rle.RunLengths(root, tuple(filled))
     paths = [resolve_path(root, name) for _, name in filled]
@@ -251,4 +270,4 @@ def manifest_mask(root: Path, block: pd.DataFrame) -> MaskFile | rle.RunLengths:
     lost = [f"row {line}: {name}" for (line, name), path in pairs if not path.is_file()]
     if lost:
         raise UserError(f"--data {root}: masks are neither a file nor RLE: {first_five(lost)}")
-    return MaskFile(paths[0], None, tuple(paths[1:]), block["image"].iloc[0])
+    return MaskFile(paths[0], None, tuple(paths[1:]), image)

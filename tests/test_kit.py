@@ -378,7 +378,7 @@ def test_bev_scores_are_those_of_the_submitted_maps(trained, validation_folder, 
     def check(samples, out):
         evaluation = metrics.Evaluation()
         for row in samples.itertuples():
-            truth = row.mask.read(images.image_size(row.image))
+            truth = row.mask.read(images.read_header(row.image).size)
             for view in row.views:
                 warped = view.warp(truth, images.IGNORE)
                 counts = metrics.pixel_counts(maps[row.mask.path.name], warped)
