@@ -328,10 +328,10 @@ def id_column(
 ) -> int:
     """The column with the most ids of images, else the one whose name says so, else the first."""
 
-    def rank(other: int) -> tuple[int, int, bool]:
+    def rank(other: int) -> tuple[int, bool, int]:
         matched = {row[other]: match(row[other]) for row in rows}
         exact = sum(value == stem for value, stem in matched.items())
         known = sum(stem != "" for stem in matched.values())
-        return exact, known, header[other].lower() in ID_COLUMNS
+        return known, header[other].lower() in ID_COLUMNS, exact
 
     return max((c for c in range(len(header)) if c != column), key=rank)

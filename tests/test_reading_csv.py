@@ -251,6 +251,16 @@ CLASSES = {
 }
 
 
+def test_numbers_of_classes_are_no_ids_of_images_that_are_numbered(tmp_path):
+    masks = write_images(tmp_path / "train", name="{}.png")
+    rows = [(f"{stem}.png", label, plain_encode(masks[stem])) for stem in masks for label in (1, 3)]
+    write_csv(tmp_path / "train.csv", [("ImageId", "ClassId", "EncodedPixels"), *rows])
+    collection = data.find_samples(str(tmp_path), training=True)
+    assert collection.classes.names == ("1", "3")
+    for row in collection.samples.itertuples():
+        assert (row.mask.read((44, 60)) == masks[row.id][..., None]).all(), row.id
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_several_classes_are_found_and_one_alone_is_none(tmp_path, name):
     masks = write_images(tmp_path / "train")
