@@ -135,7 +135,7 @@ def find_samples(
         name_test_images(samples, root)
     chosen = classes.find_wanted(wanted, root)
     needed = training or masks != "auto" or runs != "auto"
-    return mask_files.read_classes(collection, foreground, training, runs, needed, chosen)
+    return mask_files.decide_classes(collection, foreground, training, runs, needed, chosen)
 
 
 def name_test_images(samples: pd.DataFrame, root: Path) -> None:

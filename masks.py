@@ -139,7 +139,7 @@ def palette_levels(image: Image.Image) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def read_classes(
+def decide_classes(
     collection: Collection,
     foreground: str,
     training: bool,
@@ -203,11 +203,11 @@ def decide_masks(
         raise UserError(f"--foreground {foreground}: there are no mask files; leave the flag out")
     if not files:
         return masks, Classes()
-    values, words, classes = decide_values(files, foreground, training, wanted)
+    values, words, found = decide_values(files, foreground, training, wanted)
     print(f"masks: {words}", flush=True)
     decided = (dataclasses.replace(mask, values=values) for mask in files)
     masks = [next(decided) if isinstance(mask, MaskFile) else mask for mask in masks]
-    return masks, classes
+    return masks, found
 
 
 def decide_values(
@@ -239,8 +239,8 @@ def decide_values(
         if channel == "grey" and any(count.indexed for count in counts):
             channel = "index"
             counts = count_all(masks, channel)
-        labels, words, classes = decide_labels(counts, channel, wanted, training)
-        return MaskValues(channel, labels=labels), words, classes
+        labels, words, found = decide_labels(counts, channel, wanted, training)
+        return MaskValues(channel, labels=labels), words, found
     names = [show(value, channel) for value in sorted(pixels)]
     is_foreground = [v in values.foreground or (v > (values.cut or np.inf)) for v in sorted(pixels)]
     background = sum(not yes for yes in is_foreground) - len(values.ignored)
