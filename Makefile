@@ -27,7 +27,8 @@ push: .venv/push
 	$(PY) kernel.py push
 
 kaggle-test: .venv-kaggle/kit
-	.venv-kaggle/bin/python -m pip uninstall --quiet --yes segmentation-models-pytorch
+	.venv-kaggle/bin/python -m pip install --quiet --no-deps --no-index \
+		--find-links .venv-kaggle/wheels segmentation-models-pytorch
 	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py --durations 5
 
 lowest: .venv-lowest/dev

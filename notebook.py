@@ -141,6 +141,13 @@ def in_notebook_words(text):
     return re.sub(r"--(\w+)", lambda flag: names.get(flag[1], flag[0]), text)
 
 
+def show_images(paths):
+    """Images from files, with their names."""
+    for path in paths:
+        print(path)
+        display(Image(filename=str(path), width=900))
+
+
 def end_with_kernel():
     """Let Linux end this process when the notebook's kernel ends: it would hold the GPU."""
     if sys.platform == "linux":
@@ -509,13 +516,6 @@ install_smp()
 
 
 # %% look-data
-def show_images(paths):
-    """Images from files, with their names."""
-    for path in paths:
-        print(path)
-        display(Image(filename=str(path), width=900))
-
-
 if TRAIN:
     values = {"data": data_folder(), "out": "data_check", "check": True}
     run("train.py", *flags("train.py", **values))
