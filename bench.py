@@ -3,15 +3,18 @@
     python bench.py train --data DIR       # images per second of training, vs. the bare passes
     python bench.py infer --data DIR       # from files to masks
     python bench.py scale --data DIR       # over the number of images, their size, the batch
-    python bench.py accuracy --data DIR --minutes 6.6
+    python bench.py accuracy --data DIR --minutes 6.6    # on a held-out fifth, vs. other recipes
+    python bench.py field --data DIR,DIR,... --minutes 3 # the same on several kinds of data
+    python bench.py speedrun --data DIR    # accuracy after 0.5 to 6.6 minutes, with a picture
     python bench.py models                 # encoders and architectures: work, time, memory
     python bench.py sweep                  # which pairs of them train, export and predict
 
 Every variant runs in a process of its own, in turn (A B C A B C); the tables give medians and
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
-tutorial with its pairing fixed, `example` that of smp's binary example, `bare` the forward and
-backward passes alone, on a tensor in memory. `models` and `sweep` write docs/models.md; `sweep`
-goes on where it was stopped.
+tutorial with its pairing fixed, `example` that of smp's example at 320x320 (see peers.py), `bare`
+the forward and backward passes alone, on a tensor in memory. A folder may be followed by the
+foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md; `sweep` goes on
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -45,67 +48,6 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 HERE = Path(__file__).parent
 SPEED = "images per second"  # the column that ratios are taken of
 HALF = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # Lightning's word to torch's type
-
-# --------------------------------------------------------------------------------------------------
-#  What a user would pick instead
-# --------------------------------------------------------------------------------------------------
-
-
-def tutorial_dataset(samples: pd.DataFrame, size: int, augment: bool) -> torch.utils.data.Dataset:
-    """The tutorial's dataset: every item is decoded, resized and normalised each time."""
-    import albumentations as A
-    import cv2
-    import torch
-    from albumentations.pytorch import ToTensorV2
-
-    class Roads(torch.utils.data.Dataset):
-        def __init__(self) -> None:
-            flip = [A.HorizontalFlip(p=0.5)] if augment else []
-            self.rows = list(samples.itertuples())
-            self.transform = A.Compose([A.Resize(size, size), *flip, A.Normalize(), ToTensorV2()])
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, index: int) -> tuple[Any, Any]:
-            row = self.rows[index]
-            image = cv2.cvtColor(cv2.imread(str(row.image)), cv2.COLOR_BGR2RGB)
-            mask = (cv2.imread(str(row.mask.path))[..., 0] > 0).astype("float32")
-            pair = self.transform(image=image, mask=mask)
-            return pair["image"], pair["mask"][None]
-
-    return Roads()
-
-
-def other_module(name: str) -> Any:
-    """The tutorial's module (BCE, AdamW 1e-3) or that of smp's example (Dice, Adam 2e-4)."""
-    import pytorch_lightning as pl
-    import segmentation_models_pytorch as smp
-    import torch
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = smp.Unet("resnet34", encoder_weights=None, classes=1)
-            dice, bce = smp.losses.DiceLoss("binary"), torch.nn.BCEWithLogitsLoss()
-            self.loss = dice if name == "example" else bce
-
-        def training_step(self, batch: Any, _: int) -> torch.Tensor:
-            logits = self.model(batch[0])
-            if name == "example":
-                mask = (logits.sigmoid() > 0.5).long()
-                smp.metrics.get_stats(mask, batch[1].long(), mode="binary")
-            value = self.loss(logits, batch[1])
-            self.log("loss", value, prog_bar=True)
-            return value
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            if name == "example":
-                return torch.optim.Adam(self.parameters(), lr=2e-4)
-            return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-    return Module()
-
 
 # --------------------------------------------------------------------------------------------------
 #  What the variants share
@@ -194,16 +136,18 @@ def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
     import pytorch_lightning as pl
     import torch
 
+    import peers
+
     if name == "bare":
         return bare_passes(options, training=True)
     samples = find_samples(options.data)
     if name == "kit":
         trainer, module, loader = kit_training(samples, options)
     else:
-        samples = repeated(samples, options.images)
-        dataset = tutorial_dataset(samples, options.size, augment=name == "tutorial")
+        samples, recipe = repeated(samples, options.images), peers.RECIPES[name]
+        dataset = peers.resized_pairs(samples, options.size, recipe.flip)
         loader = torch.utils.data.DataLoader(dataset, options.batch, shuffle=True, drop_last=True)
-        module = other_module(name)
+        module = peers.PeerModule(name)
         trainer = pl.Trainer(
             max_epochs=1,
             logger=False,
@@ -371,77 +315,46 @@ def scoring(samples: pd.DataFrame, options: argparse.Namespace) -> dict[str, flo
 
 
 def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train for `options.minutes`, predict held-out sequences, score with the official measures."""
-    import data
+    """Train for `options.minutes` on four fifths, predict the fifth with infer.py, score it."""
     import infer
+    import peers
 
-    samples = data.scan_dataset(find_samples(options.data))
-    held_out = data.assign_folds(samples, 5, options.seed) == 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        link_samples(samples[~held_out], root / "train" / "training")
-        link_samples(samples[held_out], root / "test" / "training")
+        peers.write_split(options.data, root, options.seed)
+        data, out, how = root / "train", root / "out", (options.encoder, options.weights)
         if name == "kit":
-            epochs = kit_accuracy(root / "train", root / "out", options)
+            epochs = train_kit(data, out, options)
         else:
-            epochs = tutorial_training(root / "train", root / "out", options)
+            epochs = peers.train_peer(name, data, out, *how, options.minutes, options.seed)
         seconds = time.perf_counter() - started
         test, predictions = root / "test" / "training", root / "predictions"
         paths = {"data": str(test), "out": str(predictions)}
-        infer.infer(infer.Options(model=[str(root / "out")], **paths))
-        report = json.loads((predictions / "metrics.json").read_text())["image"]
-    scores = {measure: report["all"][measure] for measure in ("MaxF", "AP", "IoU", "IoU50")}
-    worst = min(one["MaxF"] for category, one in report.items() if category != "all")
-    return scores | {"worst category": worst, "epochs": epochs, "seconds": seconds}
+        infer.infer(infer.Options(model=[str(out)], **paths))
+        report = json.loads((predictions / "metrics.json").read_text())
+    return scores_of(report) | {"epochs": epochs, "seconds": seconds}
 
 
-def link_samples(samples: pd.DataFrame, folder: Path) -> None:
-    """Links to images and masks in KITTI's layout."""
-    paths = {"image_2": samples.image, "gt_image_2": [mask.path for mask in samples["mask"]]}
-    for name, files in paths.items():
-        (folder / name).mkdir(parents=True)
-        for file in files:
-            (folder / name / file.name).symlink_to(file.resolve())
+def scores_of(report: dict[str, Any]) -> dict[str, float]:
+    """The scores of a metrics.json that the tables show."""
+    blocks = report["image"]
+    if "mIoU" in blocks["all"]:
+        lowest = min(one["IoU"] for one in report["classes"].values() if one["IoU"] is not None)
+        return {key: blocks["all"][key] for key in ("mIoU", "accuracy")} | {"lowest IoU": lowest}
+    scores = {key: blocks["all"][key] for key in ("MaxF", "AP", "IoU50")}
+    worst = [one["MaxF"] for category, one in blocks.items() if category != "all"]
+    scores |= {"worst category": min(worst)} if worst else {}
+    return scores | {f"mean {key}": report["mean"][key] for key in ("Dice", "IoU")}
 
 
-def kit_accuracy(data: Path, out: Path, options: argparse.Namespace) -> int:
+def train_kit(data: Path, out: Path, options: argparse.Namespace) -> int:
     """Train with the kit's command; returns the number of epochs."""
-    flags = ("--encoder_weights", "none", "--seed", options.seed, "--max_minutes", options.minutes)
+    flags = ["--encoder", options.encoder, "--encoder_weights", options.weights]
+    flags += ["--seed", options.seed, "--max_minutes", options.minutes]
     command = [sys.executable, HERE / "train.py", "--data", data, "--out", out, *flags]
     subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
     return len((out / "metrics.csv").read_text().splitlines()) - 1
-
-
-def tutorial_training(data: Path, out: Path, options: argparse.Namespace) -> int:
-    """The tutorial's recipe at 256x256 for `options.minutes`, saved as a model.pt of the kit.
-
-    Returns the number of epochs, the last of which may be shorter.
-    """
-    import torch
-
-    import model
-
-    config = model_settings(256, temperature=1.0)
-    torch.manual_seed(options.seed)
-    dataset = tutorial_dataset(find_samples(data), 256, augment=True)
-    loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True)
-    network = model.build_network(config)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    loss = torch.nn.BCEWithLogitsLoss()
-    started, epochs, over = time.perf_counter(), 0, False
-    while not over:
-        for images, masks in loader:
-            loss(network(images), masks).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            over = time.perf_counter() - started > 60 * options.minutes
-            if over:
-                break
-        epochs += 1
-    out.mkdir()
-    model.save_model(out / "model.pt", network.eval(), config, {}, {})
-    return epochs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -704,13 +617,17 @@ Numbers = dict[str, dict[str, list[float]]]  # {variant: {column: a value for ea
 VARIANTS = {
     "train": ("tutorial", "example", "kit", "bare"),
     "infer": ("tutorial", "kit", "bare", "scoring"),
-    "accuracy": ("tutorial", "kit"),
+    "accuracy": ("tutorial", "example", "kit"),
+    "field": ("example", "example512", "kit"),
 }
+MINUTES = (0.5, 1.0, 2.0, 4.0, 6.6)  # of the speed run
 TITLES = {
     "train": "Training",
     "infer": "Inference, from files to masks",
     "scale": "Inference, from files to masks",
-    "accuracy": "Held-out sequences",
+    "accuracy": "Held-out images",
+    "field": "Held-out images of several kinds",
+    "speedrun": "Held-out images, over the minutes of training",
 }
 
 
@@ -732,6 +649,43 @@ def in_turn(
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 numbers[name].setdefault(key, []).append(value)
     return numbers
+
+
+def field(options: argparse.Namespace) -> Numbers:
+    """Accuracy on every folder, the kit and smp's example at both its sizes."""
+    results = {}
+    for folder in options.data.split(","):
+        for name, numbers in in_turn("accuracy", VARIANTS["field"], options, data=folder).items():
+            results[f"{Path(folder).name} {name}"] = numbers
+    return results
+
+
+def speedrun(options: argparse.Namespace) -> Numbers:
+    """Accuracy over the minutes of training."""
+    results = {}
+    for minutes in MINUTES:
+        variants = VARIANTS["accuracy"]
+        for name, numbers in in_turn("accuracy", variants, options, minutes=minutes).items():
+            results[f"{name} {minutes}"] = numbers
+    draw_speedrun(results)
+    return results
+
+
+def draw_speedrun(results: Numbers) -> None:
+    """docs/speedrun.png: MaxF of the held-out images over the minutes, a line for each system."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure((6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name in VARIANTS["accuracy"]:
+        values = [results[f"{name} {minutes}"]["MaxF"] for minutes in MINUTES]
+        axes.plot(MINUTES, [statistics.median(value) for value in values], "o-", label=name)
+    axes.set(xlabel="minutes of training", ylabel="MaxF of held-out images (%)")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(MINUTES, [f"{minutes:g}" for minutes in MINUTES])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(HERE / "docs" / "speedrun.png", dpi=110)
 
 
 def scale(options: argparse.Namespace) -> Numbers:
@@ -779,13 +733,15 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("command", choices=["train", "infer", "scale", "accuracy", "models", "sweep"])
-    add("--data", default="demo/data", help="KITTI Road folder (for speed: any images with masks)")
+    add("command", choices=[*TITLES, "models", "sweep"])
+    add("--data", default="demo/data", help="folder of images with masks; field: several")
     add("--size", type=int, default=256, help="height and width of the input")
     add("--batch", type=int, default=8, help="images per step")
     add("--images", type=int, default=48, help="images per run")
     add("--rounds", type=int, default=2, help="how often each variant runs")
-    add("--minutes", type=float, default=6.6, help="accuracy: of training")
+    add("--minutes", type=float, default=6.6, help="accuracy, field: of training")
+    add("--encoder", default="resnet34", help="accuracy, field, speedrun")
+    add("--weights", default="none", help="of the encoder, as --encoder_weights")
     add("--seed", type=int, default=0)
     add("--encoders", default=",".join(ENCODERS), help="models, sweep: names with commas")
     add("--archs", default="", help="sweep: names with commas; all")
@@ -802,8 +758,9 @@ def main() -> None:
         {"models": measure_models, "sweep": sweep}[options.command](options)
         write_models_page()
         return
-    if options.command == "scale":
-        results = scale(options)
+    several = {"scale": scale, "field": field, "speedrun": speedrun}
+    if options.command in several:
+        results = several[options.command](options)
     else:
         results = in_turn(options.command, VARIANTS[options.command], options)
     speed = options.command in ("train", "infer")

@@ -50,7 +50,7 @@ IMPORTS = {  # a file imports only the files in its row, which all come after it
     "utils": "",
 }
 SCRIPTS = ("train", "infer")
-AT_HOME = ("kernel", "notebook", "demo", "bench")  # these do not travel to Kaggle
+AT_HOME = ("kernel", "notebook", "demo", "bench", "peers")  # these do not travel to Kaggle
 
 
 def parse(name):

@@ -16,6 +16,7 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import cv2
 import nbformat
 import numpy as np
 import pytest
@@ -1015,8 +1016,11 @@ def test_without_training_the_attached_models_predict_on_both_gpus(
     steps = ("setup", "run-train", "run-infer")
     assert not any("weights" in outputs(notebook, step) for step in steps)
     places = [root / "working" / "predictions" / "masks" for root in (tmp_path, first_version[0])]
-    masks = [{path.name: path.read_bytes() for path in place.iterdir()} for place in places]
-    assert masks[0] == masks[1], "twice the same model is that model"
+    masks = [{path.name: cv2.imread(str(path), 0) for path in place.iterdir()} for place in places]
+    assert masks[0].keys() == masks[1].keys()
+    for name, mask in masks[0].items():  # batches of another size are rounded differently
+        differs = (mask != masks[1][name]).mean()
+        assert differs < 1e-3, f"twice the same model is that model, but for {name}: {differs}"
     assert not (tmp_path / "working" / "out").exists()
     assert not (tmp_path / "working" / "submission.csv").exists()
 
