@@ -53,6 +53,7 @@ class Clock:
         self.epochs, self.limit = epochs, 60 * max_minutes
         self.started, self.deadline = started, deadline
         self.earlier = 0.0  # seconds of the resumed parts
+        self.begun = 0.0  # seconds before the first step, where progress is 0
         self.reserve = 0.0  # seconds that the end of the run will take
 
     def seconds(self) -> float:
@@ -63,7 +64,8 @@ class Clock:
         """0 at the first step, 1 at the last step that epochs or minutes allow."""
         last_step = self.epochs * steps_per_epoch - 1
         by_steps = step / max(1, last_step) if self.epochs else 0.0
-        by_time = self.seconds() / max(self.limit - self.reserve, 1e-9) if self.limit else 0.0
+        length = max(self.limit - self.reserve - self.begun, 1e-9)
+        by_time = (self.seconds() - self.begun) / length if self.limit else 0.0
         return max(by_steps, by_time)
 
     def session_over(self) -> bool:
@@ -110,18 +112,17 @@ class TrainingCallback(pl.Callback):
             "lr": self.lr,
             "best": self.best,
             "rows": self.rows,
-            "seconds": self.clock.seconds(),
-            "reserve": self.clock.reserve,
+            "clock": (self.clock.seconds(), self.clock.begun, self.clock.reserve),
             **self.identity._asdict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lr, self.rows = state["lr"], state["rows"]  # `best` follows from model.pt too
-        self.clock.earlier, self.clock.reserve = state["seconds"], state["reserve"]
+        self.clock.earlier, self.clock.begun, self.clock.reserve = state["clock"]
 
     def reserve_for(self, validation: float) -> None:
         """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export."""
-        self.clock.reserve = 12 + 6 * validation
+        self.clock.reserve = 4 + 6 * validation
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
@@ -130,6 +131,7 @@ class TrainingCallback(pl.Callback):
             seed = self.settings["seed"] + trainer.current_epoch
             torch.manual_seed(seed)  # of dropout: the same in a resumed run
             self.epoch_started = time.monotonic()
+            self.clock.begun = self.clock.begun or self.clock.seconds()
         if index == 20 and not self.clock.reserve:  # no validation yet: it takes a third of a step
             step = (time.monotonic() - self.epoch_started) / index
             self.reserve_for(step / 3 * trainer.num_val_batches[0])
@@ -346,11 +348,6 @@ def with_gradient_accumulation(fit: Callable[[int], Any], batch_size: int, devic
 # --------------------------------------------------------------------------------------------------
 
 
-def cluster() -> TorchElasticEnvironment | None:
-    """torchrun's environment where it started this process, also below SLURM."""
-    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None
-
-
 def count_processes(devices: int) -> tuple[int, int]:
     """How many processes train together, in all and on this host: torchrun's, else `devices`."""
     if TorchElasticEnvironment.detect():
@@ -361,12 +358,13 @@ def count_processes(devices: int) -> tuple[int, int]:
 def make_trainer(devices: int, precision: str, **options: Any) -> pl.Trainer:
     """A Trainer that leaves writing and logging to the TrainingCallback."""
     processes, local = count_processes(devices)
+    torchrun = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None  # also SLURM
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     return pl.Trainer(
         accelerator="auto",
         devices=local,
         num_nodes=processes // local,
-        plugins=cluster(),
+        plugins=torchrun,
         precision=precision,
         enable_progress_bar=sys.stdout.isatty(),
         num_sanity_val_steps=0,

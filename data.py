@@ -288,17 +288,17 @@ def resolve_top(top: float | str, collection: Collection, fold: int) -> float:
 
 
 def resolve_detail(
-    samples: pd.DataFrame, tiles: bool | str, pixels: float, free: bool
+    samples: pd.DataFrame, tiles: bool | str, pixels: float, given: int
 ) -> tuple[bool, float]:
     """Whether images are cut into tiles, and the pixels of an input; the device likes `pixels`.
 
-    Where the size is `free`, the thinnest parts of the masks stay `THINNEST` pixels wide: by a
-    larger input, or by tiles where it would be over `LARGER` times as large. `tiles`: the user's
-    choice, or "auto".
+    Unless a height or width is `given`, the thinnest parts of the masks stay `THINNEST` pixels
+    wide: by a larger input, or by tiles where it would be over `LARGER` times as large. `tiles`:
+    the user's choice, or "auto".
     """
     area = float((samples.height * samples.width).median())
     known = samples.thickness[samples.thickness > 0]
-    part = min(1.0, THINNEST / known.median()) if free and len(known) else 0.0
+    part = min(1.0, THINNEST / known.median()) if len(known) and not given else 0.0
     needed = area * part**2
     if tiles == "auto":
         tiles = bool(area > TILES_FROM or needed > LARGER * pixels)

@@ -70,7 +70,7 @@ from classes import Classes, classes_of
 from colours import palette
 from images import IGNORE, MARKER, image_folder, write_image, write_palette_image
 from metrics import Evaluation
-from model import ModelConfig, TrainedModel, best_device, check_gpu, reuse_memory
+from model import ModelConfig, TrainedModel, best_device, prepare_device
 from predict import describe_masks, load_models, make_mask, predict, predict_images
 from visualize import OverlayVideo, comparison
 
@@ -112,11 +112,10 @@ class Plan(NamedTuple):
 
 def make_plan(options: Options) -> Plan:
     """Load the models; thresholds and areas are the mean over them. Raises UserError."""
-    check_gpu()
+    prepare_device()
     device = best_device()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    reuse_memory()
     models = load_models(options.model, device)
     configs = [trained.config for trained in models]
     names = ("threshold", "min_pixels", "thresholds", "areas")

@@ -160,6 +160,12 @@ def check_gpu() -> None:
         raise UserError(f"{torch.cuda.get_device_name()}: too old for this torch; {remedy}")
 
 
+def prepare_device() -> None:
+    """Before the first tensor. Raises UserError for a GPU that is too old."""
+    check_gpu()
+    reuse_memory()
+
+
 def resolve_devices(wanted: int, device: str) -> int:
     """As many GPUs as there are, at most."""
     count = torch.cuda.device_count() if device == "cuda" else wanted

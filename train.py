@@ -38,7 +38,7 @@ class Config:
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
     encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
-    decoder_channels: str = "1"  # a factor for smp's, such as 0.5, or 256,128,64,32,16
+    decoder_channels: str = "auto"  # 256,128,64,32,16, or a factor; auto: 0.5 for light encoders
     height: int = 0  # [0..16384] pixels of the input; 0: from the images' shape and the device
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
@@ -49,9 +49,9 @@ class Config:
     max_minutes: float = 0  # [0..1000000] limit of the training, which the schedule fits; 0: none
     session_minutes: float = 0  # [0..1000000] limit of this session: exports, to resume; 0: none
     batch_size: int = 0  # [0..65536] images per step; 0: 8, on a CPU 4 to 16
-    lr: float | Literal["auto"] = 5e-4  # [1e-9..10] highest learning rate; auto: Lightning's finder
+    lr: float | Literal["auto"] = 0  # [0..10] highest; 0: 5e-4, pretrained 2e-3; auto: a finder
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
-    grow: bool = True  # progressive resizing: 1/2, then 3/4 of height and width first
+    grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
     dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE or cross-entropy
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
@@ -306,7 +306,6 @@ class SegmentationModule(pl.LightningModule):
 # --- Resolve: all that follows from device and data -----------------------------------------------
 
 CACHE = 4 << 30  # bytes of decoded images that stay in memory
-INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
 
 
 def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, ModelConfig]:
@@ -315,11 +314,12 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     median = samples.height.median(), samples.width.median()
     device = model.best_device()
     precision = model.resolve_precision(config.precision, device, training=True)
-    fast_cpu = device == "cpu" and precision == "bf16-mixed"
-    usual = INPUT_PIXELS["cpu bf16" if fast_cpu else device]
-    free = not (config.height or config.width)
-    tiles, pixels = data.resolve_detail(samples, config.tiles, usual, free)
-    pixels = max(pixels, 2 * usual) if collection.classes.exclusive else pixels
+    pretrained = config.encoder_weights != "none"
+    usual = loaders.default_pixels(device, precision)
+    tiles, pixels = data.resolve_detail(samples, config.tiles, usual, config.height or config.width)
+    patient = device == "cpu" and not 0 < config.max_minutes < 3  # small inputs learn sooner
+    if collection.classes.exclusive or (pretrained and patient):
+        pixels = max(pixels, 2 * usual)
     top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
     height, width = config.height or height, config.width or width
@@ -339,7 +339,8 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         top=top,
         tiles=tiles,
         epochs=config.epochs or (0 if config.max_minutes else 40),
-        batch_size=config.batch_size or loaders.default_batch(device, fast_cpu, small, count),
+        batch_size=config.batch_size or loaders.default_batch(device, precision, small, count),
+        grow=not pretrained if config.grow == "auto" else config.grow,
         metric=collection.metric if config.metric == "auto" else config.metric,
         precision=precision,
         devices=model.resolve_devices(config.devices, device),
@@ -361,12 +362,14 @@ def try_network(
     statistics = encoders.normalisation(config.arch, config.encoder, weights)
     model_config = ModelConfig(**settings, **statistics)
     free = config.height == 0, config.width == 0
-    resolutions = [part for _, part in RESOLUTIONS if config.grow and not resolved.tiles]
+    resolutions = [part for _, part in RESOLUTIONS if resolved.grow and not resolved.tiles]
     count = len(images.item_places(samples, model_config))
     numbers = resolved.batch_size, count, callbacks.count_processes(resolved.devices)[0]
-    model_config, grow = trial.try_network(model_config, free, resolutions, *numbers)
-    size = {"height": model_config.height, "width": model_config.width}
-    return replace(resolved, grow=config.grow and grow, **size), model_config
+    tried = trial.try_network(model_config, free, resolutions, *numbers)
+    lr = 2e-3 if config.encoder_weights != "none" and tried.batch_norm else 5e-4
+    changes = {key: getattr(tried.config, key) for key in ("height", "width", "decoder_channels")}
+    changes |= {"lr": config.lr or lr, "grow": resolved.grow and tried.resizes}
+    return replace(resolved, **changes), tried.config
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
@@ -375,13 +378,11 @@ def try_network(
 def train(config: Config, started: float | None = None) -> Path:
     """Find samples, split, and for each fold resolve, build, fit, evaluate, export.
 
-    `started`: the time.monotonic() from which minutes count; None is now. Returns the folder with
-    the results. Raises UserError.
+    `started`: the time.monotonic() of the start; None is now. Returns --out. Raises UserError.
     """
     started = time.monotonic() if started is None else started
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
-    model.check_gpu()
-    model.reuse_memory()
+    model.prepare_device()
     named = config.masks, config.target, config.foreground
     how = config.rle, config.missing, config.classes
     collection = data.find_samples(config.data, *named, True, *how)
@@ -433,8 +434,10 @@ def train_fold(
     print(data.describe_folds(samples, config.fold))
     run.prepare_out()
     show_data(config, model_config, samples, Path(config.out))
-    how = f"weights {config.encoder_weights}, batch {config.batch_size} in {config.precision}"
-    print(f"{model_config.describe()}, {how} on {model.best_device()}", flush=True)
+    how = f"weights {config.encoder_weights}, learning rate {config.lr}, batch {config.batch_size}"
+    how += f" in {config.precision} on {model.best_device()}"
+    how += ", progressive resizing" if config.grow else ""
+    print(f"{model_config.describe()}, {how}", flush=True)
     nothing = run.nothing_to_train()
     if nothing:
         print(nothing, flush=True)
@@ -486,8 +489,8 @@ def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback
         options = {"max_epochs": config.epochs or -1, "accumulate_grad_batches": parts}
         options |= {"callbacks": hooks, "gradient_clip_val": 1.0}
         trainer = callbacks.make_trainer(config.devices, config.precision, **options)
-        options = {"ckpt_path": path, "weights_only": True if path else None}
-        trainer.fit(copy.deepcopy(module), training, validation, **options)
+        trusted = {"ckpt_path": path, "weights_only": True} if path else {}
+        trainer.fit(copy.deepcopy(module), training, validation, **trusted)
 
     callbacks.with_gradient_accumulation(attempt, config.batch_size, model.best_device())
 

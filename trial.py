@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import math
+from typing import NamedTuple
 
 import timm
 import torch
 from torch.func import functional_call
 
-from encoders import timm_name
-from model import ModelConfig, build_network, scale_input, size_step
+from encoders import automatic_decoder, timm_name
+from model import BATCH_NORM, ModelConfig, build_network, scale_input, size_step
 from utils import UserError, reason_of
 
 Size = tuple[int, int]  # height, width
@@ -158,6 +159,14 @@ def images_per_step(batch_size: int, images: int, processes: int, parts: int = 1
     return max(1, min(-(-batch_size // (parts * processes)), images // processes))
 
 
+class Trial(NamedTuple):
+    """What a network takes."""
+
+    config: ModelConfig  # with a size that it takes
+    resizes: bool  # whether it takes all resolutions of progressive resizing
+    batch_norm: bool  # whether its encoder has any
+
+
 def try_network(
     config: ModelConfig,
     free: tuple[bool, bool],
@@ -165,15 +174,19 @@ def try_network(
     batch_size: int,
     images: int,
     processes: int,
-) -> tuple[ModelConfig, bool]:
+) -> Trial:
     """Try the network as training will use it, from a random state of its own.
 
-    `free`: whether height and width may change; `resolutions`: of progressive resizing. Returns the
-    config with a size that the network takes, and whether it takes all resolutions. Raises
-    UserError.
+    `free`: whether height and width may change; `resolutions`: of progressive resizing. An "auto"
+    decoder becomes a factor. Raises UserError.
     """
     with torch.random.fork_rng(devices=[]):
         network = build_network(config)
+        if config.decoder_channels == "auto":
+            factor = automatic_decoder(config.arch, network.encoder)
+            config = dataclasses.replace(config, decoder_channels=factor)
+            network = build_network(config)
+    batch_norm = any(isinstance(part, BATCH_NORM) for part in network.encoder.modules())
     step, names = size_step(network), f"{config.arch} with {config.encoder}"
     for flag, value, may_change in zip(
         ("height", "width"), (config.height, config.width), free, strict=True
@@ -196,8 +209,8 @@ def try_network(
         if reason:
             what = f"{names} cannot take {smaller.height}x{smaller.width} ({reason})"
             print(f"--grow: {what}; progressive resizing is off", flush=True)
-            return config, False
-    return config, True
+            return Trial(config, False, batch_norm)
+    return Trial(config, True, batch_norm)
 
 
 def check_batch(network: torch.nn.Module, config: ModelConfig, batch: int) -> None:

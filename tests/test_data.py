@@ -484,7 +484,7 @@ def resolved(collection, **changes):
     """What `resolve` makes of a collection for fold 0."""
     samples = data.scan_dataset(collection.samples)
     samples["fold"] = data.assign_folds(samples, 10, 0)
-    config = train.Config(encoder="resnet18", encoder_weights="none", **changes)
+    config = train.Config(**{"encoder": "resnet18", "encoder_weights": "none"} | changes)
     return train.resolve(config, collection._replace(samples=samples), 0)
 
 
@@ -498,6 +498,22 @@ def low_masks(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             Image.fromarray(mask).save(tmp_path / folder / f"{stem}.png")
     return tmp_path
+
+
+def test_pretrained_weights_have_a_recipe_of_their_own(roads):
+    """A higher rate, no progressive resizing, larger inputs on a CPU; what is given stays."""
+    collection = data.find_samples(str(roads), training=True)
+    weights = {"encoder": "timm-mobilenetv3_small_minimal_100", "encoder_weights": "imagenet"}
+    scratch, pretrained = (resolved(collection, **more)[0] for more in ({}, weights))
+    assert (scratch.lr, scratch.grow, pretrained.lr, pretrained.grow) == (5e-4, True, 2e-3, False)
+    if model.best_device() == "cpu":
+        assert pretrained.height * pretrained.width > 1.5 * scratch.height * scratch.width
+    no_batch_norm, _ = resolved(collection, **weights | {"encoder": "tu-convnext_atto"})
+    assert no_batch_norm.lr == 5e-4
+    hurried, _ = resolved(collection, **weights, max_minutes=1.0)
+    assert (hurried.height, hurried.width) == (scratch.height, scratch.width)
+    given, _ = resolved(collection, **weights, lr=1e-4, grow=True, height=64, width=192)
+    assert (given.lr, given.grow, given.height, given.width) == (1e-4, True, 64, 192)
 
 
 def test_the_crop_at_the_top_is_the_default_for_kitti_alone(roads, low_masks):

@@ -24,8 +24,8 @@ def settle(arch, encoder, size, free=AUTO, batch_size=4, images=9, processes=1):
     """What the trial step makes of a network: height, width, progressive resizing."""
     config = ModelConfig(arch=arch, encoder=encoder, height=size[0], width=size[1])
     numbers = batch_size, images, processes
-    config, grow = trial.try_network(config, free, [0.5, 0.75], *numbers)
-    return config.height, config.width, grow
+    tried = trial.try_network(config, free, [0.5, 0.75], *numbers)
+    return tried.config.height, tried.config.width, tried.resizes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,6 +50,20 @@ def test_automatic_size_is_one_that_the_network_takes(arch, encoder, expected, c
     printed = capsys.readouterr().out
     assert ("progressive resizing is off" in printed) is not expected[2]
     assert (f"takes {expected[0]}x{expected[1]}" in printed) is (expected[:2] != (96, 320))
+
+
+def test_the_decoder_of_unet_is_lighter_next_to_a_light_encoder():
+    """Under 512 channels at its deepest; what is given stays, and other architectures."""
+
+    def decoder(given, **names):
+        config = ModelConfig(height=64, width=64, decoder_channels=given, **names)
+        return trial.try_network(config, GIVEN, [], 2, 9, 1).config.decoder_channels
+
+    light = "timm-tf_efficientnet_lite0"
+    assert decoder("auto", encoder=light) == "0.5"
+    assert decoder("auto", encoder="resnet18") == "1"
+    assert decoder("auto", encoder=light, arch="FPN") == "1"
+    assert decoder("1", encoder=light) == "1"
 
 
 def test_a_refused_size_is_answered_with_the_nearest():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -387,7 +388,30 @@ def test_the_same_run_is_resumed_with_its_rows_and_seconds(checkpoint, tmp_path)
     callback.find_checkpoint("auto", DEFAULTS)
     assert callback.checkpoint == checkpoint
     assert [row["epoch"] for row in callback.rows] == [1, 2]
-    assert clock.earlier > 0
+    assert clock.earlier > 0 and clock.begun == 0
+
+
+def test_the_schedule_starts_with_the_first_step_and_ends_with_the_minutes(tmp_path, monkeypatch):
+    """Twenty of sixty seconds pass before the first step, ten are kept for the end."""
+    now = [100.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    clock, reached = callbacks.Clock(0, 1.0, now[0]), []
+    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, RUN, None)
+    callback.identity = Identity(RUN, CODE, SAMPLES)
+    trainer = SimpleNamespace(
+        current_epoch=0,
+        global_step=0,
+        num_training_batches=4,
+        accumulate_grad_batches=1,
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+    )
+    module = SimpleNamespace(set_progress=reached.append)
+    clock.reserve = 10.0
+    for index, seconds in enumerate((20, 35, 50)):
+        now[0] = 100.0 + seconds
+        callback.on_train_batch_start(trainer, module, None, index)
+    assert reached == [0.0, 0.5, 1.0] and trainer.should_stop
+    assert callback.state_dict()["clock"] == (50.0, 20.0, 10.0)
 
 
 def test_a_setting_that_the_checkpoint_lacks_counts_as_its_default(checkpoint, tmp_path):
