@@ -82,16 +82,18 @@ def classes_of(config: Any) -> Classes:
 # --------------------------------------------------------------------------------------------------
 
 
-def find_wanted(flag: str | Classes, root: Path) -> Wanted:
+def find_wanted(flag: str | Classes, root: Path, image: Path) -> Wanted:
     """What --classes means: auto, one, a file, or names; or the classes of a model.
 
-    Next to the data a file of `TABLES` is read, too. Raises UserError.
+    A file of `TABLES` is read too, next to the data or in a folder between `root` and its first
+    `image`. Raises UserError.
     """
     if isinstance(flag, Classes):
         return of_model(flag)
     if flag == "one":
         return Wanted(merged=True)
-    folders = (root, root.parent) if root.is_dir() else ()
+    between = [folder for folder in image.parents if root in folder.parents]
+    folders = [folder for folder in (root, root.parent, *between) if folder.is_dir()]
     tables = (folder / name for folder in folders for name in TABLES)
     table = next((path for path in tables if path.is_file()), None)
     if flag == "auto":

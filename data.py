@@ -133,7 +133,7 @@ def find_samples(
         check_pairs(samples, root, target)
     elif root.is_dir():
         name_test_images(samples, root)
-    chosen = classes.find_wanted(wanted, root)
+    chosen = classes.find_wanted(wanted, root, samples.image[0])
     needed = training or masks != "auto" or runs != "auto"
     return mask_files.decide_classes(collection, foreground, training, runs, needed, chosen)
 

@@ -75,19 +75,21 @@ def class_comparison(
 ) -> np.ndarray:
     """As `comparison`, of several classes, with a legend of those that occur below.
 
+    The classes lie over the grey image: over its colours they would look like other classes.
     `mask`: numbers (h, w) of exclusive classes, else bool (K, h, w); `ground_truth`: numbers with
     255 (ignored), else (h, w, K) uint8.
     """
     small, size, columns = reduce_image(image)
     layers = mask_colours(mask, classes)
-    panels = [panel(small, title), panel(paint(small, layers, size), "prediction")]
+    grey = greyed(small)
+    panels = [panel(small, title), panel(paint(grey, layers, size), "prediction")]
     if ground_truth is not None:
         target = ground_truth if classes.exclusive else np.moveaxis(ground_truth == 1, -1, 0)
         known, ignored = mask_colours(target, classes), ignored_pixels(ground_truth)
-        drawn = tint(paint(small, known, size), reduce_mask(ignored, size), BLACK, 0.7)
+        drawn = tint(paint(grey, known, size), reduce_mask(ignored, size), BLACK, 0.7)
         panels.append(panel(drawn, "ground truth"))
         wrong = target != mask if classes.exclusive else (target != mask).any(0)
-        drawn = tint(greyed(small), reduce_mask(wrong & ~ignored, size), RED, 0.7)
+        drawn = tint(grey, reduce_mask(wrong & ~ignored, size), RED, 0.7)
         drawn = tint(drawn, reduce_mask(ignored, size), BLACK, 0.7)
         kinds = [("wrong", RED)] + [("ignored", BLACK)] * bool(ignored.any())
         panels.append(panel(drawn, "errors", kinds))

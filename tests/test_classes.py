@@ -139,6 +139,16 @@ def test_a_label_map_is_read_with_the_names_of_its_file(tmp_path, capsys):
     assert (merged.samples["mask"][3].read(SIZE) == values).all()
 
 
+def test_the_list_of_classes_lies_above_the_images(tmp_path):
+    """Kaggle mounts a data set one folder deeper than it was packed."""
+    write_label_maps(tmp_path / "data" / "CamVid" / "train")
+    for place in ("CamVid", "CamVid/train", ""):
+        table = tmp_path / "data" / place / "classes.csv"
+        table.write_text("id,name\n0,sky\n1,road\n2,car\n")
+        assert find(tmp_path / "data").classes.names == ("sky", "road", "car")
+        table.unlink()
+
+
 def in_colour(mask):
     return np.array([[0, 0, 0], [128, 64, 128], [0, 0, 255], [9, 9, 9]], np.uint8)[mask.clip(max=3)]
 
@@ -522,6 +532,17 @@ def test_a_comparison_shows_classes_and_errors_with_a_legend():
     panel = drawn[height // 2 + 30 : height, drawn.shape[1] // 2 + 3 :][: SIZE[0], : SIZE[1]]
     red = (panel[..., 0] > 150) & (panel[..., 1] < 120)
     assert (red == (wrong != mask)).mean() > 0.98
+
+
+def test_the_colours_of_an_image_do_not_mix_with_those_of_classes():
+    image = picture(labels(0))
+    in_colour, in_grey = (
+        visualize.class_comparison(one, labels(0), labels(1), "x", EXCLUSIVE)
+        for one in (image, visualize.greyed(image))
+    )
+    right = in_colour.shape[1] // 2
+    assert (in_colour[:, right:] == in_grey[:, right:]).all(), "prediction and errors"
+    assert (in_colour[:, :right] != in_grey[:, :right]).any(), "the image is shown as it is"
 
 
 def answers(path):
