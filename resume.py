@@ -187,7 +187,7 @@ def holds_another_kind_of_run(root: Path, out: Path, folds: set[str]) -> bool:
 def read_state(path: Path) -> dict[str, Any]:
     """The TrainingCallback's state in a last.ckpt. Raises UserError for any other file."""
     state = read_checkpoint(path, "--resume").get("callbacks", {}).get("TrainingCallback", {})
-    if not {"settings", "code", "samples", "rows"} <= set(state):
+    if not {"settings", "code", "samples", "rows", "clock"} <= set(state):
         raise UserError(f"--resume {path}: not a last.ckpt of train.py; give another, or none")
     return state
 
