@@ -5,7 +5,7 @@
     python bench.py scale --data DIR       # over the number of images, their size, the batch
     python bench.py accuracy --data DIR --minutes 6.6    # on a held-out fifth, vs. other recipes
     python bench.py field --data DIR,DIR,... --minutes 3 # the same on several kinds of data
-    python bench.py speedrun --data DIR    # accuracy after 0.5 to 6.6 minutes, with a picture
+    python bench.py speedrun --data DIR    # accuracy after 0.5 to 6.6 minutes, with a plot
     python bench.py models                 # encoders and architectures: work, time, memory
     python bench.py sweep                  # which pairs of them train, export and predict
 
@@ -13,7 +13,7 @@ Every variant runs in a process of its own, in turn (A B C A B C); the tables gi
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
 tutorial with its pairing fixed, `example` that of smp's example at 320x320 (see peers.py), `bare`
 the forward and backward passes alone, on a tensor in memory. A folder may be followed by the
-foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md; `sweep` goes on
+foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md; `sweep` resumes
 where it was stopped.
 """
 

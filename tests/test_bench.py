@@ -1,4 +1,4 @@
-"""What bench.py compares: the same pairs for every system, and recipes that do train."""
+"""What bench.py compares: the same pairs for every system, and recipes that run."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_roads_keep_their_layout(roads, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tutorial", "example"])
-def test_a_recipe_learns_and_its_model_is_scored(tmp_path, name):
+def test_a_recipe_trains_and_its_model_is_scored(tmp_path, name):
     write_plain(tmp_path / "plain", (255, 255))
     peers.write_split(str(tmp_path / "plain"), tmp_path / "split", seed=0)
     how = SMALL, "none", 0.05, 0
