@@ -13,8 +13,8 @@ Every variant runs in a process of its own, in turn (A B C A B C); the tables gi
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
 tutorial with its pairing fixed, `example` that of smp's example at 320x320 (see peers.py), `bare`
 the forward and backward passes alone, on a tensor in memory. A folder may be followed by the
-foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md; `sweep` resumes
-where it was stopped.
+foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md. `sweep`, `models`
+and `speedrun` resume where they were stopped: remove bench_NAME.json to measure anew.
 """
 
 from __future__ import annotations
@@ -417,6 +417,12 @@ def load_report(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def write_report(name: str, numbers: Numbers) -> None:
+    """Write the numbers of a command to bench_NAME.json."""
+    report = json.dumps({"machine": machine(), "numbers": numbers}, indent=2)
+    Path(f"bench_{name}.json").write_text(report + "\n")
+
+
 def draw_pairs(folder: Path) -> None:
     """Four small images, odd in height and width, whose lower half is the foreground."""
     import numpy as np
@@ -661,7 +667,9 @@ def in_turn(
             done = subprocess.run(call, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"{name} failed: see above")
-            for key, value in json.loads(done.stdout.splitlines()[-1]).items():
+            measured = json.loads(done.stdout.splitlines()[-1])
+            print(f"{command} {name} {changes}: {measured}", file=sys.stderr, flush=True)
+            for key, value in measured.items():
                 numbers[name].setdefault(key, []).append(value)
     return numbers
 
@@ -676,13 +684,15 @@ def field(options: argparse.Namespace) -> Numbers:
 
 
 def speedrun(options: argparse.Namespace) -> Numbers:
-    """Accuracy over the minutes of training."""
-    results = {}
+    """Accuracy over the minutes of training; resumes where it was stopped."""
+    results = load_report("speedrun").get("numbers", {})
     for minutes in MINUTES:
-        variants = VARIANTS["accuracy"]
-        for name, numbers in in_turn("accuracy", variants, options, minutes=minutes).items():
-            results[f"{name} {minutes}"] = numbers
-    draw_speedrun(results)
+        for name in VARIANTS["accuracy"]:
+            row = f"{name} {minutes}"
+            if row not in results:
+                results |= {row: in_turn("accuracy", (name,), options, minutes=minutes)[name]}
+                write_report("speedrun", results)
+                draw_speedrun(results)
     return results
 
 
@@ -693,8 +703,9 @@ def draw_speedrun(results: Numbers) -> None:
     figure = matplotlib.figure.Figure((6, 3.4), layout="constrained")
     axes = figure.subplots()
     for name in VARIANTS["accuracy"]:
-        values = [results[f"{name} {minutes}"]["MaxF"] for minutes in MINUTES]
-        axes.plot(MINUTES, [statistics.median(value) for value in values], "o-", label=name)
+        done = [minutes for minutes in MINUTES if f"{name} {minutes}" in results]
+        values = [results[f"{name} {minutes}"]["MaxF"] for minutes in done]
+        axes.plot(done, [statistics.median(value) for value in values], "o-", label=name)
     axes.set(xlabel="minutes of training", ylabel="MaxF of held-out images (%)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(MINUTES, [f"{minutes:g}" for minutes in MINUTES])
@@ -781,8 +792,7 @@ def main() -> None:
     speed = options.command in ("train", "infer")
     print_table(TITLES[options.command], results, "tutorial" if speed else None)
     print(f"\n`python bench.py {' '.join(sys.argv[1:])}` on {machine()}")
-    report = json.dumps({"machine": machine(), "numbers": results}, indent=2)
-    Path(f"bench_{options.command}.json").write_text(report + "\n")
+    write_report(options.command, results)
 
 
 if __name__ == "__main__":

@@ -82,3 +82,25 @@ def test_the_recipe_for_classes(tmp_path):
     infer.infer(infer.Options(model=[str(tmp_path / "out")], **paths))
     scores = bench.scores_of(json.loads((tmp_path / "predictions" / "metrics.json").read_text()))
     assert 0 <= scores["lowest IoU"] <= scores["mIoU"] <= 100
+
+
+def test_a_speed_run_resumes_and_draws_what_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    (tmp_path / "docs").mkdir()
+    bench.write_report("speedrun", {"kit 0.5": {"MaxF": [80.0]}})
+    measured = []
+
+    def in_turn(command, variants, options, minutes):
+        if minutes > 1:
+            raise KeyboardInterrupt
+        measured.append(f"{variants[0]} {minutes}")
+        return {variants[0]: {"MaxF": [90.0]}}
+
+    monkeypatch.setattr(bench, "in_turn", in_turn)
+    with pytest.raises(KeyboardInterrupt):
+        bench.speedrun(None)
+    assert measured == ["tutorial 0.5", "example 0.5", "tutorial 1.0", "example 1.0", "kit 1.0"]
+    kept = bench.load_report("speedrun")["numbers"]
+    assert kept["kit 0.5"] == {"MaxF": [80.0]} and kept["kit 1.0"] == {"MaxF": [90.0]}
+    assert cv2.imread(str(tmp_path / "docs" / "speedrun.png")).std() > 0
