@@ -13,8 +13,8 @@ Every variant runs in a process of its own, in turn (A B C A B C); the tables gi
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
 tutorial with its pairing fixed, `example` that of smp's example at 320x320 (see peers.py), `bare`
 the forward and backward passes alone, on a tensor in memory. A folder may be followed by the
-foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md. `sweep`, `models`
-and `speedrun` resume where they were stopped: remove bench_NAME.json to measure anew.
+foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md and keep what
+bench_NAME.json has: remove it to measure anew. `speedrun` resumes where the same call was stopped.
 """
 
 from __future__ import annotations
@@ -417,10 +417,15 @@ def load_report(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_report(name: str, numbers: Numbers) -> None:
-    """Write the numbers of a command to bench_NAME.json."""
-    report = json.dumps({"machine": machine(), "numbers": numbers}, indent=2)
-    Path(f"bench_{name}.json").write_text(report + "\n")
+def write_report(name: str, **measured: Any) -> None:
+    """Write what was measured to bench_NAME.json, with the machine and the call."""
+    report = {"machine": machine(), "call": this_call(), **measured}
+    Path(f"bench_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def this_call() -> str:
+    """The command and its flags."""
+    return " ".join(sys.argv[1:])
 
 
 def draw_pairs(folder: Path) -> None:
@@ -471,8 +476,7 @@ def sweep(options: argparse.Namespace) -> dict[str, str]:
             failed = f"FAILED with status {status}: {last}"
             results[pair] = "" if status == 0 else last if refused else failed
             print(f"{pair}: {results[pair] or 'runs'}", flush=True)
-            report = json.dumps({"machine": machine(), "pairs": results}, indent=2)
-            Path("bench_sweep.json").write_text(report + "\n")
+            write_report("sweep", pairs=results)
     return results
 
 
@@ -561,9 +565,7 @@ def measure_models(options: argparse.Namespace) -> dict[str, Any]:
         if status == 0:
             rows[name] = json.loads(last)
         print(f"{name}: {last}", flush=True)
-        call = " ".join(sys.argv[1:])
-        report = {"machine": machine(), "call": call, "batch": options.batch, "rows": rows}
-        Path("bench_models.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_report("models", batch=options.batch, rows=rows)
     return rows
 
 
@@ -684,15 +686,17 @@ def field(options: argparse.Namespace) -> Numbers:
 
 
 def speedrun(options: argparse.Namespace) -> Numbers:
-    """Accuracy over the minutes of training; resumes where it was stopped."""
-    results = load_report("speedrun").get("numbers", {})
-    for minutes in MINUTES:
-        for name in VARIANTS["accuracy"]:
-            row = f"{name} {minutes}"
-            if row not in results:
-                results |= {row: in_turn("accuracy", (name,), options, minutes=minutes)[name]}
-                write_report("speedrun", results)
-                draw_speedrun(results)
+    """Accuracy over the minutes of training; the same call resumes where it was stopped."""
+    rows = [(name, minutes) for minutes in MINUTES for name in VARIANTS["accuracy"]]
+    earlier = load_report("speedrun")
+    results = earlier["numbers"] if earlier.get("call") == this_call() else {}
+    if len(results) == len(rows):
+        results = {}
+    for name, minutes in rows[len(results) :]:
+        numbers = in_turn("accuracy", (name,), options, minutes=minutes)
+        results[f"{name} {minutes}"] = numbers[name]
+        write_report("speedrun", numbers=results)
+        draw_speedrun(results)
     return results
 
 
@@ -791,8 +795,8 @@ def main() -> None:
         results = in_turn(options.command, VARIANTS[options.command], options)
     speed = options.command in ("train", "infer")
     print_table(TITLES[options.command], results, "tutorial" if speed else None)
-    print(f"\n`python bench.py {' '.join(sys.argv[1:])}` on {machine()}")
-    write_report(options.command, results)
+    print(f"\n`python bench.py {this_call()}` on {machine()}")
+    write_report(options.command, numbers=results)
 
 
 if __name__ == "__main__":

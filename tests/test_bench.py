@@ -87,20 +87,31 @@ def test_the_recipe_for_classes(tmp_path):
 def test_a_speed_run_resumes_and_draws_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench.sys, "argv", ["bench.py", "speedrun"])
     (tmp_path / "docs").mkdir()
-    bench.write_report("speedrun", {"kit 0.5": {"MaxF": [80.0]}})
-    measured = []
+    measured, stop = [], 1
 
     def in_turn(command, variants, options, minutes):
-        if minutes > 1:
+        if minutes > stop:
             raise KeyboardInterrupt
         measured.append(f"{variants[0]} {minutes}")
-        return {variants[0]: {"MaxF": [90.0]}}
+        return {variants[0]: {"MaxF": [10.0 * len(measured)]}}
 
     monkeypatch.setattr(bench, "in_turn", in_turn)
     with pytest.raises(KeyboardInterrupt):
         bench.speedrun(None)
-    assert measured == ["tutorial 0.5", "example 0.5", "tutorial 1.0", "example 1.0", "kit 1.0"]
-    kept = bench.load_report("speedrun")["numbers"]
-    assert kept["kit 0.5"] == {"MaxF": [80.0]} and kept["kit 1.0"] == {"MaxF": [90.0]}
+    first = ["tutorial 0.5", "example 0.5", "kit 0.5", "tutorial 1.0", "example 1.0", "kit 1.0"]
+    assert measured == first
     assert cv2.imread(str(tmp_path / "docs" / "speedrun.png")).std() > 0
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        bench.speedrun(None)
+    assert measured == [*first, "tutorial 2.0", "example 2.0", "kit 2.0"], "no row twice"
+    kept = bench.load_report("speedrun")["numbers"]
+    assert kept["kit 0.5"] == {"MaxF": [30.0]} and kept["kit 2.0"] == {"MaxF": [90.0]}
+    monkeypatch.setattr(bench.sys, "argv", ["bench.py", "speedrun", "--data=other"])
+    measured, stop = [], 9
+    bench.speedrun(None)
+    assert len(measured) == 15, "another call takes no numbers of this one"
+    bench.speedrun(None)
+    assert len(measured) == 30, "a finished one is measured anew"
