@@ -122,7 +122,7 @@ class TrainingCallback(pl.Callback):
 
     def reserve_for(self, validation: float) -> None:
         """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export."""
-        self.clock.reserve = 8 + 6 * validation
+        self.clock.reserve = 6 + 4 * validation
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int

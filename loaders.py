@@ -40,6 +40,17 @@ def default_pixels(device: str, precision: str) -> int:
     return INPUT_PIXELS["cpu bf16" if is_fast_cpu(device, precision) else device]
 
 
+def larger_input(device: str, minutes: float, pretrained: bool, exclusive: bool) -> float:
+    """How many times the default pixels an input has; `minutes`: of the training, 0: no limit.
+
+    On a CPU small inputs learn sooner. From ImageNet's weights twice the default was best at 2 and
+    6.6 minutes, over five times at 30 (docs/results.md).
+    """
+    if device == "cpu" and pretrained:
+        return min(6.0, max(2.0, minutes / 5.5))
+    return 2.0 if exclusive else 1.0
+
+
 def is_fast_cpu(device: str, precision: str) -> bool:
     """Whether a CPU computes in bf16, three times as fast."""
     return device == "cpu" and precision == "bf16-mixed"

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import itertools
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +165,8 @@ def decide(
     settings, reasons = differences(identity, earlier)
     if settings and not (wanted == "auto" and os.environ.get("KIT_NOTEBOOK")):
         flags = ", ".join(f"--{name}" for name in settings)
-        remedy = "choose another --out, or --resume none to start over"
+        as_there = shlex.join(f"--{name}={earlier.settings[name]}" for name in settings)
+        remedy = f"take {as_there}, choose another --out, or --resume none to start over"
         raise UserError(f"--resume {path}: a run with other {flags}; {remedy}")
     if settings:
         reasons.insert(0, f"settings differ: {', '.join(settings)}")

@@ -39,7 +39,7 @@ class Config:
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
     encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
     decoder_channels: str = "auto"  # 256,128,64,32,16, or a factor; auto: 0.5 for light encoders
-    height: int = 0  # [0..16384] pixels of the input; 0: from the images' shape and the device
+    height: int = 0  # [0..16384] pixels of the input; 0: from images, device and minutes
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
     top: float | Literal["auto"] = "auto"
@@ -317,20 +317,20 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     pretrained = config.encoder_weights != "none"
     usual = loaders.default_pixels(device, precision)
     tiles, pixels = data.resolve_detail(samples, config.tiles, usual, config.height or config.width)
-    patient = device == "cpu" and not 0 < config.max_minutes < 3  # small inputs learn sooner
-    if collection.classes.exclusive or (pretrained and patient):
-        pixels = max(pixels, 2 * usual)
+    every = config.fold == "all"
+    minutes = config.max_minutes / (samples.fold.nunique() if every else 1)
+    larger = loaders.larger_input(device, minutes, pretrained, collection.classes.exclusive)
+    pixels = max(pixels, larger * usual)
     top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
     height, width = config.height or height, config.width or width
     small, count = pixels / (height * width), int((samples.fold != fold).sum())
-    every = config.fold == "all"
     resolved = replace(
         config,
         fold=fold,
         out=f"{config.out}/fold{fold}" if every else config.out,
         resume="auto" if every and fold > 0 else config.resume,  # the first fold started over
-        max_minutes=config.max_minutes / (samples.fold.nunique() if every else 1),
+        max_minutes=minutes,
         height=height,
         width=width,
         rle=collection.rle,

@@ -164,8 +164,8 @@ def convert(name: str, kind: Any, comment: FieldHelp, text: str) -> Any:
     words, parts = words_of(kind), members(kind)
     if text in words:
         return words[text]
-    if bool in parts and text in ("true", "false"):
-        return text == "true"
+    if bool in parts and text.lower() in ("true", "false"):  # Python writes True
+        return text.lower() == "true"
     if str in parts or typing.get_origin(kind) is list:
         return text
     wanted = []
@@ -193,8 +193,8 @@ def check_fields(settings: Any) -> None:
         many = typing.get_origin(kind) is tuple
         value = getattr(settings, name)
         for one in value if many else [value]:
-            text = str(one).lower() if isinstance(one, bool) else str(one)
-            same = convert(name, typing.get_args(kind)[0] if many else kind, comments[name], text)
+            one_kind = typing.get_args(kind)[0] if many else kind
+            same = convert(name, one_kind, comments[name], str(one))
             if same != one or isinstance(one, bool) != isinstance(same, bool):
                 raise ValueError(f"{name} is {value!r}")
 

@@ -102,9 +102,11 @@ def test_an_edit_is_trained_and_nothing_is_overwritten(kit, pairs, tmp_path):
     assert "STARTING OVER: 1 masks differ: p3." in edited
     assert (tmp_path / "out-2" / "model.pt").exists()
 
-    refused = run("train.py", *flags, "--lr", 1e-3, kit=kit)
+    refused = run("train.py", *flags, "--lr", 1e-3, "--tiles", "true", kit=kit)
     assert refused.returncode == 2
-    assert "--lr" in refused.stderr
+    assert "take --tiles=False --lr=0.0005, choose" in refused.stderr
+    as_there = ("--tiles=False", "--lr=0.0005")
+    assert "NOTHING WAS TRAINED" in succeed("train.py", *flags, *as_there, kit=kit)
     started = succeed("train.py", *flags, "--lr", 1e-3, kit=kit, env={"KIT_NOTEBOOK": "1"})
     assert "STARTING OVER: settings differ: lr" in started
     for folder in ("images", "masks"):
