@@ -43,8 +43,8 @@ def default_pixels(device: str, precision: str) -> int:
 def larger_input(device: str, minutes: float, pretrained: bool, exclusive: bool) -> float:
     """How many times the default pixels an input has; `minutes`: of the training, 0: no limit.
 
-    On a CPU small inputs learn sooner. From ImageNet's weights twice the default was best at 2 and
-    6.6 minutes, over five times at 30 (docs/results.md).
+    On a CPU small inputs learn sooner. From ImageNet's weights twice the default was better than
+    the default at 2 minutes, over five times was better than twice at 30 (docs/results.md).
     """
     if device == "cpu" and pretrained:
         return min(6.0, max(2.0, minutes / 5.5))
