@@ -681,7 +681,7 @@ def field(options: argparse.Namespace) -> Numbers:
     results = {}
     for folder in options.data.split(","):
         for name, numbers in in_turn("accuracy", VARIANTS["field"], options, data=folder).items():
-            results[f"{Path(folder).name} {name}"] = numbers
+            results[f"{folder} {name}"] = numbers
     return results
 
 

@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time
 
 TINY = (
     "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none",
-    "--height", "64", "--width", "192", "--batch_size", "4",
+    "--height", "32", "--width", "96", "--batch_size", "4",
 )  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def trained(roads, tmp_path_factory):
     """The --out of a small training on the roads."""
 
     def build(folder):
-        succeed("train.py", "--data", roads, "--out", folder, "--epochs", 16, *TINY)
+        size = ("--height", 64, "--width", 192)
+        succeed("train.py", "--data", roads, "--out", folder, "--epochs", 16, *TINY, *size)
 
     return build_once(tmp_path_factory, "trained", build)

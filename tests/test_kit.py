@@ -35,8 +35,6 @@ from model import ModelConfig
 from train import Config, schedule
 from utils import UserError
 
-SMALLEST = (*TINY[:4], "--height", 32, "--width", 96, "--batch_size", 4)
-
 
 def read_json(path):
     return json.loads(path.read_text())
@@ -83,7 +81,7 @@ def test_training_learns_and_writes_what_it_promises(trained):
 
 def test_it_learns_in_16_bits(roads, tmp_path):
     """bf16, which GPUs and newer CPUs take by themselves; small, since some CPUs emulate it."""
-    flags = (*SMALLEST, "--precision", "bf16-mixed", "--epochs", 4)
+    flags = (*TINY, "--precision", "bf16-mixed", "--epochs", 4)
     printed = succeed("train.py", "--data", roads, "--out", tmp_path, *flags)
     assert "in bf16-mixed" in printed
     rows = pd.read_csv(tmp_path / "metrics.csv")
@@ -93,7 +91,7 @@ def test_it_learns_in_16_bits(roads, tmp_path):
 
 
 def test_output_into_a_file_is_one_line_per_epoch(roads, tmp_path):
-    done = run("train.py", "--data", roads, "--out", tmp_path, "--epochs", 3, *SMALLEST)
+    done = run("train.py", "--data", roads, "--out", tmp_path, "--epochs", 3, *TINY)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match("epoch", line, re.IGNORECASE)]
@@ -111,7 +109,7 @@ def test_output_into_a_file_is_one_line_per_epoch(roads, tmp_path):
 def test_a_terminal_gets_a_progress_bar(roads, tmp_path):
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, KIT / "train.py", "--data", roads, "--out", tmp_path, *SMALLEST]
+    command = [sys.executable, KIT / "train.py", "--data", roads, "--out", tmp_path, *TINY]
     command = [*map(str, command), "--epochs", "2"]
     process = subprocess.Popen(command, stdout=terminal, stderr=terminal)
     os.close(terminal)
@@ -182,7 +180,7 @@ def test_session_minutes_end_a_session_in_time_and_the_same_command_resumes(road
     reached = 0
     for session in (1, 2):
         started = time.monotonic()
-        printed = succeed("train.py", *flags, *SMALLEST)
+        printed = succeed("train.py", *flags, *TINY)
         assert time.monotonic() - started <= 21
         assert ("resume: from" in printed) == (session == 2)
         assert f"after epoch {reached}" in printed or session == 1
