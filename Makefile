@@ -18,7 +18,7 @@ demo: .venv/kit
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -n 2 --dist worksteal --durations 5
+	$(PY) -m pytest -n 3 --dist worksteal --durations 5
 
 kernel: .venv/push
 	$(PY) kernel.py build

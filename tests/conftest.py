@@ -14,7 +14,7 @@ KIT = Path(__file__).parents[1]
 sys.path.insert(0, str(KIT))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
-os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at a time
 
 TINY = (
     "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none",
