@@ -255,7 +255,7 @@ def test_kitti_can_be_deleted(pairs, tmp_path):
     flags = ("--data", pairs, "--out", out, *TINY, "--epochs", 1)
     succeed("train.py", *flags, kit=kit, fresh=True)  # a process that cannot find our kitti.py
     flags = ("--data", pairs, "--out", predictions, "--submission", "rle")
-    succeed("infer.py", "--model", out, *flags, kit=kit)
+    succeed("infer.py", "--model", out, *flags, kit=kit, fresh=True)
     assert len(list((predictions / "masks").glob("*.png"))) == 6
     assert (predictions / "metrics.json").exists()
     assert len((predictions / "submission.csv").read_text().splitlines()) == 7
