@@ -135,8 +135,10 @@ class TrainingCallback(pl.Callback):
         if index == 20 and not self.clock.reserve:  # no validation yet: it takes a third of a step
             step = (time.monotonic() - self.epoch_started) / index
             self.reserve_for(step / 3 * trainer.num_val_batches[0])
-        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-        now = self.clock.progress(trainer.global_step, steps), self.clock.session_over()
+        parts = trainer.accumulate_grad_batches
+        steps = -(-trainer.num_training_batches // parts)
+        step = trainer.current_epoch * steps + index // parts  # global_step lacks epochs cut short
+        now = self.clock.progress(step, steps), self.clock.session_over()
         progress, session_over = trainer.strategy.broadcast(now)  # one clock for all processes
         module.set_progress(progress)
         trainer.should_stop = session_over or (self.clock.limit > 0 and progress >= 1)  # last step
