@@ -38,7 +38,7 @@ class Config:
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
     encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
-    decoder_channels: str = "auto"  # 256,128,64,32,16, or a factor; auto: 0.5 for light encoders
+    decoder_channels: str = "auto"  # 256,128,64,32,16, or a factor; auto: half for light encoders
     height: int = 0  # [0..16384] pixels of the input; 0: from images, device and minutes
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
@@ -232,7 +232,7 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
-        self.network = model.set_memory_format(network, model.best_device())
+        self.network = model.prepare_training(network)
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock
         self.register_buffer("class_weights", None, persistent=False)  # `fit` sets them

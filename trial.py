@@ -178,7 +178,7 @@ def try_network(
     """Try the network as training will use it, from a random state of its own.
 
     `free`: whether height and width may change; `resolutions`: of progressive resizing. An "auto"
-    decoder becomes a factor. Raises UserError.
+    decoder becomes numbers or a factor. Raises UserError.
     """
     with torch.random.fork_rng(devices=[]):
         network = build_network(config)

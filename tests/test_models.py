@@ -1,6 +1,7 @@
 """Any encoder and architecture of smp: the trial step, weights as people have them, decoders."""
 
 import argparse
+import copy
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_the_decoder_of_unet_is_lighter_next_to_a_light_encoder():
         return trial.try_network(config, GIVEN, [], 2, 9, 1).config.decoder_channels
 
     light = "timm-tf_efficientnet_lite0"
-    assert decoder("auto", encoder=light) == "0.5"
+    assert decoder("auto", encoder=light) == "128,64,32,16,16"
     assert decoder("auto", encoder="resnet18") == "1"
     assert decoder("auto", encoder=light, arch="FPN") == "1"
     assert decoder("1", encoder=light) == "1"
@@ -179,6 +180,33 @@ def test_channels_last_is_left_out_where_it_crashes(encoder, fast):
     assert (formats[0] == images.stride()) is fast
     model.set_memory_format(network, "cuda")
     assert first.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_depthwise_convolutions_that_bf16_makes_slow_train_in_float32():
+    config = ModelConfig(encoder="timm-tf_efficientnet_lite0")
+    network = copy.deepcopy(model.prepare_training(model.build_network(config))).train()
+    dtypes = {True: set(), False: set()}
+
+    def remember(conv, inputs, output):
+        slow = conv.groups > 1 and (conv.stride != (1, 1) or conv.kernel_size > (3, 3))
+        assert output.dtype == torch.bfloat16, "as the next layers expect"
+        assert output.requires_grad
+        dtypes[slow].add(type(output.grad_fn.next_functions[0][0]).__name__)
+
+    convs = [part for part in network.modules() if isinstance(part, torch.nn.Conv2d)]
+    handles = [conv.register_forward_hook(remember) for conv in convs]
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(images)
+    logits.float().mean().backward()
+    assert dtypes[True] == {"ConvolutionBackward0"}, "of float32, then rounded to bf16"
+    assert "ConvolutionBackward0" not in dtypes[False]
+    for handle in handles:
+        handle.remove()
+    plain = model.build_network(config).eval()
+    plain.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(network.eval()(images), plain(images), atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
