@@ -150,8 +150,8 @@ def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def in_float32(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Call `forward` without autocast; the output has the input's dtype."""
-    with torch.autocast(x.device.type, enabled=False):
+    """Call `forward` without autocast of the CPU; the output has the input's dtype."""
+    with torch.autocast("cpu", enabled=False):  # the trial step's tensors are on "meta"
         return forward(x.float()).to(x.dtype)
 
 
