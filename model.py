@@ -142,7 +142,9 @@ def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
     """
     device = best_device()
     network = set_memory_format(network, device)
-    for part in network.modules() if device == "cpu" else ():
+    if device != "cpu":
+        return network
+    for part in network.modules():
         depthwise = isinstance(part, torch.nn.Conv2d) and 1 < part.groups == part.in_channels
         if depthwise and (max(part.stride) > 1 or max(part.kernel_size) > 3):
             part.forward = functools.partial(in_float32, part.forward)

@@ -183,8 +183,8 @@ def try_network(
     with torch.random.fork_rng(devices=[]):
         network = build_network(config)
         if config.decoder_channels == "auto":
-            factor = automatic_decoder(config.arch, network.encoder)
-            config = dataclasses.replace(config, decoder_channels=factor)
+            channels = automatic_decoder(config.arch, network.encoder)
+            config = dataclasses.replace(config, decoder_channels=channels)
             network = build_network(config)
     batch_norm = any(isinstance(part, BATCH_NORM) for part in network.encoder.modules())
     step, names = size_step(network), f"{config.arch} with {config.encoder}"

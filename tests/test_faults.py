@@ -495,12 +495,12 @@ MISTAKES = {
 def test_a_mistake_is_one_line_however_many_processes_find_it(roads, tmp_path, name):
     """Both processes of a torchrun end with status 2, and say why in the same line."""
     script, flags, words = MISTAKES[name]
+    flags = ("--data", roads, "--out", tmp_path / "out", *flags)
     running = []
     for rank in ("0", "1"):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29520"}
         environment |= {"TORCHELASTIC_RUN_ID": "none"}
-        flags = ("--data", roads, "--out", tmp_path / "out", *flags)
         running.append(Command(KIT / script, flags, env=environment))
     printed = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [2, 2], printed
