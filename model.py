@@ -39,7 +39,7 @@ class ModelConfig:
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
     tta: bool = True  # average with the prediction of the horizontally flipped image
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
-    temperature: float = 2.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
+    temperature: float = 3.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
     threshold: float = 0.5  # [0..1] a pixel is foreground from this probability on
     min_pixels: int = 0  # [0..1000000000] smaller components are removed from a mask
     class_names: tuple[str, ...] = ()  # of the channels; empty: one class

@@ -297,7 +297,7 @@ def test_new_defaults_change_no_prediction(trained, roads, tmp_path):
         "mean: tuple[float, ...] = (0.485, 0.456, 0.406)": "mean: tuple[float, ...] = (0.1, 1, 1)",
         "top: float = 0.0": "top: float = 0.5",
         "tta: bool = True": "tta: bool = False",
-        "temperature: float = 2.0": "temperature: float = 1.0",
+        "temperature: float = 3.0": "temperature: float = 1.0",
         "threshold: float = 0.5": "threshold: float = 0.9",
     }
     for old, new in defaults.items():

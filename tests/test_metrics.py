@@ -282,14 +282,20 @@ def test_the_temperature_divides_the_logits(arch):
 
 
 def test_the_temperature_softens_and_keeps_the_mask_at_one_half():
-    assert ModelConfig().temperature == 2
     logits = torch.linspace(-9, 9, 1800).reshape(2, 1, 30, 30)  # none is 0
-    sharp, soft = (predict.to_probabilities(logits, value) for value in (1.0, 2.0))
+    sharp, soft = (predict.to_probabilities(logits, value) for value in (1.0, 3.0))
     assert sharp.shape == soft.shape == (2, 30, 30)
     assert ((sharp >= 0.5) == (soft >= 0.5)).all()
     assert ((soft - 0.5).abs() < (sharp - 0.5).abs()).all()
     sure = logits[:, 0] > 4
     levels = [len(predict.to_8bit(one[sure]).unique()) for one in (sharp, soft)]
     assert levels[1] > 4 * levels[0], "8 bits tell nearly sure from sure"
-    half = predict.to_probabilities(logits.half(), 2.0)
+    half = predict.to_probabilities(logits.half(), 3.0)
     assert half.dtype == torch.float32
+
+
+def test_by_default_8_bits_tell_missed_foreground_from_background():
+    """A missed road has logits about -9, background lower ones: the precision at full recall."""
+    logits = torch.tensor([-9.0, -10.0, -12.0, -14.0, -16.0]).reshape(1, 1, 1, 5)
+    found = predict.to_8bit(predict.to_probabilities(logits, ModelConfig().temperature)).int()
+    assert (found[0, 0].diff() < 0).all(), found

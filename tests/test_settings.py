@@ -320,7 +320,7 @@ def test_a_missing_key_takes_its_default(network, tmp_path):
     """A model that was saved before a setting existed still loads."""
     without = {"temperature": None, "top": None, "mean": None, "precision": None}
     config = model.load_model(save(tmp_path / "model.pt", network, **without), "cpu").config
-    assert (config.temperature, config.top, config.precision) == (2.0, 0.0, "auto")
+    assert (config.temperature, config.top, config.precision) == (3.0, 0.0, "auto")
     assert config.mean == (0.485, 0.456, 0.406)
 
 
