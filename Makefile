@@ -3,7 +3,7 @@
 # make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
 # make lowest       runs the kit's tests with Python 3.10 and the lowest versions in requirements.txt
-# make faults       kills, starves and damages a hundred times each (half an hour)
+# make faults       kills, starves and damages over and over (20 to 30 minutes)
 PYTHON ?= python3
 PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python3.10) python3.10)

@@ -582,7 +582,7 @@ def write_models_page() -> None:
         columns = list(next(iter(rows.values())))
         lines += [
             "\n## Work, time and memory",
-            f"Float32, no pretrained weights, ms an image in batches of {measured['batch']}.",
+            f"Float32, no pretrained weights, ms per image in batches of {measured['batch']}.",
             "Times depend on what else the machine does: compare GMAC first.",
             f"`python bench.py {measured['call']}` on {measured['machine']}.\n",
             f"| network | {' | '.join(columns)} |",
@@ -612,7 +612,7 @@ def write_models_page() -> None:
 
 
 def which_to_take(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The default's time in training, what is much faster, and the lightest that is not."""
+    """The default's time in training, what is much faster, and what is much slower."""
     default = rows["Unet resnet34"]["ms training"]
     part = {name: row["ms training"] / default for name, row in rows.items()}
     fast = [name for name in sorted(part, key=part.get) if part[name] < 0.6][:6]

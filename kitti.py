@@ -1,6 +1,7 @@
 """KITTI Road: its folders, its colour-coded ground truth, bird's-eye view (BEV), the server's zip.
 
-Delete this file, its entry in data.LAYOUTS and its entry in infer.SUBMISSIONS: the rest works.
+Delete this file, its imports, its entries in data.LAYOUTS and infer.SUBMISSIONS, its cell in
+notebook.py: the rest works.
 """
 
 import dataclasses

@@ -110,7 +110,7 @@ def scale_input(config: ModelConfig, part: float, step: int) -> ModelConfig:
 
 
 def fit_size(height: float, width: float, pixels: float) -> tuple[int, int]:
-    """The size in steps of 32 that keeps the shape within so many pixels; never larger."""
+    """The size in steps of 32 that keeps the shape within so many pixels; not enlarged."""
     scale = min(1.0, math.sqrt(pixels / (height * width)))
     return tuple(max(32, 32 * round(length * scale / 32)) for length in (height, width))
 
