@@ -19,7 +19,7 @@ class ValueCounts(NamedTuple):
     pixels: Counter[float]  # {value: number of pixels}
     lossy: bool  # a JPEG
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
-    indexed: bool  # has a palette
+    palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
     path: Path  # the first file
 
 

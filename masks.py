@@ -219,7 +219,8 @@ def decide_values(
     """
     counts, channel = count_all(masks, "grey"), "grey"
     hints = {count.hint for count in counts}
-    if "colour" in hints:
+    palette = set().union(*(count.palette for count in counts))
+    if "colour" in hints or differ({(level, colour) for level, _, colour in palette}):
         channel = "colour"
     elif "alpha" in hints and len(set().union(*(count.pixels for count in counts))) == 1:
         channel = "alpha"
@@ -236,8 +237,11 @@ def decide_values(
     if values is None:
         if not wanted or wanted.merged or not are_labels(counts):
             raise UserError(describe_label_map(counts, channel))
-        if channel == "grey" and any(count.indexed for count in counts):
-            channel = "index"
+        if channel == "grey" and palette:
+            listed = {one.colour for one in wanted.listed if not one.id.isdecimal()}
+            several = len(listed & {colour for *_, colour in palette}) > 1
+            own = differ({(index, colour) for _, index, colour in palette})
+            channel = "colour" if several or own else "index"
             counts = count_all(masks, channel)
         labels, words, found = decide_labels(counts, channel, wanted, training)
         return MaskValues(channel, labels=labels), words, found
@@ -249,6 +253,11 @@ def decide_values(
         remedy = "name other masks with --masks, or the values of the foreground with --foreground"
         raise UserError(f"--data: all {len(masks)} masks are {what}: {first_five(names)}; {remedy}")
     return values, describe_values(values, names, len(counts)), Classes()
+
+
+def differ(colours: set[tuple[int, str]]) -> bool:
+    """Whether a value has several colours: each file has a palette of its own."""
+    return len({value for value, _ in colours}) < len(colours)
 
 
 def all_but_zero(pixels: Counter[float], channel: str) -> MaskValues:
@@ -272,11 +281,11 @@ def count_all(masks: list[MaskFile], channel: str) -> list[ValueCounts]:
 
 def count_values(mask: MaskFile, channel: str) -> ValueCounts:
     """The values of one mask. Soft levels of 0..1 are rounded to 256 steps. Raises UserError."""
-    pixels, lossy, hint, indexed = Counter(), False, "", False
+    pixels, lossy, hint, palette = Counter(), False, "", set()
     for path in (mask.path, *mask.more):
         image = open_image(path)
         lossy |= image.format == "JPEG"
-        indexed |= image.mode == "P"
+        palette |= palette_colours(image)
         hint = max(hint, colour_hint(image))
         values = mask_pixels(image, channel)
         if values.dtype == np.uint8:
@@ -287,7 +296,16 @@ def count_values(mask: MaskFile, channel: str) -> ValueCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return ValueCounts(pixels, lossy, hint, indexed, mask.path)
+    return ValueCounts(pixels, lossy, hint, palette, mask.path)
+
+
+def palette_colours(image: Image.Image) -> set[tuple[int, int, str]]:
+    """The colours of a palette that occur in an image, see `ValueCounts`."""
+    if image.mode != "P":
+        return set()
+    colours, levels = np.array(image.getpalette("RGB")).reshape(-1, 3), palette_levels(image)
+    found = np.flatnonzero(np.bincount(np.asarray(image).ravel(), minlength=256)[: len(colours)])
+    return {(int(levels[i]), int(i), "#{:02x}{:02x}{:02x}".format(*colours[i])) for i in found}
 
 
 def colour_hint(image: Image.Image) -> str:
