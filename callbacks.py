@@ -217,11 +217,11 @@ class TrainingCallback(pl.Callback):
         return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}"
 
     def restart(self) -> Path | None:
-        """After memory ran out: the run's own last.ckpt, if there is one by now."""
+        """After memory ran out: the run's own last.ckpt, else the one that it is resumed from."""
         path = self.out / "last.ckpt"
-        if not path.exists():
-            return None
-        self.clock.started = time.monotonic()  # the checkpoint knows the seconds before it
+        path = path if path.exists() else self.checkpoint
+        if path:
+            self.clock.started = time.monotonic()  # the checkpoint knows the seconds before it
         return path
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,16 @@ def describe(collection: Collection, samples: pd.DataFrame) -> str:
     ) + turned
 
 
+def mark_output(out: Path, folders: list[Path], files: Iterable[Path]) -> None:
+    """Mark `out`, so that it is never read as data: see `images.MARKER`.
+
+    Where one of the data's own `files` is below it, its `folders` are marked instead.
+    """
+    around = any(path.resolve().is_relative_to(out.resolve()) for path in files)
+    for folder in folders if around else [out]:
+        (folder / images.MARKER).touch()
+
+
 def check_shares(samples: pd.DataFrame) -> None:
     """Raise UserError where no mask of `scan_dataset` has foreground, or none has background."""
     for share, what in ((0, "empty (no foreground)"), (1, "full (no background)")):
@@ -252,6 +262,7 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
     """
     pixels = (samples.height * samples.width).sum()
     pixels = pixels if config.tiles else len(samples) * config.height * config.width
+    channels = 3 + (1 if config.exclusive else config.classes)  # of an image and its mask
 
     def decode(sample: Any) -> Any:
         try:
@@ -260,7 +271,7 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
                 view.check()
         except UserError as error:
             return error
-        return images.prepare_pair(*pair, config) if 4 * pixels < memory else None
+        return images.prepare_pair(*pair, config) if channels * pixels < memory else None
 
     pairs = in_parallel(decode, samples)
     bad = [pair for pair in pairs if isinstance(pair, UserError)]
@@ -277,9 +288,15 @@ def decode_samples(samples: pd.DataFrame, config: images.ModelConfig, memory: in
 # --------------------------------------------------------------------------------------------------
 
 
-def resolve_top(top: float | str, collection: Collection, fold: int) -> float:
-    """The share of the height that is cut off at the top; -1: down to the highest training mask."""
-    top = collection.top if top == "auto" else top
+def resolve_top(top: float | str, tiles: bool, collection: Collection, fold: int) -> float:
+    """The share of the height that is cut off at the top; -1: down to the highest training mask.
+
+    Tiles cover whole images. Raises UserError for a `top` of the user's with tiles.
+    """
+    if tiles and top not in ("auto", 0):
+        reason = "the images are cut into tiles, which cover all of their height"
+        raise UserError(f"--top {top}: {reason}; take --tiles false, or leave --top out")
+    top = 0.0 if tiles else collection.top if top == "auto" else top
     if top >= 0:
         return top
     samples = collection.samples

@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
-MARKER = ".written_by_segmentation_kit"  # in every --out
+MARKER = ".written_by_segmentation_kit"  # in an --out: what is there is no data
 PAGED_FORMATS = ("PNG", "GIF", "TIFF", "WEBP")
 IMAGE_FORMATS = (*PAGED_FORMATS, "JPEG", "BMP", "PPM")  # others, such as EPS, could run a program
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more than 8 bits
@@ -164,7 +164,9 @@ def read_header(path: str | Path) -> Header:
             turn = image.getexif().get(0x0112, 1)
         except Exception as error:  # Pillow raises anything on damaged EXIF
             raise unreadable(path, error) from None
-        return Header(image.size if turn > 4 else image.size[::-1], turn, deep)
+        tags = image.tag_v2 if image.format == "TIFF" else {}  # its size may be turned already
+        width, height = tags.get(256, image.width), tags.get(257, image.height)
+        return Header((width, height) if turn > 4 else (height, width), turn, deep)
 
 
 def read_image(path: str | Path, value_range: tuple[float, ...] = ()) -> np.ndarray:
@@ -352,7 +354,7 @@ def cut_tile(
     if not (below or right):
         return tile
     border = cv2.BORDER_REPLICATE if outside is None else cv2.BORDER_CONSTANT
-    return cv2.copyMakeBorder(tile, 0, below, 0, right, border, value=outside)
+    return cv2.copyMakeBorder(tile, 0, below, 0, right, border, value=4 * (outside or 0,))
 
 
 def item_places(

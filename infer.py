@@ -68,10 +68,18 @@ import submissions
 from class_metrics import make_evaluation
 from classes import Classes, classes_of
 from colours import palette
-from images import IGNORE, MARKER, image_folder, write_image, write_palette_image
+from folders import list_files
+from images import IGNORE, write_image, write_palette_image
 from metrics import Evaluation
 from model import ModelConfig, TrainedModel, best_device, prepare_device
-from predict import describe_masks, load_models, make_mask, predict, predict_images
+from predict import (
+    class_thresholds,
+    describe_masks,
+    load_models,
+    make_mask,
+    predict,
+    predict_images,
+)
 from visualize import OverlayVideo, comparison
 
 SUBMISSIONS = {"rle": rle.RleSubmission, "kitti": kitti.KittiSubmission}
@@ -118,13 +126,12 @@ def make_plan(options: Options) -> Plan:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     models = load_models(options.model, device)
     configs = [trained.config for trained in models]
-    names = ("threshold", "min_pixels", "thresholds", "areas")
-    means = {name: np.mean([getattr(one, name) for one in configs], axis=0) for name in names}
+    thresholds, areas = zip(*map(class_thresholds, configs), strict=True)
     changed = {
-        "threshold": float(means["threshold"]),
-        "min_pixels": round(float(means["min_pixels"])),
-        "thresholds": tuple(means["thresholds"].tolist()),
-        "areas": tuple(means["areas"].round().astype(int).tolist()),
+        "threshold": float(np.mean([one.threshold for one in configs])),
+        "min_pixels": round(np.mean([one.min_pixels for one in configs])),
+        "thresholds": tuple(np.mean(thresholds, axis=0).tolist()),
+        "areas": tuple(np.mean(areas, axis=0).round().astype(int).tolist()),
     }
     if options.threshold != "auto":  # of all classes
         changed |= {"threshold": options.threshold, "thresholds": ()}
@@ -136,16 +143,20 @@ def make_plan(options: Options) -> Plan:
 
 
 def find_images(options: Options, target: str, classes: Classes) -> pd.DataFrame:
-    """The samples to predict. Under a submission never training images: rather none at all."""
-    root = Path(options.data)
-    if options.submission == "rle" and root.is_dir():
-        folder = image_folder(root, training=False)
-        no_test = folder is None or folder.relative_to(root).as_posix().startswith("train")
-        if no_test and not any(root.rglob("image_2")):
+    """The samples to predict. For a submission none of a folder `train`. Raises UserError."""
+    root, splits = Path(os.path.abspath(options.data)), {}
+    if options.submission in ("rle", "png") and root.is_dir() and not any(root.rglob("image_2")):
+        splits = {file.path: file.split for file in list_files(root) if not file.role}
+        if set(splits.values()) <= {"train"}:
             print(f"--data {root}: no test images; the submission gets no masks", flush=True)
             return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
     named = options.data, options.masks, target, options.foreground
-    return data.find_samples(*named, runs=options.rle, wanted=classes).samples
+    samples = data.find_samples(*named, runs=options.rle, wanted=classes).samples
+    training = [path.name for path in samples.image if splits.get(path) == "train"]
+    if training:
+        reason = f"{len(training)} training images would be submitted: {first_five(training)}"
+        raise UserError(f"--data {root}: {reason}; name the folder of the test images")
+    return samples
 
 
 def make_submission(options: Options, samples: pd.DataFrame, trained: str, classes: Classes) -> Any:
@@ -199,7 +210,7 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
         raise UserError(f"--out {options.out}: {reason}; name another folder")
     for folder in (plan.out, *folders):
         writable_folder(folder)
-    (plan.out / MARKER).touch()
+    data.mark_output(plan.out, folders, files)
 
 
 # --- Predict and write ----------------------------------------------------------------------------
@@ -305,7 +316,7 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
     speed = f"{done} images in {seconds:.1f} s, {done / seconds:.1f} per second"
     print(f"{speed}; look at {plan.out / folder}")
     messages = first_five([message for _, message in results.failed], " | ")
-    if submission and not (results.failed and plan.options.submission == "kitti"):
+    if submission and not (results.failed and plan.options.submission != "rle"):
         submission.write(plan.out)
         if results.failed:  # on hidden test images an error would cost the whole submission
             print(f"{len(results.failed)} unreadable images have empty masks in it: {messages}")

@@ -246,7 +246,8 @@ def choose_threshold(values: np.ndarray) -> float:
     worse = values[:, [values.mean(0).argmax()]] - values
     error = worse.std(0, ddof=1) / math.sqrt(len(values))
     good = np.flatnonzero(worse.mean(0) <= 2 * error + 1e-12)
-    return float(good[np.abs(good - 127.5).argmin()]) / 255
+    level = good[np.abs(good - 128).argmin()]
+    return max(0.0, float(level) - 0.5) / 255  # between two levels: 128 is the first from 0.5 on
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ MAY_DIFFER = {  # settings that do not identify a run
 
 # and the layout's file
 WEIGHTS_FOLLOW_FROM = (
-    "train", "losses", "data", "loaders", "images", "model", "encoders", "callbacks",
+    "train", "losses", "data", "loaders", "images", "model", "encoders", "callbacks", "trial",
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------

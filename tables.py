@@ -119,22 +119,32 @@ def read_masks(
     def make(rows: Rows) -> rle.RunLengths:
         return rle.RunLengths(path, tuple(rows))
 
-    return {stem: by_class(own, labels, values, make) for stem, own in masks.items()}, fields
+    return {stem: by_class(path, own, labels, values, make) for stem, own in masks.items()}, fields
 
 
 Rows = list[tuple[int, str]]  # the number of a row of a csv, and its mask
 
 
 def by_class(
-    rows: Rows, labels: dict[int, str], values: tuple[str, ...], make: Callable[[Rows], Any]
+    path: Path,
+    rows: Rows,
+    labels: dict[int, str],
+    values: tuple[str, ...],
+    make: Callable[[Rows], Any],
 ) -> Any:
     """The mask that `make` makes of the rows of an image, or that of each class.
 
-    `labels`: {row: class}; `values`: the classes of all images, () for one class.
+    `labels`: {row: class}; `values`: the classes of all images, () for one class. Raises UserError
+    for a row of `path` with a mask and without a class.
     """
     if not values:
         return make(rows)
-    parts = (make([row for row in rows if labels[row[0]] == value]) for value in values)
+    filled = [line for line, mask in rows if mask.lower() not in rle.EMPTY]
+    nameless = [f"row {line}" for line in filled if not labels.get(line)]
+    if nameless:
+        reason = f"a mask without a class in {first_five(nameless)}, others have one"
+        raise UserError(f"{path}: {reason}; give it a class, or take the row out")
+    parts = (make([row for row in rows if labels.get(row[0]) == value]) for value in values)
     return ClassMasks(tuple(parts), Classes(values, values))
 
 
@@ -256,7 +266,7 @@ def manifest_masks(
     for image, own in lines.items():
         rows = [(line, records[line]["mask"]) for line in own]
         make = functools.partial(manifest_mask, root, image)
-        masks.append(by_class(rows, labels, values, make))
+        masks.append(by_class(root, rows, labels, values, make))
     return masks
 
 

@@ -43,13 +43,13 @@ class Config:
     width: int = 0  # [0..16384] as height
     # [-1..0.9] share of the height cut off above; -1: down to the highest mask; auto: -1 for KITTI
     top: float | Literal["auto"] = "auto"
-    tiles: bool | Literal["auto"] = "auto"  # cut images into tiles; auto: those over 2 megapixels
+    tiles: bool | Literal["auto"] = "auto"  # cut into tiles; auto: large images, thin masks
     # --- training ---
     epochs: int = 0  # [0..1000000] passes over the data; 0: what max_minutes allows, else 40
     max_minutes: float = 0  # [0..1000000] limit of the training, which the schedule fits; 0: none
     session_minutes: float = 0  # [0..1000000] limit of this session: exports, to resume; 0: none
     batch_size: int = 0  # [0..65536] images per step; 0: 8, on a CPU 4 to 16
-    lr: float | Literal["auto"] = 0  # [0..10] highest; 0: 5e-4, pretrained 2e-3; auto: a finder
+    lr: float | Literal["auto"] = 0  # [0..10] 0: 5e-4, pretrained (BatchNorm) 2e-3; auto: a finder
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
     dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE or cross-entropy
@@ -321,7 +321,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
     minutes = config.max_minutes / (samples.fold.nunique() if every else 1)
     larger = loaders.larger_input(device, minutes, pretrained, collection.classes.exclusive)
     pixels = max(pixels, larger * usual)
-    top = 0.0 if tiles else data.resolve_top(config.top, collection, fold)
+    top = data.resolve_top(config.top, tiles, collection, fold)
     height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
     height, width = config.height or height, config.width or width
     small, count = pixels / (height * width), int((samples.fold != fold).sum())
@@ -401,9 +401,10 @@ def train(config: Config, started: float | None = None) -> Path:
             checked = samples.assign(pair=data.decode_samples(samples, model_config, memory=0))
             show_data(resolved, model_config, checked, out)
             return out
-        predictions += train_fold(resolved, model_config, samples, out, started, deadline)
+        clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
+        predictions += train_fold(resolved, model_config, samples, out, clock)
         started = time.monotonic()
-        if deadline - started < 60 and fold != folds[-1]:
+        if fold != folds[-1] and (clock.session_over() or deadline - started < 60):
             print(f"--session_minutes: over after fold {fold}; the same command resumes")
             return out
     if config.fold == "all" and predictions:
@@ -419,11 +420,9 @@ def train_fold(
     model_config: ModelConfig,
     samples: pd.DataFrame,
     root: Path,
-    started: float,
-    deadline: float,
+    clock: Clock,
 ) -> list[metrics.Prediction]:
     """Train on all folds but one and predict that one. `root`: --out, above that of each fold."""
-    clock = Clock(config.epochs, config.max_minutes, started, deadline)
     run = TrainingCallback(Path(config.out), root, clock, asdict(config), samples)
     run.find_checkpoint(config.resume, asdict(Config()))
     pl.seed_everything(config.seed, verbose=False)
@@ -436,7 +435,7 @@ def train_fold(
     show_data(config, model_config, samples, Path(config.out))
     how = f"weights {config.encoder_weights}, learning rate {config.lr}, batch {config.batch_size}"
     how += f" in {config.precision} on {model.best_device()}"
-    how += ", progressive resizing" if config.grow else ""
+    how += ", progressive resizing" if config.grow and not config.tiles else ""
     print(f"{model_config.describe()}, {how}", flush=True)
     nothing = run.nothing_to_train()
     if nothing:
@@ -463,7 +462,8 @@ def show_data(config: Config, model_config: ModelConfig, samples: pd.DataFrame, 
     rows = data.spread(samples, 12).itertuples()
     examples = [(row, *data.read_sample(row, model_config.value_range)) for row in rows]
     classes = classes_of(model_config)
-    images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
+    data.mark_output(writable_folder(out), [], samples.image)
+    images.write_image(out / "examples.jpg", visualize.examples(examples, classes))
     images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))
     print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)
 

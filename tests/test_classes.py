@@ -176,6 +176,59 @@ def test_colours_and_palettes_are_label_maps(tmp_path, capsys):
     assert (find(root).samples["mask"][2].read(SIZE) == labels(2)).all()
 
 
+def own_palette(mask):
+    """Colours in the order of their occurrence, as tools that optimise PNG files leave them."""
+    order = list(dict.fromkeys(mask.ravel().tolist()))[:: -1 if mask[13, 0] % 2 else 1]
+    image = Image.fromarray(np.vectorize(order.index)(mask).astype(np.uint8), "P")
+    colours = in_colour(np.array(order))
+    image.putpalette(np.concatenate([colours, np.full((9, 3), 1, np.uint8)]).ravel().tolist())
+    return image
+
+
+def test_palettes_that_differ_are_read_by_colour(tmp_path):
+    """By index a class would be road in one file and car in the next."""
+    for listed in (False, True):
+        root = tmp_path / str(listed)
+        for index in range(6):
+            save(root / f"images/p{index}.png", picture(labels(index)))
+            (root / "masks").mkdir(exist_ok=True)
+            shifted = np.roll(labels(index), index % 3, axis=0)  # begins with another class
+            own_palette(shifted).save(root / f"masks/p{index}.png")
+        if listed:
+            (root / "class_dict.csv").write_text(
+                "name,r,g,b\nsky,0,0,0\nroad,128,64,128\ncar,0,0,255\n"
+            )
+        found = find(root)
+        assert found.classes.values == (
+            ("#000000", "#804080", "#0000ff") if listed
+            else ("#000000", "#0000ff", "#090909", "#804080")
+        )  # fmt: skip
+        for index, mask in enumerate(found.samples["mask"]):
+            expected = np.roll(labels(index), index % 3, axis=0)
+            numbers = np.array([0, 1, 2, 255] if listed else [0, 3, 1, 2])
+            assert (mask.read(SIZE) == numbers[expected.clip(max=3)]).all()
+
+
+def test_listed_colours_are_found_in_a_palette_of_another_order(tmp_path):
+    def reordered(mask):
+        image = Image.fromarray(np.array([2, 0, 1, 3], np.uint8)[mask.clip(max=3)], "P")
+        colours = in_colour(np.array([1, 2, 0, 3]))
+        image.putpalette(colours.ravel().tolist())
+        return image
+
+    root = tmp_path
+    for index in range(4):
+        save(root / f"images/p{index}.png", picture(labels(index)))
+        (root / "masks").mkdir(exist_ok=True)
+        reordered(labels(index)).save(root / f"masks/p{index}.png")
+    (root / "class_dict.csv").write_text("name,r,g,b\nsky,0,0,0\nroad,128,64,128\ncar,0,0,255\n")
+    found = find(root)
+    assert found.classes.names == EXCLUSIVE.names
+    assert (found.samples["mask"][2].read(SIZE) == labels(2)).all()
+    again = find(root, wanted=found.classes)
+    assert again.samples["mask"].notna().all(), "a model of these classes is scored"
+
+
 def test_what_the_kit_writes_it_reads_again(tmp_path):
     values, table = colours.palette(Classes(("a", "b", "c"), ("0", "7", "2"), True))
     numbers = labels(0).clip(max=2)
@@ -240,6 +293,21 @@ def test_a_class_column_of_a_manifest(tmp_path):
     found = find(tmp_path / "pairs.csv")
     assert found.classes.names == ("b", "c")
     assert (found.samples["mask"][1].read(SIZE)[..., 1] == (labels(1) == 2)).all()
+
+
+@pytest.mark.parametrize("kind", ["joined", "column", "manifest"])
+def test_a_mask_without_a_class_is_refused(tmp_path, kind):
+    if kind == "manifest":
+        test_a_class_column_of_a_manifest(tmp_path)
+        file, where = tmp_path / "pairs.csv", tmp_path / "pairs.csv"
+        file.write_text(file.read_text().replace("i1.png,m1_2.png,c", "i1.png,m1_2.png,"))
+    else:
+        where = write_competition(tmp_path, joined=kind == "joined")
+        file = tmp_path / "train.csv"
+        old, new = ("p01.png_3", "p01.png") if kind == "joined" else ("p01.png,3", "p01.png,")
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+    refused(where, f"{file.name}: a mask without a class in row", "give it a class")
 
 
 FAULTS = {
@@ -344,6 +412,28 @@ def test_augmentation_fills_masks_of_classes_with_ignored(count):
         assert set(np.unique(changed[..., 1])) <= {0, 255}
         seen |= set(np.unique(changed))
     assert seen == {0, 1, 255}
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_outside_an_image_a_tile_is_ignored_in_every_class(count):
+    config = ModelConfig(height=64, width=64, tiles=True)
+    mask = np.ones((*SIZE, count), np.uint8)
+    tile = images.cut_tile(mask, (0, 0), config, images.IGNORE)
+    assert tile.shape == (64, 64, count)
+    assert (tile[:44, :60] == 1).all()
+    assert (tile[44:] == images.IGNORE).all()
+    assert (tile[:, 60:] == images.IGNORE).all()
+    assert (images.cut_tile(mask, (0, 0), config) == 1).all()
+
+
+def test_the_memory_of_decoded_pairs_counts_every_class(tmp_path):
+    found = find(write_competition(tmp_path))
+    samples = data.scan_dataset(found.samples, found.classes)
+    config = ModelConfig(height=32, width=64, **classes.class_settings(found.classes))
+    needed = len(samples) * 32 * 64 * (3 + 2)
+    assert data.decode_samples(samples, config, needed)[0] is None
+    image, mask = data.decode_samples(samples, config, needed + 1)[0]
+    assert image.nbytes + mask.nbytes == 32 * 64 * (3 + 2)
 
 
 def test_a_mask_of_many_classes_is_resized_by_the_nearest_pixel():
@@ -636,6 +726,13 @@ def test_overlapping_classes_from_end_to_end(tmp_path):
     flags = ("--data", tmp_path / "data", "--out", tmp_path / "p", "--submission", "rle")
     succeed("infer.py", "--model", tmp_path / "out", *flags)
     written = answers(tmp_path / "p/submission.csv")
+    model_file = tmp_path / "out/fold1/model.pt"  # as a killed training leaves it: nothing tuned
+    content = torch.load(model_file, weights_only=True)
+    content["model"] |= {"thresholds": [], "areas": []}
+    torch.save(content, model_file)
+    assert "thresholds and minimum areas: 1 from" in succeed(
+        "infer.py", "--model", tmp_path / "out", *flags[:2], "--out", tmp_path / "q"
+    )
     asked = answers(tmp_path / "data/sample_submission.csv")
     assert [row[:2] for row in written] == [row[:2] for row in asked]
     for name, value, runs in written[1:]:

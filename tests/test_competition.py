@@ -410,17 +410,17 @@ def test_the_threshold_leaves_one_half_only_for_a_gain_that_is_no_luck():
     tent = 1 - np.abs(levels - 100) / 255
     shifts = np.random.default_rng(0).normal(0, 0.1, 50)
     many = np.stack([peak + shift for shift in shifts])
-    assert metrics.choose_threshold(many) == 200 / 255, "all images agree"
+    assert metrics.choose_threshold(many) == 199.5 / 255, "all images agree"
     lucky = np.stack([tent, tent, 4 * peak])
     assert lucky.mean(0).argmax() == 200
-    assert abs(metrics.choose_threshold(lucky) - 0.5) < 0.01, "one of three decides"
+    assert metrics.choose_threshold(lucky) == 0.5, "one of three decides"
     assert metrics.choose_threshold(peak[None]) == 0.5, "one image"
     assert metrics.choose_threshold(np.stack([peak, peak])) == 0.5, "two images"
-    assert metrics.choose_threshold(np.stack([peak, peak, peak])) == 200 / 255
+    assert metrics.choose_threshold(np.stack([peak, peak, peak])) == 199.5 / 255
     few = np.stack([peak, peak, peak, tent])
     assert few.mean(0).argmax() == 200
-    assert abs(metrics.choose_threshold(few) - 0.5) < 0.01, "within two standard errors"
-    assert abs(metrics.choose_threshold(np.ones((4, 256))) - 0.5) < 0.01, "all are equal"
+    assert metrics.choose_threshold(few) == 0.5, "within two standard errors"
+    assert metrics.choose_threshold(np.ones((4, 256))) == 0.5, "all are equal"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -489,6 +489,8 @@ def test_images_over_two_megapixels_are_cut_into_tiles(tmp_path):
     assert config.tiles is True
     assert model_config.tiles is True
     assert config.height * config.width < 400_000
+    with pytest.raises(UserError, match=r"--top -1: .*; take --tiles false, or leave --top out"):
+        resolve(dataclasses.replace(NO_WEIGHTS, top=-1), collection._replace(samples=samples))
     samples = samples.assign(above=0.4)
     cropped = dataclasses.replace(config, tiles=False, top=-1, height=0, width=0)
     config, model_config = resolve(cropped, collection._replace(samples=samples))

@@ -106,6 +106,23 @@ def test_usual_values(tmp_path, kind):
     read(write(tmp_path, convert=VALUES[kind]))
 
 
+def test_a_full_mask_with_a_palette_of_its_own_is_not_empty(tmp_path):
+    """Its only colour has the index 0, which is black in the other files."""
+    write(tmp_path, convert=VALUES["a coloured palette"])
+    full = palette(np.zeros((44, 60)), [(128, 0, 0)])
+    save(tmp_path / "masks" / "p03.png", full)
+    asked(tmp_path, "--foreground #800000", training=False, wanted=Classes())
+    found = data.find_samples(str(tmp_path), training=True, foreground="#800000")
+    assert (found.samples["mask"][3].read((44, 60)) == 1).all()
+    assert ((found.samples["mask"][2].read((44, 60)) == 1) == pair(2)[1]).all()
+
+
+def test_two_colours_in_any_order_of_the_palette_are_foreground_and_black(tmp_path):
+    write(tmp_path, convert=VALUES["a coloured palette"])
+    save(tmp_path / "masks" / "p03.png", VALUES["black is the second colour"](pair(3)[1]))
+    read(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_values_of_any_type(tmp_path, dtype):
     for full in (dtype(1), dtype(255)):
@@ -515,13 +532,16 @@ def test_a_smaller_copy_in_a_tiff_is_no_page(tmp_path):
     assert images.read_image(tmp_path / "a.tif").shape == (44, 60, 3)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_mask_of_the_stored_size_is_turned_with_its_image(tmp_path, orientation):
+def test_a_mask_of_the_stored_size_is_turned_with_its_image(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     for number in range(COUNT):
         image, mask = pair(number)
-        save(tmp_path / "images" / f"{number}.png", Image.fromarray(image), exif=exif)
+        file = tmp_path / "images" / f"{number}.{suffix}"
+        save(file, Image.fromarray(image), exif=exif)
+        assert images.read_header(file) == ((60, 44), orientation, False)
         save(tmp_path / "masks" / f"{number}.png", grey(mask))
     samples = data.scan_dataset(data.find_samples(str(tmp_path), training=True).samples)
     for row in samples.itertuples():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +343,44 @@ def test_a_sample_without_rows_gives_a_header(trained, pairs, tmp_path):
         assert "no test images" in done.stdout
         assert (tmp_path / name / "submission.csv").read_text() == "ImageId,EncodedPixels\n"
         assert not list((tmp_path / name / "masks").iterdir())
+    flags = ("--model", trained, "--data", data, "--out", tmp_path / "png", "--submission", "png")
+    assert "no test images" in succeed("infer.py", *flags)
+    with zipfile.ZipFile(tmp_path / "png" / "submission.zip") as archive:
+        assert archive.namelist() == []
+
+
+@pytest.mark.parametrize("place", ["test/CITY", "Test", "stage1_test/ID/images", "CITY"])
+def test_test_images_are_found_in_any_folder_for_a_submission(trained, pairs, tmp_path, place):
+    data = tmp_path / "data"
+    shutil.copytree(pairs / "images", data / place)
+    if place != "CITY":
+        shutil.copytree(pairs / "images", data / "Train" / "CITY")
+    for kind, file in (("rle", "submission.csv"), ("png", "submission.zip")):
+        flags = ("--data", data, "--out", tmp_path / kind, "--submission", kind)
+        succeed("infer.py", "--model", trained, *flags)
+        assert (tmp_path / kind / file).exists()
+        assert len(list((tmp_path / kind / "masks").glob("*.png"))) == 8
+
+
+def test_training_images_are_never_submitted(trained, pairs, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pairs / "images", data / "train_images")
+    shutil.copytree(pairs / "images", data / "Test")
+    done = submit(trained, data, tmp_path / "out")
+    assert done.returncode == 2
+    assert "8 training images would be submitted: p0.png" in done.stderr
+    assert "name the folder of the test images" in done.stderr
+    assert submit(trained, data / "Test", tmp_path / "out").returncode == 0
+
+
+def test_an_unreadable_image_leaves_no_zip_of_label_maps_behind(trained, pairs, tmp_path):
+    shutil.copytree(pairs / "images", tmp_path / "data" / "test")
+    (tmp_path / "data" / "test" / "p1.png").write_bytes(b"damaged")
+    flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--submission", "png")
+    done = run("infer.py", "--model", trained, *flags)
+    assert done.returncode == 2
+    assert "1 of 8 could not be used" in done.stderr
+    assert not (tmp_path / "out" / "submission.zip").exists()
 
 
 def test_what_is_missing_or_damaged_does_not_cost_the_submission(trained, pairs, tmp_path):
@@ -389,6 +428,62 @@ def test_predictions_are_never_ground_truth(trained, pairs, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert "8 of 8 images have no mask" in done.stderr
+
+
+def test_pictures_of_the_kit_are_never_data(trained, tmp_path):
+    """With --out below the data, and with the data below --out."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        pixels = rng.integers(0, 255, (48, 64, 3), np.uint8)
+        mask = np.zeros((48, 64), np.uint8)
+        mask[20 + number :] = 255
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number}.jpg")
+        Image.fromarray(mask).save(tmp_path / "data" / f"{number}_mask.png")
+    data = ("--data", tmp_path / "data")
+    for _ in range(2):
+        for out in (tmp_path / "data" / "out", tmp_path):
+            assert "6 pairs" in succeed("train.py", *data, "--out", out, "--check", "true")
+    succeed("infer.py", "--model", trained, *data, "--out", tmp_path / "data" / "p")
+    assert "6 pairs" in succeed("train.py", *data, "--out", tmp_path / "t", "--check", "true")
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    shutil.copy(tmp_path / "data" / "1.jpg", tmp_path / "other" / "images")
+    data = ("--data", tmp_path / "other")
+    for _ in range(2):  # masks/ is next to other/
+        printed = succeed("infer.py", "--model", trained, *data, "--out", tmp_path)
+        assert "1 images, 0 with ground truth" in printed
+
+
+def test_a_fold_that_the_session_cut_short_is_the_last_one(pairs, tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train_fold(config, model_config, samples, root, clock):
+        trained.append(config.fold)
+        clock.reserve = 700  # the end takes long: it was cut short although minutes are left
+        return []
+
+    monkeypatch.setattr(train, "train_fold", train_fold)
+    settings = {"encoder": "resnet18", "encoder_weights": "none", "height": 32, "width": 32}
+    config = Config(data=str(pairs), out=str(tmp_path), fold="all", folds=3, **settings)
+    train.train(dataclasses.replace(config, session_minutes=10))
+    assert trained == [0]
+    assert "--session_minutes: over after fold 0" in capsys.readouterr().out
+    train.train(config)
+    assert trained == [0, 0, 1, 2]
+
+
+def test_memory_that_runs_out_first_keeps_the_run_that_is_resumed(tmp_path):
+    """--resume OTHER/last.ckpt, and the first batch does not fit: it is tried again from there."""
+    samples = pd.DataFrame()
+    clock = callbacks.Clock(3, 0, 0.0)
+    run = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 1e-3}, samples)
+    assert run.restart() is None
+    assert clock.started == 0
+    run.checkpoint = tmp_path / "other" / "last.ckpt"
+    assert run.restart() == run.checkpoint
+    assert clock.started > 0
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    assert run.restart() == tmp_path / "last.ckpt"
 
 
 def test_the_models_used_are_named(trained, pairs, tmp_path):
