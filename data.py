@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,11 @@ def find_samples(
     return mask_files.decide_classes(collection, foreground, training, runs, needed, chosen)
 
 
+def image_splits(root: Path) -> dict[Path, str]:
+    """{image: train, val, test, or ""} below a folder, by the names of the folders."""
+    return {file.path: file.split for file in layouts.list_files(root) if not file.role}
+
+
 def name_test_images(samples: pd.DataFrame, root: Path) -> None:
     """Say that test images are predicted, where --data has others too."""
     folder = Path(samples.image[0]).parent
@@ -221,16 +226,6 @@ def describe(collection: Collection, samples: pd.DataFrame) -> str:
         f"{start}{100 * samples.share.mean():.1f} % foreground · "
         f"{100 * (samples.share == 0).mean():.0f} % of the masks empty"
     ) + turned
-
-
-def mark_output(out: Path, folders: list[Path], files: Iterable[Path]) -> None:
-    """Mark `out`, so that it is never read as data: see `images.MARKER`.
-
-    Where one of the data's own `files` is below it, its `folders` are marked instead.
-    """
-    around = any(path.resolve().is_relative_to(out.resolve()) for path in files)
-    for folder in folders if around else [out]:
-        (folder / images.MARKER).touch()
 
 
 def check_shares(samples: pd.DataFrame) -> None:

@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
-MARKER = ".written_by_segmentation_kit"  # in an --out: what is there is no data
+MARKER = ".written_by_segmentation_kit"  # in infer.py's --out: what is there is no data
 PAGED_FORMATS = ("PNG", "GIF", "TIFF", "WEBP")
 IMAGE_FORMATS = (*PAGED_FORMATS, "JPEG", "BMP", "PPM")  # others, such as EPS, could run a program
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more than 8 bits

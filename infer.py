@@ -68,8 +68,7 @@ import submissions
 from class_metrics import make_evaluation
 from classes import Classes, classes_of
 from colours import palette
-from folders import list_files
-from images import IGNORE, write_image, write_palette_image
+from images import IGNORE, MARKER, write_image, write_palette_image
 from metrics import Evaluation
 from model import ModelConfig, TrainedModel, best_device, prepare_device
 from predict import (
@@ -146,7 +145,7 @@ def find_images(options: Options, target: str, classes: Classes) -> pd.DataFrame
     """The samples to predict. For a submission none of a folder `train`. Raises UserError."""
     root, splits = Path(os.path.abspath(options.data)), {}
     if options.submission in ("rle", "png") and root.is_dir() and not any(root.rglob("image_2")):
-        splits = {file.path: file.split for file in list_files(root) if not file.role}
+        splits = data.image_splits(root)
         if set(splits.values()) <= {"train"}:
             print(f"--data {root}: no test images; the submission gets no masks", flush=True)
             return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
@@ -210,7 +209,9 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
         raise UserError(f"--out {options.out}: {reason}; name another folder")
     for folder in (plan.out, *folders):
         writable_folder(folder)
-    data.mark_output(plan.out, folders, files)
+    around = any(path.resolve().is_relative_to(plan.out.resolve()) for path in files)
+    for folder in folders if around else [plan.out]:  # marked as no data; not the data below it
+        (folder / MARKER).touch()
 
 
 # --- Predict and write ----------------------------------------------------------------------------

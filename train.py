@@ -462,8 +462,7 @@ def show_data(config: Config, model_config: ModelConfig, samples: pd.DataFrame, 
     rows = data.spread(samples, 12).itertuples()
     examples = [(row, *data.read_sample(row, model_config.value_range)) for row in rows]
     classes = classes_of(model_config)
-    data.mark_output(writable_folder(out), [], samples.image)
-    images.write_image(out / "examples.jpg", visualize.examples(examples, classes))
+    images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
     images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))
     print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)
 

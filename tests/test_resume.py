@@ -221,6 +221,7 @@ def test_the_layouts_own_file_counts(roads):
         "callbacks",
         "losses",
         "loaders",
+        "trial",
         "kitti",
     }
     assert files == {f"{name}.py" for name in names}
