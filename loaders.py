@@ -1,6 +1,7 @@
 """From samples to batches: validation images kept in memory, and an order that can be resumed."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,7 +129,13 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
+        worker_init_fn=ignore_interrupt,
     )
+
+
+def ignore_interrupt(_: int) -> None:
+    """Ctrl-C reaches the workers, too: it is the training that ends and exports."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ShardedSampler(Sampler):

@@ -21,7 +21,8 @@ except ImportError:  # Windows: folders are not locked
 
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
-    "devices", "workers", "resume", "tta", "check", "classes", "empty_score",
+    "devices", "workers", "resume", "tta", "check", "classes", "empty_score", "metric",
+    "min_pixels",
 }  # fmt: skip
 
 # and the layout's file

@@ -329,7 +329,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         config,
         fold=fold,
         out=f"{config.out}/fold{fold}" if every else config.out,
-        resume="auto" if every and fold > 0 else config.resume,  # the first fold started over
+        resume=config.resume if fold == samples.fold.min() or not every else "auto",
         max_minutes=minutes,
         height=height,
         width=width,

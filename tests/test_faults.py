@@ -132,6 +132,18 @@ def test_interrupted_politely_it_exports_what_was_reached(roads, tmp_path, numbe
     assert "Traceback" not in printed
 
 
+def test_ctrl_c_on_a_terminal_reaches_the_workers_too(roads, tmp_path):
+    flags = ("--data", roads, "--out", tmp_path, "--epochs", 500, "--workers", 2, *TINY)
+    process = start(*flags)
+    wait_for(tmp_path / "last.ckpt", process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT, printed
+    assert "exports what was reached" in printed
+    assert read_metrics(tmp_path)["image"]["all"]["images"] == 3
+    assert "Traceback" not in printed
+
+
 def test_while_it_exports_a_second_signal_ends_it_at_once():
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -473,6 +473,32 @@ def test_a_fold_that_the_session_cut_short_is_the_last_one(pairs, tmp_path, monk
     assert trained == [0, 0, 1, 2]
 
 
+def test_a_finished_run_is_tuned_anew_for_another_metric(pairs, tmp_path):
+    flags = ("--data", pairs, "--out", tmp_path / "out", "--epochs", 1, *SMALL)
+    succeed("train.py", *flags)
+    before = torch_new(tmp_path / "out").items()
+    printed = succeed("train.py", *flags, "--metric", "iou", "--min_pixels", 7)
+    assert "NOTHING WAS TRAINED" in printed
+    assert "minimum component area 7 pixels" in printed
+    after = torch_new(tmp_path / "out")
+    assert all(torch.equal(value, after[key]) for key, value in before)
+    assert not (tmp_path / "out-1").exists()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_all_folds_start_over_with_the_first_one(pairs, first):
+    """A manifest may count its folds from 1."""
+    collection = train.data.find_samples(str(pairs), training=True)
+    samples = train.data.scan_dataset(collection.samples)
+    samples["fold"] = [first + number % 3 for number in range(len(samples))]
+    collection = collection._replace(samples=samples)
+    config = Config(encoder="resnet18", encoder_weights="none", fold="all", resume="none")
+    wanted = [train.resolve(config, collection, first + n)[0].resume for n in range(3)]
+    assert wanted == ["none", "auto", "auto"]
+    one = dataclasses.replace(config, fold=first + 1)
+    assert train.resolve(one, collection, first + 1)[0].resume == "none"
+
+
 def test_memory_that_runs_out_first_keeps_the_run_that_is_resumed(tmp_path):
     """--resume OTHER/last.ckpt, and the first batch does not fit: it is tried again from there."""
     samples = pd.DataFrame()
