@@ -291,7 +291,9 @@ def resolve_top(top: float | str, tiles: bool, collection: Collection, fold: int
     if tiles and top not in ("auto", 0):
         reason = "the images are cut into tiles, which cover all of their height"
         raise UserError(f"--top {top}: {reason}; take --tiles false, or leave --top out")
-    top = 0.0 if tiles else collection.top if top == "auto" else top
+    if tiles:
+        return 0.0
+    top = collection.top if top == "auto" else top
     if top >= 0:
         return top
     samples = collection.samples

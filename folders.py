@@ -20,7 +20,7 @@ SPLIT_WORDS = {
     "train": "train", "training": "train", "tr": "train", "val": "val", "valid": "val",
     "validation": "val", "test": "test", "testing": "test", "ts": "test",
 }  # fmt: skip
-TRAINING_PICTURES = {  # train.py writes the first two into every --out
+TRAINING_OUTPUTS = {  # the images that train.py writes, the first two into every --out
     "examples.jpg", "augmented.jpg", "validation.jpg",
     "curves.png", "pr_curve.png", "confusion.png",
 }  # fmt: skip
@@ -48,8 +48,8 @@ def split_words(name: str) -> list[str]:
 def list_files(root: Path) -> list[ImageFile]:
     """All images and masks below a folder, sorted, with their roles.
 
-    Hidden ones do not count, nor does what the kit has written: a training's pictures, and what is
-    marked (`images.MARKER`).
+    Hidden ones do not count, nor does what the kit has written: the images of train.py, and what
+    is marked (`images.MARKER`).
     """
     files = []
     if (root.parent / MARKER).exists():
@@ -59,7 +59,7 @@ def list_files(root: Path) -> list[ImageFile]:
             below.clear()
             continue
         if {"examples.jpg", "augmented.jpg"} <= set(names):
-            names = set(names) - TRAINING_PICTURES
+            names = set(names) - TRAINING_OUTPUTS
         below[:] = sorted(n for n in below if not n.startswith(".") and n not in NEVER_MASKS)
         paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]

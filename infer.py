@@ -143,16 +143,17 @@ def make_plan(options: Options) -> Plan:
 
 def find_images(options: Options, target: str, classes: Classes) -> pd.DataFrame:
     """The samples to predict. For a submission none of a folder `train`. Raises UserError."""
-    root, splits = Path(os.path.abspath(options.data)), {}
-    if options.submission in ("rle", "png") and root.is_dir() and not any(root.rglob("image_2")):
-        splits = data.image_splits(root)
-        if set(splits.values()) <= {"train"}:
-            print(f"--data {root}: no test images; the submission gets no masks", flush=True)
-            return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
+    root = Path(os.path.abspath(options.data))
+    submits = options.submission in ("rle", "png") and root.is_dir()
+    splits = data.image_splits(root) if submits else {}
+    kitti_road = any(path.parent.name == "image_2" for path in splits)  # its training images score
+    if submits and not kitti_road and set(splits.values()) <= {"train"}:
+        print(f"--data {root}: no test images; the submission gets no masks", flush=True)
+        return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
     named = options.data, options.masks, target, options.foreground
     samples = data.find_samples(*named, runs=options.rle, wanted=classes).samples
     training = [path.name for path in samples.image if splits.get(path) == "train"]
-    if training:
+    if training and not kitti_road:
         reason = f"{len(training)} training images would be submitted: {first_five(training)}"
         raise UserError(f"--data {root}: {reason}; name the folder of the test images")
     return samples
@@ -317,7 +318,7 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
     speed = f"{done} images in {seconds:.1f} s, {done / seconds:.1f} per second"
     print(f"{speed}; look at {plan.out / folder}")
     messages = first_five([message for _, message in results.failed], " | ")
-    if submission and not (results.failed and plan.options.submission != "rle"):
+    if submission and (not results.failed or plan.options.submission == "rle"):
         submission.write(plan.out)
         if results.failed:  # on hidden test images an error would cost the whole submission
             print(f"{len(results.failed)} unreadable images have empty masks in it: {messages}")

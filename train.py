@@ -329,6 +329,7 @@ def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, 
         config,
         fold=fold,
         out=f"{config.out}/fold{fold}" if every else config.out,
+        # of all folds the first one has started over for the others
         resume=config.resume if fold == samples.fold.min() or not every else "auto",
         max_minutes=minutes,
         height=height,
