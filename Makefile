@@ -1,6 +1,7 @@
 # make demo   installs, draws synthetic roads, trains, predicts: images in demo/
 # make test   installs, lints, tests
 # make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
+# make pull KERNEL=owner/slug   brings back what was changed on the site, after a question
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
 # make lowest       runs the kit's tests with Python 3.10 and the lowest versions in requirements.txt
 # make faults       kills, starves and damages over and over (20 to 30 minutes)
@@ -10,10 +11,10 @@ PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python3.10
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test kernel push kaggle-test lowest faults format clean
+.PHONY: demo test kernel push pull kaggle-test lowest faults format clean
 
 demo: .venv/kit
-	$(PY) demo.py
+	$(PY) tools/demo.py
 
 test: .venv/dev
 	$(PY) -m ruff check .
@@ -21,15 +22,19 @@ test: .venv/dev
 	$(PY) -m pytest -n 3 --dist worksteal --durations 5
 
 kernel: .venv/push
-	$(PY) kernel.py build
+	$(PY) tools/kernel.py build
 
 push: .venv/push
-	$(PY) kernel.py push
+	$(PY) tools/kernel.py push
+
+pull: .venv/push
+	@test -n "$(KERNEL)" || { echo "error: name the notebook: make pull KERNEL=owner/slug" >&2; exit 2; }
+	$(PY) tools/kernel.py pull $(KERNEL)
 
 kaggle-test: .venv-kaggle/kit
 	.venv-kaggle/bin/python -m pip install --quiet --no-deps --no-index \
 		--find-links .venv-kaggle/wheels segmentation-models-pytorch
-	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py --durations 5
+	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py tests/test_kaggle.py --durations 5
 
 lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal --durations 5 --ignore tests/test_kernel.py
@@ -42,7 +47,8 @@ format: .venv/dev
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-kaggle .venv-lowest build demo .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .venv-kaggle .venv-lowest build demo .pytest_cache .ruff_cache
+	rm -rf __pycache__ tests/__pycache__ tools/__pycache__ kit/__pycache__ kit/*/__pycache__
 
 .venv/kit: requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv

@@ -14,7 +14,8 @@ Size, encoder, threshold and all else that a prediction needs come from model.pt
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from utils import UserError, first_five, one_line_errors, parse, writable_folder
+from kit.cli import parse
+from kit.errors import UserError, first_five, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
     with one_line_errors():
         OPTIONS = parse(Options, __doc__)
 
+import itertools
 import os
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,28 +64,31 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-import data
-import kitti
-import rle
-import submissions
-from class_metrics import make_evaluation
-from classes import Classes, classes_of
-from colours import palette
-from images import IGNORE, MARKER, write_image, write_palette_image
-from metrics import Evaluation
-from model import ModelConfig, TrainedModel, best_device, prepare_device
-from predict import (
-    class_thresholds,
+from kit.config import IGNORE, Classes, ModelConfig
+from kit.data import kitti
+from kit.data.classes import palette
+from kit.data.folders import MARKER, list_files
+from kit.data.images import each_plane, write_image, write_palette_image
+from kit.data.samples import find_samples
+from kit.files import writable_folder
+from kit.network.model import TrainedModel, best_device, prepare_device
+from kit.results import submissions
+from kit.results.metrics import Evaluation
+from kit.results.predict import (
     describe_masks,
+    ensemble_config,
     load_models,
-    make_mask,
+    postprocess,
     predict,
     predict_images,
 )
-from visualize import OverlayVideo, comparison
+from kit.results.visualize import OverlayVideo, comparison
 
-SUBMISSIONS = {"rle": rle.RleSubmission, "kitti": kitti.KittiSubmission}
-VALUED_SUBMISSIONS = {"rle": submissions.ClassSubmission, "png": submissions.PngSubmission}
+SUBMISSIONS = {
+    "rle": submissions.RleSubmission,
+    "png": submissions.PngSubmission,
+    "kitti": kitti.KittiSubmission,
+}
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 # --- Plan -----------------------------------------------------------------------------------------
@@ -95,26 +101,20 @@ class Plan(NamedTuple):
     config: ModelConfig  # with the thresholds and minimum areas to use
     options: Options
     out: Path
-    rank: int = 0  # of this process
-    processes: int = 1  # torchrun's
+    rank: int  # of this process
+    processes: int
 
     @property
     def classes(self) -> Classes:
         """What the models tell apart."""
-        return classes_of(self.config)
+        return self.config.classes
 
     @property
-    def folder_names(self) -> list[str]:
-        """A folder for each class: its name, without what a path cannot hold."""
+    def mask_folders(self) -> list[str]:
+        """Below masks/: a folder for each of several planes, its name without / and the like."""
+        if self.classes.planes < 2:
+            return [""]
         return [re.sub(r"[^\w .()+-]", "_", name).strip(" .") or "_" for name in self.classes.names]
-
-    def evaluation(self) -> Evaluation:
-        """An empty evaluation."""
-        return make_evaluation(self.classes, self.options.empty_score)
-
-    def postprocess(self, probability: np.ndarray) -> np.ndarray:
-        """(h, w) uint8 to the mask, bool (h, w); of several classes see `predict.make_mask`."""
-        return make_mask(probability, self.config)
 
 
 def make_plan(options: Options) -> Plan:
@@ -124,62 +124,55 @@ def make_plan(options: Options) -> Plan:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     models = load_models(options.model, device)
-    configs = [trained.config for trained in models]
-    thresholds, areas = zip(*map(class_thresholds, configs), strict=True)
-    changed = {
-        "threshold": float(np.mean([one.threshold for one in configs])),
-        "min_pixels": round(np.mean([one.min_pixels for one in configs])),
-        "thresholds": tuple(np.mean(thresholds, axis=0).tolist()),
-        "areas": tuple(np.mean(areas, axis=0).round().astype(int).tolist()),
-    }
+    config = ensemble_config(models)
     if options.threshold != "auto":  # of all classes
-        changed |= {"threshold": options.threshold, "thresholds": ()}
+        config = replace(config, thresholds=(options.threshold,) * len(config.thresholds))
     if options.min_pixels != "auto":
-        changed |= {"min_pixels": options.min_pixels, "areas": ()}
-    config = replace(configs[0], **changed)
+        config = replace(config, areas=(options.min_pixels,) * len(config.areas))
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Plan(models, config, options, Path(options.out), rank, processes)
 
 
-def find_images(options: Options, target: str, classes: Classes) -> pd.DataFrame:
+def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
     """The samples to predict. For a submission none of a folder `train`. Raises UserError."""
     root = Path(os.path.abspath(options.data))
     submits = options.submission in ("rle", "png") and root.is_dir()
-    splits = data.image_splits(root) if submits else {}
+    images = [file for file in list_files(root) if not file.role] if submits else []
+    splits = {file.path: file.split for file in images}
     kitti_road = any(path.parent.name == "image_2" for path in splits)  # its training images score
     if submits and not kitti_road and set(splits.values()) <= {"train"}:
         print(f"--data {root}: no test images; the submission gets no masks", flush=True)
         return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
-    named = options.data, options.masks, target, options.foreground
-    samples = data.find_samples(*named, runs=options.rle, wanted=classes).samples
+    samples = find_samples(
+        options.data,
+        masks=options.masks,
+        target=config.target,
+        foreground=options.foreground,
+        rle=options.rle,
+        classes=config.classes,
+    ).samples
     training = [path.name for path in samples.image if splits.get(path) == "train"]
     if training and not kitti_road:
-        reason = f"{len(training)} training images would be submitted: {first_five(training)}"
-        raise UserError(f"--data {root}: {reason}; name the folder of the test images")
+        raise UserError(
+            f"--data {root}",
+            f"{len(training)} training images would be submitted: {first_five(training)}",
+            "name the folder of the test images",
+        )
     return samples
 
 
-def make_submission(options: Options, samples: pd.DataFrame, trained: str, classes: Classes) -> Any:
-    """The submission that is asked for, or None; says which sample it follows. Raises UserError.
-
-    `trained`: the order of RLE that the model was trained on.
-    """
+def make_submission(options: Options, samples: pd.DataFrame, config: ModelConfig) -> Any:
+    """The submission that is asked for, or None; says which sample it follows. Raises UserError."""
     if options.submission == "none":
         return None
-    if options.submission == "kitti" and classes.names:
-        reason = f"needs a model of one class, this one has {len(classes.names)}"
-        raise UserError(f"--submission kitti: {reason}; take --submission rle or png")
     sample = options.sample_submission
-    if sample == "auto" and options.submission != "png":
+    if sample == "auto":
         folder = Path(samples.image[0]).parent if len(samples) else Path(options.data)
-        sample = rle.find_sample_submission(folder, samples.id)
+        sample = submissions.find_sample_submission(folder, samples.id)
     rerun = os.environ.get("KAGGLE_IS_COMPETITION_RERUN")  # on hidden images an error costs all
     on_missing = "empty" if rerun else options.on_missing
-    order = trained if options.rle == "auto" else options.rle
-    if options.submission == "png" or classes.names:
-        kind = VALUED_SUBMISSIONS[options.submission]
-        return kind(samples, sample, on_missing, order, classes)
-    return SUBMISSIONS[options.submission](samples, sample, on_missing, order)
+    order = config.rle if options.rle == "auto" else options.rle
+    return SUBMISSIONS[options.submission](samples, config.classes, sample, on_missing, order)
 
 
 def check_views(samples: pd.DataFrame) -> None:
@@ -191,23 +184,25 @@ def check_views(samples: pd.DataFrame) -> None:
         except UserError as error:
             bad.append(error)
     if bad:
-        raise UserError(first_five(bad, " | "))
+        raise UserError("--data", first_five(bad, " | "))
 
 
 def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     """Make the folders that are written to. Raises UserError where one holds the data itself."""
     options = plan.options
-    wanted = {"comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
-    overlapping = plan.classes.names and not plan.classes.exclusive
-    below = [f"masks/{name}" for name in plan.folder_names] if overlapping else []
-    names = ["masks", *below, *(name for name, yes in wanted.items() if yes)]
-    folders = [plan.out / name for name in names]
+    chosen = {"comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
+    names = [name for name, is_chosen in chosen.items() if is_chosen]
+    folders = [plan.out / "masks" / name for name in plan.mask_folders]
+    folders += [plan.out / name for name in ("masks", *names)]
     files = [*samples.image, *(mask.path for mask in samples["mask"].dropna())]
     sources = {path.resolve().parent for path in files}
     near = sources | {path.parent for path in sources}  # masks/ there would be read as ground truth
     if plan.out.resolve() in near or sources & {folder.resolve() for folder in folders}:
-        reason = "is where --data is, predictions would be read as ground truth"
-        raise UserError(f"--out {options.out}: {reason}; name another folder")
+        raise UserError(
+            f"--out {options.out}",
+            "is where --data is, predictions would be read as ground truth",
+            "name another folder",
+        )
     for folder in (plan.out, *folders):
         writable_folder(folder)
     around = any(path.resolve().is_relative_to(plan.out.resolve()) for path in files)
@@ -219,75 +214,77 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
 
 
 def write_outputs(
-    plan: Plan, sample: Any, image: np.ndarray, probability: np.ndarray, mask: np.ndarray
+    plan: Plan, sample: Any, image: np.ndarray, prediction: np.ndarray, mask: np.ndarray
 ) -> np.ndarray | None:
-    """Write one image's files. Returns its ground truth (h, w) uint8 where there is one."""
-    options, out = plan.options, plan.out
+    """Write one image's files. Returns its ground truth where there is one, see `masks.py`."""
+    options, out, classes = plan.options, plan.out, plan.classes
     ground_truth = sample.mask.read(image.shape[:2]) if sample.mask else None
-    write_masks(plan, sample.id, probability, mask)
+    write_masks(plan, sample.id, prediction, mask)
     if options.comparisons:
         path = out / "comparisons" / f"{sample.id}.jpg"
-        write_image(path, plan.evaluation().comparison(image, ground_truth, mask, sample.id))
+        write_image(path, comparison(image, ground_truth, mask, sample.id, classes))
     for view in sample.views if options.bev else ():
-        warped = None if ground_truth is None else view.warp(ground_truth, IGNORE)
-        seen = view.warp(image), warped, view.warp(mask.astype(np.uint8)) > 0
-        write_image(out / view.name / f"{sample.id}.jpg", comparison(*seen, sample.id))
+        warped = None
+        if ground_truth is not None:
+            warped = each_plane(lambda plane, view=view: view.warp(plane, IGNORE), ground_truth)
+        predicted = each_plane(view.warp, mask)
+        drawn = comparison(view.warp(image), warped, predicted, sample.id, classes)
+        write_image(out / view.name / f"{sample.id}.jpg", drawn)
     return ground_truth
 
 
-def write_masks(plan: Plan, name: str, probability: np.ndarray, mask: np.ndarray) -> None:
-    """Write an image's masks: 0 and 255, that of each class, or a label map with a palette."""
-    masks, probs = plan.out / "masks", plan.out / "probs"
+def write_masks(plan: Plan, name: str, prediction: np.ndarray, mask: np.ndarray) -> None:
+    """Write an image's masks: 0 and 255, a folder for each of several, or a label map."""
+    probabilities = prediction
     if plan.classes.exclusive:
         values, colours = palette(plan.classes)
-        write_palette_image(masks / f"{name}.png", values[mask], colours)
-        planes = {"": probability[1]}
-    elif plan.classes.names:
-        for folder, one in zip(plan.folder_names, mask, strict=True):
-            write_image(masks / folder / f"{name}.png", one.astype(np.uint8) * 255)
-        planes = dict(zip(plan.folder_names, probability, strict=True))
+        write_palette_image(plan.out / "masks" / f"{name}.png", values[mask], colours)
+        probabilities = prediction[1:]  # of the most probable class
     else:
-        write_image(masks / f"{name}.png", mask.astype(np.uint8) * 255)
-        planes = {"": probability}
-    for folder, plane in planes.items() if plan.options.save_probs else ():
-        write_image(writable_folder(probs / folder) / f"{name}.png", plane)
+        for folder, plane in zip(plan.mask_folders, mask, strict=True):
+            path = plan.out / "masks" / folder / f"{name}.png"
+            write_image(path, plane.astype(np.uint8) * 255)
+    for folder, plane in zip(plan.mask_folders, probabilities, strict=True):
+        if plan.options.save_probs:
+            write_image(writable_folder(plan.out / "probs" / folder) / f"{name}.png", plane)
 
 
 class Results(NamedTuple):
     """What the images gave."""
 
     evaluation: Evaluation
-    answers: dict[str, Any]  # of the submission
+    answers: dict[Any, Any]  # of the submission
     failed: list[tuple[str, str]]  # id and message of images that could not be read
 
 
 def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Results:
     """Predict this process's share of the samples; files are written while the models work."""
-    results = Results(plan.evaluation(), submission.answers if submission else {}, [])
+    evaluation = Evaluation(plan.classes, plan.options.empty_score)
+    results = Results(evaluation, submission.answers if submission else {}, [])
     pending: list[tuple[Any, np.ndarray, np.ndarray, Future]] = []
     unreadable: list[tuple[Any, UserError]] = []
 
     def collect(most: int) -> None:  # at most so many images wait: memory stays flat
         while len(pending) > most:
-            sample, probability, mask, future = pending.pop(0)
+            sample, prediction, mask, future = pending.pop(0)
             try:
                 ground_truth = future.result()
             except UserError as error:
                 unreadable.append((sample, error))
                 continue
             if ground_truth is not None:
-                results.evaluation.add(sample, probability, mask, ground_truth)
+                results.evaluation.add(sample, prediction, mask, ground_truth)
 
     options = plan.options
-    found = predict(plan.models, samples, options.batch_size or 8, options.tta, unreadable)
+    predictions = predict(plan.models, samples, options.batch_size or 8, options.tta, unreadable)
     hidden = True if plan.rank else None  # None: shown on a terminal alone
     with ThreadPoolExecutor(2) as writers:
-        for sample, image, probability in tqdm(found, None, len(samples), disable=hidden):
-            mask = plan.postprocess(probability)
-            future = writers.submit(write_outputs, plan, sample, image, probability, mask)
-            pending.append((sample, probability, mask, future))
+        for sample, image, prediction in tqdm(predictions, None, len(samples), disable=hidden):
+            mask = postprocess(prediction, plan.config)
+            future = writers.submit(write_outputs, plan, sample, image, prediction, mask)
+            pending.append((sample, prediction, mask, future))
             if submission:
-                submission.add(sample, probability, mask)
+                submission.add(sample, prediction, mask)
             collect(16)
         collect(0)
     results.failed.extend((sample.id, str(error)) for sample, error in unreadable)
@@ -299,12 +296,12 @@ def gather(plan: Plan, results: Results) -> Results | None:
     if plan.processes == 1:
         return results
     torch.distributed.init_process_group("gloo")
-    parts: list[Any] = [None] * plan.processes
-    torch.distributed.all_gather_object(parts, results)
+    gathered: list[Any] = [None] * plan.processes
+    torch.distributed.all_gather_object(gathered, results)
     torch.distributed.destroy_process_group()
     if plan.rank:
         return None
-    for other in parts[1:]:
+    for other in gathered[1:]:
         results.evaluation.merge(other.evaluation)
         results.answers.update(other.answers)
         results.failed.extend(other.failed)
@@ -324,10 +321,10 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
             print(f"{len(results.failed)} unreadable images have empty masks in it: {messages}")
             results.failed.clear()
     if results.failed:
-        reason = f"{len(results.failed)} of {count} could not be used, the others are done"
-        raise UserError(f"{reason}: {messages}")
-    if results.evaluation.masks:
-        results.evaluation.write(plan.out, describe_masks(plan.config)[1])
+        problem = f"{len(results.failed)} of {count} could not be used, the others are done"
+        raise UserError(f"--data {plan.options.data}", f"{problem}: {messages}")
+    if results.evaluation.image_hits:
+        results.evaluation.write(plan.out, plan.config.thresholds)
         print(results.evaluation.summary())
 
 
@@ -336,13 +333,15 @@ def infer(options: Options) -> Path:
     plan = make_plan(options)
     if Path(options.data).suffix.lower() in VIDEO_SUFFIXES and Path(options.data).is_file():
         return overlay_video(plan)
-    samples = find_images(options, plan.config.target, plan.classes)
+    samples = find_images(options, plan.config)
     check_views(samples)
-    submission = make_submission(options, samples, plan.config.rle, plan.classes)
-    known = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
+    submission = make_submission(options, samples, plan.config)
+    images = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
     models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
-    how = describe_masks(plan.config)[0] if plan.classes.names else None
-    print(f"data: {known} · {models} · {how or f'threshold {plan.config.threshold:.3f}'}")
+    masks = describe_masks(plan.config)
+    if not plan.classes.several:
+        masks = f"threshold {plan.config.thresholds[0]:.3f}"
+    print(f"data: {images} · {models} · {masks}")
     prepare_folders(plan, samples)
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
     results = gather(plan, predict_and_write(plan, share, submission))
@@ -354,47 +353,46 @@ def infer(options: Options) -> Path:
 # --- Video ----------------------------------------------------------------------------------------
 
 
+def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    """The frames of a video, (h, w, 3) uint8 RGB."""
+    more, frame = video.read()
+    while more:
+        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        more, frame = video.read()
+
+
 def overlay_video(plan: Plan) -> Path:
     """Lay the mask over each frame of a video: overlay.mp4. Raises UserError for a damaged one."""
     path, started, size = plan.options.data, time.monotonic(), plan.options.batch_size or 8
     video = cv2.VideoCapture(path)
     rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    more, frame = video.read()
-    if not more:
-        raise UserError(f"--data {path}: not a video, empty or damaged; replace it")
+    frames = read_frames(video)
+    batches = iter(lambda: list(itertools.islice(frames, size)), [])
+    batch, shares = next(batches, None), []
+    if batch is None:
+        raise UserError(f"--data {path}", "not a video, empty or damaged", "replace it")
     target = writable_folder(plan.out) / "overlay.mp4"
-    shares: list[float] = []
-    with OverlayVideo(target, frame.shape[:2], rate if 0 < rate < 1000 else 25) as overlay:
-        if not overlay.opened:
-            remedy = "OpenCV cannot write an mp4 here; give single images instead"
-            raise UserError(f"--out {plan.out}: {remedy}")
-        with tqdm(total=max(0, count) or None, unit="frame", disable=None) as bar:
-            while more:
-                batch = []
-                while more and len(batch) < size:
-                    batch.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-                    more, frame = video.read()
-                found = predict_images(plan.models, batch, size, plan.options.tta)
-                for one, probability in zip(batch, found, strict=True):
-                    mask = plan.postprocess(probability)
-                    overlay.add(one, mask, plan.classes)
-                    shares.append(float((mask > 0).mean()))
-                bar.update(len(batch))
-    seconds, frames = time.monotonic() - started, len(shares)
-    speed = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} per second"
-    shown = "" if plan.classes.names else f", {100 * np.mean(shares):.1f} % foreground"
+    with (
+        OverlayVideo(target, batch[0].shape[:2], rate if 0 < rate < 1000 else 25) as overlay,
+        tqdm(total=max(0, count) or None, unit="frame", disable=None) as bar,
+    ):
+        for images in itertools.chain([batch], batches):
+            predictions = predict_images(plan.models, images, size, plan.options.tta)
+            for image, prediction in zip(images, predictions, strict=True):
+                mask = postprocess(prediction, plan.config)
+                overlay.add(image, mask, plan.classes)
+                shares.append(float(mask.mean()))
+            bar.update(len(images))
+    seconds = time.monotonic() - started
+    speed = f"{len(shares)} frames in {seconds:.1f} s, {len(shares) / seconds:.1f} per second"
+    shown = "" if plan.classes.several else f", {100 * np.mean(shares):.1f} % foreground"
     print(f"{speed}{shown}; look at {target}")
-    if frames < count:
-        reason = f"ends after {frames} of {count} frames, damaged there; the rest is done"
-        raise UserError(f"--data {path}: {reason}")
+    if len(shares) < count:
+        problem = f"ends after {len(shares)} of {count} frames, damaged there"
+        raise UserError(f"--data {path}", problem, "the frames before it are done")
     return plan.out
 
 
-def main() -> None:
-    """The command line."""
+if __name__ == "__main__":
     with one_line_errors():
         infer(OPTIONS)
-
-
-if __name__ == "__main__":
-    main()

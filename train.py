@@ -7,10 +7,11 @@ What to change first: `Config` (or its flags), then `augmentation` and `loss`.
 """
 
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from utils import UserError, one_line_errors, parse, writable_folder
+from kit.cli import parse
+from kit.errors import UserError, one_line_errors
 
 STARTED = time.monotonic()
 
@@ -76,6 +77,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 import copy
 import math
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network
@@ -87,28 +89,24 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import callbacks
-import class_metrics
-import data
-import encoders
-import evaluate
-import images
-import loaders
-import metrics
-import model
-import predict
-import trial
-import visualize
-from callbacks import Clock, TrainingCallback
-from classes import class_settings, classes_of
-from images import IGNORE, Collection
-from losses import class_loss
-from model import ModelConfig
+from kit.config import IGNORE, ModelConfig
+from kit.data import images, samples
+from kit.data.masks import DecodedFiles
+from kit.files import writable_folder
+from kit.network import model
+from kit.results import metrics, visualize
+from kit.results.predict import to_prediction, to_probabilities
+from kit.training import callbacks, loaders
+from kit.training import resolve as resolving
+from kit.training.callbacks import Clock, TrainingCallback
 
 # --- Data -----------------------------------------------------------------------------------------
+
+CACHE = 4 << 30  # bytes of decoded images that stay in memory
 
 
 def augmentation(config: Config) -> A.Compose:
@@ -139,21 +137,21 @@ def augmentation(config: Config) -> A.Compose:
 
 
 class SegmentationDataset(Dataset):
-    """Items with `image` (3, H, W) and `mask` (1, H, W), both uint8; mask: 0, 1, 255 (ignored).
+    """Items with `image` (3, H, W) and `mask` (K, H, W), both uint8, see `masks.py`.
 
-    Of exclusive classes the mask has their numbers; of overlapping ones it is (K, H, W). Without
-    `augment` (validation) an item also has its `ground_truth` at the image's own size.
+    A plane for each class of 0, 1 and 255 (ignored); of exclusive classes one of their numbers.
+    Without `augment` (validation) an item also has its `ground_truth` at the image's own size.
     With tiles there are as many items as tiles cover the images; `augment` cuts them at random.
-    Training takes the column `pair` (`images.prepare_pair`); without it files are read every time.
+    Training takes the column `pair` (`samples.decode_pairs`); else files are read every time.
     """
 
     def __init__(
-        self, samples: pd.DataFrame, config: ModelConfig, seed: int, augment: A.Compose | None
+        self, table: pd.DataFrame, config: ModelConfig, seed: int, augment: A.Compose | None
     ) -> None:
-        self.rows, self.config = list(samples.itertuples()), config
+        self.rows, self.config = list(table.itertuples()), config
         self.seed, self.augment = seed, augment
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it too
-        self.places = images.item_places(samples, config)
+        self.places = images.item_places(table, config)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -162,56 +160,96 @@ class SegmentationDataset(Dataset):
         index, corner = self.places[position]
         row, item = self.rows[index], {}
         if self.augment is None:
-            image, mask = data.read_sample(row, self.config.value_range)
+            image, mask = samples.read_sample(row, self.config.value_range)
             if corner:
-                image = images.cut_tile(image, corner, self.config)
-                mask = images.cut_tile(mask, corner, self.config, IGNORE)
+                image, mask = images.cut_pair(image, mask, corner, self.config)
             item["ground_truth"] = mask
             image, mask = images.prepare_pair(image, mask, self.config)
         else:
-            image, mask = row.pair or data.read_pair(row, self.config)
+            image, mask = row.pair or samples.read_pair(row, self.config)
+        planes = mask.reshape(-1, *mask.shape[-2:])
+        if self.augment:
             seed = np.random.SeedSequence([self.seed, int(self.epoch), position])
             self.augment.set_random_seed(int(seed.generate_state(1)[0]))  # whichever worker it is
-            changed = self.augment(image=image, mask=mask)
-            image, mask = changed["image"], changed["mask"]
+            changed = self.augment(image=image, masks=planes)
+            image, planes = changed["image"], changed["masks"]
         item |= {"name": row.image.name, "image": images.to_tensor(image)}
-        return item | {"mask": torch.from_numpy(np.atleast_3d(mask).transpose(2, 0, 1).copy())}
+        return item | {"mask": torch.from_numpy(planes.copy())}
 
 
 def make_loaders(
-    config: Config, model_config: ModelConfig, samples: pd.DataFrame, parts: int = 1
+    config: Config, model_config: ModelConfig, table: pd.DataFrame, parts: int = 1
 ) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
-    validates = samples.fold == config.fold
-    augment = images.strict_augmentation(lambda: augmentation(config))
-    training = SegmentationDataset(samples[~validates], model_config, config.seed, augment)
-    validation = SegmentationDataset(samples[validates], model_config, config.seed, None)
-    processes, _ = callbacks.count_processes(config.devices)
-    size = trial.images_per_step(config.batch_size, len(training), processes, parts)
+    validates, augment = table.fold == config.fold, loaders.strictly(augmentation, config)
+    training = SegmentationDataset(table[~validates], model_config, config.seed, augment)
+    validation = SegmentationDataset(table[validates], model_config, config.seed, None)
+    processes, _ = resolving.count_processes(config.devices)
+    size = resolving.images_per_step(config.batch_size, len(training), processes, parts)
     options = {"workers": config.workers, "processes": processes, "seed": config.seed}
-    return loaders.make_loaders(training, validation, size, memory=CACHE // 8, **options)
+    cached = loaders.Cached(validation, CACHE // 8)
+    return (
+        loaders.make_loader(training, True, size, **options),
+        loaders.make_loader(cached, False, size, **options),
+    )
 
 
 # --- Model ----------------------------------------------------------------------------------------
 
 
 def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
-    """BCE plus Dice, without the ignored pixels.
+    """BCE plus Dice; of exclusive classes cross-entropy plus Dice. Ignored pixels do not count.
 
-    `logits` (N, 1, H, W), `mask` (N, 1, H, W) float32 of 0, 1 and 255 (ignored). Returns a float32
-    scalar. Dice (Milletari et al., 3DV 2016) is taken over the whole batch, so that an image
-    without foreground does no harm. Several classes: see `losses.class_loss`.
+    `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), of exclusive
+    classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the classes, or None. Returns
+    a float32 scalar. Dice (Milletari et al., 3DV 2016) is taken over the whole batch, and is the
+    mean over the classes that occur in it: a batch without foreground has none.
     """
-    if logits.shape[1] > 1:
-        return class_loss(logits, mask, config.dice, weights)
     logits = logits.float()  # Dice overflows in 16 bits
-    counted = (mask != IGNORE).float()
+    counted, each = (mask != IGNORE).float(), (0, 2, 3)
     target = mask * counted
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    bce = (bce * counted).sum() / counted.sum().clamp(min=1)
-    p = logits.sigmoid() * counted
-    dice = (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
-    return bce + config.dice * (1 - dice)
+    if mask.shape[1] < logits.shape[1]:
+        pixels, p, hits, size = label_terms(logits, target, counted, weights)
+    else:
+        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        pixels = (bce * counted).sum(each) / counted.sum(each).clamp(min=1)
+        pixels = (pixels if weights is None else pixels * weights).mean()
+        p = logits.sigmoid() * counted
+        hits, size = (p * target).sum(each), target.sum(each)
+    dice, occurs = (2 * hits + 1) / (p.sum(each) + size + 1), size > 0
+    return pixels + config.dice * (1 - dice)[occurs].sum() / occurs.sum().clamp(min=1)
+
+
+def label_terms(
+    logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of exclusive classes: the cross-entropy, and what Dice needs.
+
+    The probabilities (N, K, H, W), and of each class their sum where it is right, and its pixels.
+    Without a copy of the mask for each class.
+    """
+    number = target.long()
+    pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
+    pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
+    p = logits.softmax(1) * counted
+    right, number = p.gather(1, number).flatten(), number.flatten()
+    hits = p.new_zeros(p.shape[1]).index_add(0, number, right)
+    size = p.new_zeros(p.shape[1]).index_add(0, number, counted.flatten())
+    return pixels, p, hits, size
+
+
+def class_weights(table: pd.DataFrame, fold: int, kind: str) -> Tensor | None:
+    """A weight for each class in the loss, from the images that train; None for all alike.
+
+    "inverse": one by the class's share of the pixels, which counts as a thousandth at least. The
+    mean weight of a pixel is 1. A class without pixels has the weight 0.
+    """
+    if kind == "none":
+        return None
+    share = np.array(table.shares[table.fold != fold].tolist()).mean(0)
+    weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
+    mean = (weight * share).sum() / share.sum()
+    return torch.tensor(weight / mean, dtype=torch.float32)
 
 
 def schedule(progress: float) -> float:
@@ -221,12 +259,12 @@ def schedule(progress: float) -> float:
     return warm_up * (0.01 + 0.99 * cosine)
 
 
-# Progressive resizing: until this progress the input has this part of its height and width.
+# Progressive resizing: until this progress the input has this share of its height and width.
 RESOLUTIONS = ((0.35, 0.5), (0.65, 0.75))
 
 
 class SegmentationModule(pl.LightningModule):
-    """The network, the EMA of its weights (which is validated and exported), and AdamW."""
+    """The network, its EMA copy (which is validated and exported), and AdamW."""
 
     def __init__(self, config: Config, model_config: ModelConfig, network: torch.nn.Module) -> None:
         super().__init__()
@@ -244,10 +282,10 @@ class SegmentationModule(pl.LightningModule):
 
     def current_config(self) -> ModelConfig:
         """The model's settings with the resolution of this point in the training."""
-        part = next((part for until, part in RESOLUTIONS if self.progress < until), 1.0)
-        if part == 1 or not self.config.grow or self.model_config.tiles:
+        scale = next((scale for until, scale in RESOLUTIONS if self.progress < until), 1.0)
+        if scale == 1 or not self.config.grow or self.model_config.tiles:
             return self.model_config
-        return model.scale_input(self.model_config, part, model.size_step(self.network))
+        return model.scale_input(self.model_config, scale, model.size_step(self.network))
 
     def resized(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The normalised images and the masks of a batch at the current resolution, float32."""
@@ -283,216 +321,178 @@ class SegmentationModule(pl.LightningModule):
         return self.trainer.should_stop or self.current_epoch + 1 == self.config.epochs
 
     def on_validation_epoch_start(self) -> None:
-        self.evaluation = class_metrics.make_evaluation(classes_of(self.model_config))
+        self.evaluation = metrics.Evaluation(self.model_config.classes)
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         image, mask = self.resized(batch)
         logits, config = self.ema(image), self.current_config()
         value = loss(logits, mask, self.config, self.class_weights)
         self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
-        probabilities = predict.to_probabilities(logits, config.temperature, config.exclusive)
-        for probability, target in zip(probabilities, batch["ground_truth"], strict=True):
-            own_size = images.restore(probability, target.shape[:2], config)
-            prediction = predict.to_prediction(own_size, config)
-            self.evaluation.count(prediction, torch.as_tensor(target).to(self.device))
+        probabilities = to_probabilities(logits, config)
+        for planes, target in zip(probabilities, batch["ground_truth"], strict=True):
+            restored = images.restore(planes, target.shape[-2:], config)
+            target = torch.as_tensor(target).to(self.device)
+            self.evaluation.count(to_prediction(restored, config), target)
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.reduce("image", self.trainer.strategy.reduce, self.device)
+        self.evaluation.reduce(self.trainer.strategy.reduce, self.device)
         score = self.evaluation.report()["image"]["all"]
         for name in self.evaluation.logged:
             self.log(name, score[name], prog_bar=name in ("MaxF", "mIoU"), rank_zero_only=True)
 
 
-# --- Resolve: all that follows from device and data -----------------------------------------------
-
-CACHE = 4 << 30  # bytes of decoded images that stay in memory
+# --- Trainer --------------------------------------------------------------------------------------
 
 
-def resolve(config: Config, collection: Collection, fold: int) -> tuple[Config, ModelConfig]:
-    """Make all decisions for one fold; only the learning rate may stay "auto". Raises UserError."""
-    samples = collection.samples
-    median = samples.height.median(), samples.width.median()
-    device = model.best_device()
-    precision = model.resolve_precision(config.precision, device, training=True)
-    pretrained = config.encoder_weights != "none"
-    usual = loaders.default_pixels(device, precision)
-    tiles, pixels = data.resolve_detail(samples, config.tiles, usual, config.height or config.width)
-    every = config.fold == "all"
-    minutes = config.max_minutes / (samples.fold.nunique() if every else 1)
-    larger = loaders.larger_input(device, minutes, pretrained, collection.classes.exclusive)
-    pixels = max(pixels, larger * usual)
-    top = data.resolve_top(config.top, tiles, collection, fold)
-    height, width = model.fit_size(median[0] * (1 - top), median[1], pixels)
-    height, width = config.height or height, config.width or width
-    small, count = pixels / (height * width), int((samples.fold != fold).sum())
-    resolved = replace(
-        config,
-        fold=fold,
-        out=f"{config.out}/fold{fold}" if every else config.out,
-        # of all folds the first one has started over for the others
-        resume=config.resume if fold == samples.fold.min() or not every else "auto",
-        max_minutes=minutes,
-        height=height,
-        width=width,
-        rle=collection.rle,
-        classes=",".join(collection.classes.names) or "one",
-        class_weights=loaders.weighting(config.class_weights, collection.classes.exclusive),
-        top=top,
-        tiles=tiles,
-        epochs=config.epochs or (0 if config.max_minutes else 40),
-        batch_size=config.batch_size or loaders.default_batch(device, precision, small, count),
-        grow=not pretrained if config.grow == "auto" else config.grow,
-        metric=collection.metric if config.metric == "auto" else config.metric,
-        precision=precision,
-        devices=model.resolve_devices(config.devices, device),
-        workers=loaders.default_workers(device) if config.workers < 0 else config.workers,
+def make_trainer(config: Config, **options: Any) -> pl.Trainer:
+    """A Trainer that leaves writing and logging to the TrainingCallback."""
+    processes, local = resolving.count_processes(config.devices)
+    torchrun = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None  # also SLURM
+    return pl.Trainer(
+        accelerator="auto",
+        devices=local,
+        num_nodes=processes // local,
+        plugins=torchrun,
+        precision=config.precision,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=callbacks.on_terminal(),
+        **options,
     )
-    return try_network(config, resolved, collection)
 
 
-def try_network(
-    config: Config, resolved: Config, collection: Collection
-) -> tuple[Config, ModelConfig]:
-    """The trial step with the training samples; it may change the size and --grow."""
-    samples = collection.samples[collection.samples.fold != resolved.fold]
-    shared = {field.name for field in fields(ModelConfig)} & set(asdict(config))
-    settings = {name: getattr(resolved, name) for name in shared}
-    settings |= {"precision": config.precision, "value_range": collection.value_range}
-    settings |= {"min_pixels": max(0, config.min_pixels)} | class_settings(collection.classes)
-    weights = "none" if config.check else config.encoder_weights
-    statistics = encoders.normalisation(config.arch, config.encoder, weights)
-    model_config = ModelConfig(**settings, **statistics)
-    free = config.height == 0, config.width == 0
-    resolutions = [part for _, part in RESOLUTIONS if resolved.grow and not resolved.tiles]
-    count = len(images.item_places(samples, model_config))
-    numbers = resolved.batch_size, count, callbacks.count_processes(resolved.devices)[0]
-    tried = trial.try_network(model_config, free, resolutions, *numbers)
-    lr = 2e-3 if config.encoder_weights != "none" and tried.batch_norm else 5e-4
-    changes = {key: getattr(tried.config, key) for key in ("height", "width", "decoder_channels")}
-    changes |= {"lr": config.lr or lr, "grow": resolved.grow and tried.resizes}
-    return replace(resolved, **changes), tried.config
+def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) -> None:
+    """Train, with gradient accumulation where the device's memory is too small for a batch."""
+    config, model_config = module.config, module.model_config
+    if run.lr == "auto":
+        loader, _ = make_loaders(config, model_config, table)
+        with tempfile.TemporaryDirectory() as out:  # for a checkpoint
+            finder = make_trainer(config, max_epochs=-1, limit_val_batches=0, default_root_dir=out)
+            run.lr = callbacks.find_lr(finder, module, loader)
+    module.lr = run.lr
+    module.class_weights = class_weights(table, config.fold, config.class_weights)
+    bar = callbacks.progress_bar()
+    parts, path, memory_ran_out = 1, run.checkpoint, True
+    while memory_ran_out:
+        if path:
+            print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
+        training, validation = make_loaders(config, model_config, table, parts)
+        if parts > 1:
+            resolving.check_batch(module.network, model_config, training.batch_size)
+        training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
+        trainer = make_trainer(
+            config,
+            max_epochs=config.epochs or -1,
+            accumulate_grad_batches=parts,
+            callbacks=[run, callbacks.BatchNormReestimation(config.seed), *bar],
+        )
+        resumed = {"ckpt_path": path, "weights_only": True} if path else {}
+        try:
+            with callbacks.clear_loader_errors():
+                trainer.fit(copy.deepcopy(module), training, validation, **resumed)
+            memory_ran_out = False
+        except torch.OutOfMemoryError:
+            path = run.restart()
+        if memory_ran_out:  # outside of the except block, which holds on to the memory
+            del trainer
+            parts = callbacks.more_parts(parts, config.batch_size, model.best_device())
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
 
 
 def train(config: Config, started: float | None = None) -> Path:
-    """Find samples, split, and for each fold resolve, build, fit, evaluate, export.
+    """Load the samples; for each fold resolve, build, fit, evaluate, export.
 
     `started`: the time.monotonic() of the start; None is now. Returns --out. Raises UserError.
     """
     started = time.monotonic() if started is None else started
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
-    named = config.masks, config.target, config.foreground
-    how = config.rle, config.missing, config.classes
-    collection = data.find_samples(config.data, *named, True, *how)
-    samples = data.scan_dataset(collection.samples, collection.classes)
-    value_range = images.find_value_range(samples.image[samples.deep], config.window)
-    collection = collection._replace(samples=samples, value_range=value_range)
-    samples["fold"] = data.assign_folds(samples, config.folds, config.seed, config.group)
-    print(data.describe(collection, samples), flush=True)
-    folds = data.chosen_folds(samples, config.fold)
+    collection, opener = samples.load(
+        config.data,
+        masks=config.masks,
+        target=config.target,
+        foreground=config.foreground,
+        rle=config.rle,
+        missing=config.missing,
+        classes=config.classes,
+        window=config.window,
+        folds=config.folds,
+        seed=config.seed,
+        group=config.group,
+    )
+    folds = samples.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
-        raise UserError(f"--resume {config.resume}: needs one --fold; with all take auto")
+        where = f"--resume {config.resume}"
+        raise UserError(where, "needs one --fold", "with --fold all take auto")
     out, predictions = Path(config.out), []
     for fold in folds:
-        resolved, model_config = resolve(config, collection, fold)
+        resolved, model_config = resolving.resolve(config, collection, fold, RESOLUTIONS)
         if config.check:
-            checked = samples.assign(pair=data.decode_samples(samples, model_config, memory=0))
-            show_data(resolved, model_config, checked, out)
+            table = samples.decode_pairs(collection.samples, model_config, 0, opener)
+            show_data(resolved, model_config, table, out)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
-        predictions += train_fold(resolved, model_config, samples, out, clock)
+        run = TrainingCallback(Path(resolved.out), out, clock, asdict(resolved), collection.samples)
+        predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
         if fold != folds[-1] and (clock.session_over() or deadline - started < 60):
             print(f"--session_minutes: over after fold {fold}; the same command resumes")
             return out
     if config.fold == "all" and predictions:
-        how = out, "out of fold", resolved.metric, config.min_pixels, config.empty_score
-        tuned, _ = evaluate.tune_and_score(model_config, predictions, *how)
-        for folder in (out / f"fold{fold}" for fold in folds):  # for all models alike
-            evaluate.export(model.load_model(folder / "model.pt", "cpu"), folder, tuned)
+        goal = metrics.Goal(resolved.metric, config.min_pixels, config.empty_score)
+        metrics.evaluate_folds(out, folds, predictions, model_config, goal)
     return out
 
 
 def train_fold(
-    config: Config,
-    model_config: ModelConfig,
-    samples: pd.DataFrame,
-    root: Path,
-    clock: Clock,
+    config: Config, model_config: ModelConfig, run: TrainingCallback, opener: DecodedFiles
 ) -> list[metrics.Prediction]:
-    """Train on all folds but one and predict that one. `root`: --out, above that of each fold."""
-    run = TrainingCallback(Path(config.out), root, clock, asdict(config), samples)
+    """Train on all folds but one and predict that one. `opener`: of the mask files."""
     run.find_checkpoint(config.resume, asdict(Config()))
     pl.seed_everything(config.seed, verbose=False)
     network = model.build_network(model_config, config.encoder_weights)
-    if callbacks.count_processes(config.devices)[0] > 1:
-        trial.freeze_unused(network, model_config)
-    samples = samples.assign(pair=data.decode_samples(samples, model_config, CACHE))
-    print(data.describe_folds(samples, config.fold))
+    if resolving.count_processes(config.devices)[0] > 1:
+        resolving.freeze_unused(network, model_config)
+    table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
+    print(samples.describe_folds(table, config.fold))
     run.prepare_out()
-    show_data(config, model_config, samples, Path(config.out))
-    how = f"weights {config.encoder_weights}, learning rate {config.lr}, batch {config.batch_size}"
-    how += f" in {config.precision} on {model.best_device()}"
-    how += ", progressive resizing" if config.grow and not config.tiles else ""
-    print(f"{model_config.describe()}, {how}", flush=True)
+    show_data(config, model_config, table, run.out)
+    opener.images.clear()  # up to 1 GB
+    weights = f"weights {config.encoder_weights}, learning rate {config.lr}"
+    batch = f"batch {config.batch_size} in {config.precision} on {model.best_device()}"
+    grow = ", progressive resizing" if config.grow and not config.tiles else ""
+    print(f"{model_config.describe()}, {weights}, {batch}{grow}", flush=True)
     nothing = run.nothing_to_train()
-    if nothing:
-        print(nothing, flush=True)
+    print(nothing, end="", flush=True)
     with callbacks.interruptible() as signals:
         if not nothing:
-            fit(SegmentationModule(config, model_config, network), samples, run)
+            fit(SegmentationModule(config, model_config, network), table, run)
     predictions = []
     if run.rows and pl.utilities.rank_zero_only.rank == 0:
-        done = samples[samples.fold == config.fold], run.rows, callbacks.exported_epoch(run.rows)
-        wanted = config.metric, config.min_pixels, config.empty_score
-        predictions = evaluate.evaluate_and_export(run.out, *done, *wanted)
-    if nothing:
-        print(nothing, flush=True)
+        validation, epoch = table[table.fold == config.fold], callbacks.exported_epoch(run.rows)
+        goal = metrics.Goal(config.metric, config.min_pixels, config.empty_score)
+        predictions = metrics.evaluate_and_export(run.out, validation, run.rows, epoch, goal)
+    print(nothing, end="", flush=True)
     callbacks.end_process(signals)
     return predictions
 
 
-def show_data(config: Config, model_config: ModelConfig, samples: pd.DataFrame, out: Path) -> None:
+def show_data(config: Config, model_config: ModelConfig, table: pd.DataFrame, out: Path) -> None:
     """Write examples.jpg and augmented.jpg, which show swapped pairs and shifted masks."""
-    augment = images.strict_augmentation(lambda: augmentation(config))
-    chosen = data.spread(samples[samples.fold != config.fold], 6)[:4]  # not the emptiest
+    classes, augment = model_config.classes, loaders.strictly(augmentation, config)
+    chosen = samples.spread(table[table.fold != config.fold], 6)[:4]  # not the emptiest
     dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
-    rows = data.spread(samples, 12).itertuples()
-    examples = [(row, *data.read_sample(row, model_config.value_range)) for row in rows]
-    classes = classes_of(model_config)
+    rows = samples.spread(table, 12).itertuples()
+    examples = [(row, *samples.read_sample(row, model_config.value_range)) for row in rows]
     images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
     images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))
     print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)
-
-
-def fit(module: SegmentationModule, samples: pd.DataFrame, run: TrainingCallback) -> None:
-    """Run the training, with gradient accumulation where the device's memory is too small."""
-    config, model_config = module.config, module.model_config
-    if run.lr == "auto":
-        loader, _ = make_loaders(config, model_config, samples)
-        run.lr = callbacks.find_lr(module, loader, config.devices, config.precision)
-    module.lr = run.lr
-    module.class_weights = loaders.class_weights(samples, config.fold, config.class_weights)
-
-    def attempt(parts: int) -> None:
-        path = run.checkpoint if parts == 1 else run.restart()
-        if path:
-            print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
-        training, validation = make_loaders(config, model_config, samples, parts)
-        if parts > 1:
-            trial.check_batch(module.network, model_config, training.batch_size)
-        training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
-        hooks = [run, callbacks.BatchNormReestimation(config.seed), *callbacks.progress_bar()]
-        options = {"max_epochs": config.epochs or -1, "accumulate_grad_batches": parts}
-        options |= {"callbacks": hooks, "gradient_clip_val": 1.0}
-        trainer = callbacks.make_trainer(config.devices, config.precision, **options)
-        trusted = {"ckpt_path": path, "weights_only": True} if path else {}
-        trainer.fit(copy.deepcopy(module), training, validation, **trusted)
-
-    callbacks.with_gradient_accumulation(attempt, config.batch_size, model.best_device())
 
 
 if __name__ == "__main__":

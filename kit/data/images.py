@@ -1,10 +1,11 @@
-"""Images and masks: read, write, resize, cut into tiles, to the network's input and back."""
+"""Images: read, write, resize, cut into tiles, to the network's input and back."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -13,17 +14,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from classes import ONE_CLASS, Classes
-from model import ModelConfig
-from utils import UserError, check_file, reason_of, write_file
+from kit.config import IGNORE, ModelConfig
+from kit.errors import UserError, reason_of
+from kit.files import check_file, write_file
 
-IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
 )  # fmt: skip
-TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
-TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
-MARKER = ".written_by_segmentation_kit"  # in infer.py's --out: what is there is no data
 PAGED_FORMATS = ("PNG", "GIF", "TIFF", "WEBP")
 IMAGE_FORMATS = (*PAGED_FORMATS, "JPEG", "BMP", "PPM")  # others, such as EPS, could run a program
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more than 8 bits
@@ -31,63 +28,9 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more 
 warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # hostile model files
 warnings.filterwarnings("ignore", module="PIL")  # large images, damaged EXIF: reading decides
 
-
-def strict_augmentation(build: Callable[[], Any]) -> Any:
-    """Call `build`. Raises UserError for an argument that albumentations does not know.
-
-    albumentations itself only warns, and takes the default. Not for threads: filters are global.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not valid for transform")
-        try:
-            return build()
-        except UserWarning as warning:
-            raise UserError(f"augmentation in train.py: {reason_of(warning)}") from None
-
-
-class Collection(NamedTuple):
-    """A folder of images as a layout understood it."""
-
-    name: str  # of the layout, for people
-    samples: pd.DataFrame  # a row for each image, see `data.find_samples`
-    top: float = 0.0  # default of --top
-    metric: str = "dice"  # default of --metric
-    rle: str = "columns"  # order of RLE in submission.csv, see rle.py
-    classes: Classes = ONE_CLASS  # that the masks tell apart
-    value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `read_image`
-
-
 # --------------------------------------------------------------------------------------------------
 #  Read
 # --------------------------------------------------------------------------------------------------
-
-
-def image_paths(folder: Path) -> list[Path]:
-    """The images in a folder, sorted.
-
-    What the kit has written is no data: a folder with, or next to, its `MARKER` counts as empty.
-    """
-    if not folder.is_dir() or (folder / MARKER).exists() or (folder.parent / MARKER).exists():
-        return []
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """{stem: path} of the images in a folder, sorted. Raises UserError where two share a stem."""
-    found: dict[str, Path] = {}
-    for path in image_paths(folder):
-        if path.stem in found:
-            both = f"{found[path.stem].name} and {path.name}"
-            raise UserError(f"{folder}: {both} share a name; rename one of them")
-        found[path.stem] = path
-    return found
-
-
-def image_folder(root: Path, training: bool) -> Path | None:
-    """The folder of images in `root`; test images first where they are not for training."""
-    names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
-    return next((root / name for name in names if image_paths(root / name)), None)
 
 
 def open_header(path: str | Path) -> Image.Image:
@@ -116,8 +59,7 @@ def decode(path: str | Path, image: Image.Image) -> Image.Image:
     except Exception as error:  # Pillow raises anything on a damaged file
         raise unreadable(path, error) from None
     if pages > 1:
-        remedy = "save the one that is meant as an image of its own"
-        raise UserError(f"{path}: has {pages} pages; {remedy}")
+        raise UserError(path, f"has {pages} pages", "save the one that is meant as an image")
     return image
 
 
@@ -142,10 +84,9 @@ def count_pages(image: Image.Image) -> int:
 def unreadable(path: str | Path, error: Exception) -> UserError:
     """The message for a file that is no image."""
     unknown = isinstance(error, Image.UnidentifiedImageError)
-    reason = "not an image" if unknown else reason_of(error)
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        reason = "empty file"
-    return UserError(f"{path}: {reason}; replace the file or move it away")
+    problem = "not an image" if unknown else reason_of(error)
+    empty = os.path.isfile(path) and os.path.getsize(path) == 0
+    return UserError(path, "empty file" if empty else problem, "replace it or move it away")
 
 
 class Header(NamedTuple):
@@ -184,8 +125,11 @@ def read_image(path: str | Path, value_range: tuple[float, ...] = ()) -> np.ndar
         return np.asarray(image.convert("RGB"))
     values = deep_values(path, image)
     if not value_range and (values.min() < 0 or values.dtype.kind == "f"):
-        remedy = "save it with 8 or 16 bits per channel, or train on such images"
-        raise UserError(f"{path}: values that 8-bit images do not have; {remedy}")
+        raise UserError(
+            path,
+            "values that 8-bit images do not have",
+            "save it with 8 or 16 bits per channel, or train on such images",
+        )
     black, white = value_range or (0, 255 if values.max() <= 255 else 65535)
     levels = (values.astype(np.float64) - black) * (255 / (white - black))
     pixels = np.clip(levels + 1e-6, 0, 255).astype(np.uint8)  # rounded down, as // 257 would
@@ -198,40 +142,45 @@ def deep_values(path: str | Path, image: Image.Image) -> np.ndarray:
         return np.asarray(image)
     values = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # Pillow drops 8 bits
     if values is None or values.shape[:2] != image.size[::-1]:
-        raise UserError(f"{path}: 16 bits that cannot be read; save it as a 16-bit PNG")
+        raise UserError(path, "16 bits that cannot be read", "save it as a 16-bit PNG")
     return cv2.cvtColor(values, cv2.COLOR_BGR2RGB)
 
+
+# --------------------------------------------------------------------------------------------------
+#  Black and white of images with more than 8 bits
+# --------------------------------------------------------------------------------------------------
 
 PERCENTILES = "0.5,99.5"  # default of --window
 SAMPLED_PIXELS = 50_000  # of each image, for the percentiles
 
 
-def find_value_range(paths: Iterable[Path], wanted: str) -> tuple[float, ...]:
+def find_value_range(paths: Iterable[Path], window: str) -> tuple[float, ...]:
     """The values that become black and white in these images of more than 8 bits; () for none.
 
-    `wanted`: two percentiles of all their pixels. By default 0.5 and 99.5, but 0 and 65535 where
+    `window`: two percentiles of all their pixels. By default 0.5 and 99.5, but 0 and 65535 where
     whole numbers reach the upper half of 16 bits. Prints what is taken. Raises UserError.
     """
-    low, _, high = wanted.partition(",")
+    low, _, high = window.partition(",")
     try:
         percentiles = float(low), float(high)
     except ValueError:
         percentiles = (0.0, 0.0)
     if not 0 <= percentiles[0] < percentiles[1] <= 100:
-        remedy = f"takes two percentiles from 0 to 100, such as {PERCENTILES}"
-        raise UserError(f"--window {wanted}: {remedy}")
-    parts = [sample_pixels(path) for path in paths]
-    values = np.concatenate([np.zeros(0), *parts])
+        raise UserError(
+            f"--window {window}", f"takes two percentiles from 0 to 100, such as {PERCENTILES}"
+        )
+    samples = [sample_pixels(path) for path in paths]
+    values = np.concatenate([np.zeros(0), *samples])
     if not len(values):
         return ()
     black, white = np.percentile(values, percentiles).tolist()
     reason = f"percentiles {percentiles[0]:g} and {percentiles[1]:g}"
     whole = (values == values.round()).all()
-    if wanted == PERCENTILES and whole and values.min() >= 0 and 32768 <= values.max() <= 65535:
+    if window == PERCENTILES and whole and values.min() >= 0 and 32768 <= values.max() <= 65535:
         black, white, reason = 0.0, 65535.0, "all 16 bits are used"
     white = white if white > black else black + 1
     levels = f"{black:g} is black, {white:g} white ({reason})"
-    print(f"images: {len(parts)} of more than 8 bits, {levels}")
+    print(f"images: {len(samples)} of more than 8 bits, {levels}")
     return black, white
 
 
@@ -239,32 +188,9 @@ def sample_pixels(path: Path) -> np.ndarray:
     """Some values of an image of more than 8 bits; none of one that cannot be read."""
     try:
         values = deep_values(path, open_image(path)).ravel()
-    except UserError:  # `data.decode_samples` names it
+    except UserError:  # `samples.decode_pairs` names it
         return np.zeros(0)
     return values[:: -(-len(values) // SAMPLED_PIXELS)].astype(np.float64)
-
-
-def outline_length(image: np.ndarray, mask: np.ndarray) -> float:
-    """How many pairs of neighbours in a mask (h, w) differ."""
-    return float((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
-
-
-def thickness(foreground: np.ndarray) -> float:
-    """The mean thickness in pixels of a mask, bool (h, w), or of its background where thinner.
-
-    Twice the area over the length of the outline; 0 where there is no outline.
-    """
-    outline = outline_length(foreground, foreground)
-    area = min(foreground.sum(), foreground.size - foreground.sum())
-    return float(2 * area / outline) if outline else 0.0
-
-
-def edge_contrast(image: np.ndarray, mask: np.ndarray) -> float:
-    """The mean gradient of an image (h, w, 3) uint8 along the outline of a mask (h, w) uint8."""
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    gradient = cv2.magnitude(*(cv2.Sobel(grey, cv2.CV_32F, x, 1 - x) for x in (0, 1)))
-    band = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    return cv2.mean(gradient, band)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,9 +198,11 @@ def edge_contrast(image: np.ndarray, mask: np.ndarray) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
-def preprocess(image: np.ndarray, config: ModelConfig) -> torch.Tensor:
-    """(h, w, 3) uint8 RGB to (3, height, width) uint8, which `normalise` takes on the device."""
-    return to_tensor(resize_image(image, config))
+def each_plane(change: Callable[[np.ndarray], np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """Call a function of (h, w) for a label map (h, w), or for each of the planes (K, h, w)."""
+    planes = mask.reshape(-1, *mask.shape[-2:])
+    changed = np.stack([change(plane) for plane in planes])
+    return changed.reshape(*mask.shape[:-2], *changed.shape[1:])
 
 
 def prepare_pair(
@@ -295,10 +223,10 @@ def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The same for a mask, by the nearest pixel: (h, w) to (height, width), or (h, w, K), uint8."""
-    mask = mask[round(config.top * mask.shape[0]) :]
-    size = (config.width, config.height)
-    return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    """The same for a mask, (h, w) or (K, h, w) uint8, by the nearest pixel."""
+    size, nearest = (config.width, config.height), cv2.INTER_NEAREST_EXACT
+    top = round(config.top * mask.shape[-2])
+    return each_plane(lambda plane: cv2.resize(plane[top:], size, interpolation=nearest), mask)
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -316,15 +244,14 @@ def normalise(images: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 def restore(
     probabilities: torch.Tensor, size: tuple[int, int], config: ModelConfig
 ) -> torch.Tensor:
-    """(height, width) float32 probabilities to the image's own (h, w), interpolated linearly.
+    """(K, height, width) float32 probabilities to the image's own (K, h, w), linearly.
 
-    The same for (K, height, width). The part that was cut off at the top is 0.
+    What was cut off at the top is 0.
     """
-    own = (config.height, config.width)
-    assert probabilities.shape[-2:] == own, probabilities.shape
-    top, planes = round(config.top * size[0]), probabilities.reshape(1, -1, *own)
-    seen = F.interpolate(planes, (size[0] - top, size[1]), mode="bilinear")
-    return F.pad(seen, (0, 0, top, 0)).reshape(*probabilities.shape[:-2], *size)
+    assert probabilities.shape[1:] == (config.height, config.width), probabilities.shape
+    top = round(config.top * size[0])
+    seen = F.interpolate(probabilities[None], (size[0] - top, size[1]), mode="bilinear")[0]
+    return F.pad(seen, (0, 0, top, 0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,25 +263,33 @@ def tile_corners(
     size: Iterable[int], config: ModelConfig, overlap: float = 0.0
 ) -> list[tuple[int, int]]:
     """The upper left corners (y, x) of the tiles that cover an image of `size` (h, w)."""
-    starts = []
-    for whole, tile in zip(size, (config.height, config.width), strict=True):
+
+    def starts(whole: int, tile: int) -> list[int]:
         count = max(1, -int(-(whole - overlap * tile) // (tile * (1 - overlap))))
-        places = np.linspace(0, max(0, whole - tile), count).round().astype(int)
-        starts.append(places.tolist())
-    return [(y, x) for y in starts[0] for x in starts[1]]
+        return np.linspace(0, max(0, whole - tile), count).round().astype(int).tolist()
+
+    return list(itertools.product(*map(starts, size, (config.height, config.width))))
 
 
 def cut_tile(
     pixels: np.ndarray, corner: tuple[int, int], config: ModelConfig, outside: int | None = None
 ) -> np.ndarray:
-    """The tile at a corner, (height, width, ...). Outside the image: its edge, or a value."""
+    """The tile of (h, w) or (h, w, 3) at a corner. Outside the image: its edge, or a value."""
     y, x = corner
     tile = pixels[y : y + config.height, x : x + config.width]
     below, right = config.height - tile.shape[0], config.width - tile.shape[1]
     if not (below or right):
         return tile
     border = cv2.BORDER_REPLICATE if outside is None else cv2.BORDER_CONSTANT
-    return cv2.copyMakeBorder(tile, 0, below, 0, right, border, value=4 * (outside or 0,))
+    return cv2.copyMakeBorder(tile, 0, below, 0, right, border, value=outside or 0)
+
+
+def cut_pair(
+    image: np.ndarray, mask: np.ndarray, corner: tuple[int, int], config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tile at a corner of an image and of its mask, which is ignored outside of the image."""
+    tiles = each_plane(lambda plane: cut_tile(plane, corner, config, IGNORE), mask)
+    return cut_tile(image, corner, config), tiles
 
 
 def item_places(
@@ -363,10 +298,8 @@ def item_places(
     """The items of a dataset: an image each, or with tiles an image and a corner (y, x) each."""
     if not config.tiles:
         return [(index, None) for index in range(len(samples))]
-    places = []
-    for index, size in enumerate(zip(samples.height, samples.width, strict=True)):
-        places += [(index, corner) for corner in tile_corners(size, config)]
-    return places
+    sizes = enumerate(zip(samples.height, samples.width, strict=True))
+    return [(index, corner) for index, size in sizes for corner in tile_corners(size, config)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Measure the kit compared with what a user would pick instead, on this machine, in one run.
 
-    python bench.py train --data DIR       # images per second of training, vs. the bare passes
-    python bench.py infer --data DIR       # from files to masks
-    python bench.py scale --data DIR       # over the number of images, their size, the batch
-    python bench.py accuracy --data DIR --minutes 6.6    # on a held-out fifth, vs. other recipes
-    python bench.py field --data DIR,DIR,... --minutes 3 # the same on several kinds of data
-    python bench.py speedrun --data DIR    # accuracy after 0.5 to 6.6 minutes, with a plot
-    python bench.py models                 # encoders and architectures: work, time, memory
-    python bench.py sweep                  # which pairs of them train, export and predict
+    python tools/bench.py train --data DIR     # images per second of training, vs. the bare passes
+    python tools/bench.py infer --data DIR     # from files to masks
+    python tools/bench.py scale --data DIR     # over the number of images, their size, the batch
+    python tools/bench.py accuracy --data DIR --minutes 6.6     # on a held-out fifth, vs. others
+    python tools/bench.py field --data DIR,DIR,... --minutes 3  # the same on several kinds of data
+    python tools/bench.py speedrun --data DIR  # accuracy after 0.5 to 6.6 minutes, with a plot
+    python tools/bench.py models               # encoders and architectures: work, time, memory
+    python tools/bench.py sweep                # which pairs of them train, export and predict
 
 Every variant runs in a process of its own, in turn (A B C A B C); the tables give medians and
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     import torch
 
     import train
-    from model import ModelConfig
+    from kit.config import ModelConfig
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # the repository's root
 SPEED = "images per second"  # the column that ratios are taken of
 HALF = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # Lightning's word to torch's type
 
@@ -88,9 +88,9 @@ class TimedLoader:
 
 def find_samples(folder: str | Path) -> pd.DataFrame:
     """The samples of a folder of images with masks."""
-    import data
+    from kit.data import samples
 
-    return data.find_samples(str(folder), training=True).samples
+    return samples.find_samples(str(folder), training=True).samples
 
 
 def repeated(samples: pd.DataFrame, count: int) -> pd.DataFrame:
@@ -101,15 +101,15 @@ def repeated(samples: pd.DataFrame, count: int) -> pd.DataFrame:
 
 def model_settings(size: int, **more: Any) -> ModelConfig:
     """The kit's model settings at the bench's size."""
-    from model import ModelConfig
+    from kit.config import ModelConfig
 
     return ModelConfig(height=size, width=size, tta=False, **more)
 
 
 def train_settings(options: argparse.Namespace) -> train.Config:
     """The kit's training settings at the bench's size, resolved for this machine."""
-    import model
     import train
+    from kit.network import model
 
     device = model.best_device()
     return train.Config(
@@ -133,10 +133,9 @@ def train_settings(options: argparse.Namespace) -> train.Config:
 
 def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
     """One epoch over `options.images` images."""
+    import peers
     import pytorch_lightning as pl
     import torch
-
-    import peers
 
     if name == "bare":
         return bare_passes(options, training=True)
@@ -162,23 +161,21 @@ def train_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Trainer, module and loader of the kit, with the images decoded, as `train.train` does."""
-    import callbacks
-    import data
-    import model
     import train
+    from kit.config import Classes
+    from kit.data.samples import decode_pairs, scan
+    from kit.network import model
 
     config, model_config = train_settings(options), model_settings(options.size)
-    samples = data.scan_dataset(samples[: options.images])
-    samples["pair"] = data.decode_samples(samples, model_config, train.CACHE)
+    samples = scan(samples[: options.images], Classes())
+    samples = decode_pairs(samples, model_config, train.CACHE)
     samples = repeated(samples, options.images).assign(fold=config.fold + 1)  # none validates
     loader, _ = train.make_loaders(config, model_config, samples)
     model.reuse_memory()
     network = model.build_network(model_config)
     module = train.SegmentationModule(config, model_config, network)
     module.lr = config.lr
-    options = {"max_epochs": 1, "gradient_clip_val": 1.0}
-    trainer = callbacks.make_trainer(config.devices, config.precision, **options)
-    return trainer, module, loader
+    return train.make_trainer(config, max_epochs=1), module, loader
 
 
 def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]:
@@ -189,8 +186,8 @@ def bare_passes(options: argparse.Namespace, training: bool) -> dict[str, float]
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import model
     import train
+    from kit.network import model
 
     device = model.best_device()
     model.reuse_memory()
@@ -252,7 +249,7 @@ def infer_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     import infer
-    import model
+    from kit.network import model
 
     if name == "bare":
         return bare_passes(options, training=False)
@@ -269,7 +266,7 @@ def infer_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
         for index in range(options.images):
             source = Path(samples.image[index % len(samples)]).resolve()
             (root / "images" / f"{index:06d}{source.suffix}").symlink_to(source)
-        model.save_model(root / "model.pt", network, config, {}, {})
+        model.save_model(root / "model.pt", model.TrainedModel(network, config, {}, {}))
         started = time.perf_counter()
         if name == "tutorial":
             tutorial_inference(network.eval(), root, transform)
@@ -299,25 +296,26 @@ def scoring(samples: pd.DataFrame, options: argparse.Namespace) -> dict[str, flo
     """The official measures in the camera's view alone, at the images' own size."""
     import numpy as np
 
-    import data
-    import metrics
+    from kit.config import Classes
+    from kit.data.samples import read_sample
+    from kit.results import metrics
 
-    targets = [data.read_sample(row)[1] for row in samples.itertuples()]
+    targets = [read_sample(row)[1] for row in samples.itertuples()]
     rng = np.random.default_rng(0)
     probabilities = [rng.integers(0, 256, target.shape, np.uint8) for target in targets]
-    evaluation, started = metrics.Evaluation(), time.perf_counter()
+    evaluation, started = metrics.Evaluation(Classes()), time.perf_counter()
     for number in range(options.images):
         index = number % len(targets)
-        counts = metrics.pixel_counts(probabilities[index], targets[index])
-        evaluation.add_counts("image", "", counts)
+        evaluation.count(probabilities[index], targets[index])
     evaluation.report()
     return {SPEED: options.images / (time.perf_counter() - started)}
 
 
 def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Train for `options.minutes` on four fifths, predict the fifth with infer.py, score it."""
-    import infer
     import peers
+
+    import infer
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -340,8 +338,9 @@ def scores_of(report: dict[str, Any]) -> dict[str, float]:
     """The scores of a metrics.json that the tables show."""
     blocks = report["image"]
     if "mIoU" in blocks["all"]:
-        each = report["classes"]["per_class"].values()
-        lowest = min(one["IoU"] for one in each if one["IoU"] is not None)
+        block = report["classes"]
+        occurring = block["per_class"].keys() - set(block["absent"])
+        lowest = min(block["per_class"][name]["IoU"] for name in occurring)
         return {key: blocks["all"][key] for key in ("mIoU", "accuracy")} | {"lowest IoU": lowest}
     scores = {key: blocks["all"][key] for key in ("MaxF", "AP", "IoU50")}
     worst = [one["MaxF"] for category, one in blocks.items() if category != "all"]
@@ -380,14 +379,14 @@ SECONDS = 300  # a pair of the sweep may take
 
 def archs() -> list[str]:
     """The names of smp's architectures."""
-    import encoders
+    from kit.network import encoders
 
     return [arch.__name__ for arch in encoders.ARCHS.values()]
 
 
 def in_child(work: Callable[[], Any]) -> tuple[int, str]:
     """Call `work` in a child process; its exit status (minus a signal) and what it printed."""
-    import utils
+    from kit.errors import one_line_errors
 
     with tempfile.TemporaryFile() as output:
         child = os.fork()
@@ -397,7 +396,7 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
             os.dup2(output.fileno(), 2)
             status = 1
             try:
-                with utils.one_line_errors():
+                with one_line_errors():
                     work()
                 status = 0
             except SystemExit as end:
@@ -413,14 +412,14 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
 
 def load_report(name: str) -> dict[str, Any]:
     """What an earlier run wrote to bench_NAME.json."""
-    path = Path(f"bench_{name}.json")
+    path = HERE / f"bench_{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_report(name: str, **measured: Any) -> None:
     """Write what was measured to bench_NAME.json, with the machine and the call."""
     report = {"machine": machine(), "call": this_call(), **measured}
-    Path(f"bench_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (HERE / f"bench_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def this_call() -> str:
@@ -482,26 +481,27 @@ def sweep(options: argparse.Namespace) -> dict[str, str]:
 
 def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str, Any]:
     """The measurements of one network, at the size that it takes."""
+    import pandas as pd
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import encoders
-    import model
     import train
-    import trial
+    from kit.network import encoders, model
+    from kit.training import resolve
 
     device = model.best_device()
-    config = model_settings(options.size, arch=arch, encoder=encoder)
-    tried = trial.try_network(config, (True, True), [0.5, 0.75], options.batch, 99, 1)
-    config = tried.config
+    settings = train.Config(encoder_weights="none", batch_size=options.batch, grow=True)
+    config, scales = model_settings(options.size, arch=arch, encoder=encoder), (0.5, 0.75)
+    images = pd.DataFrame(index=range(99))
+    settings, config = resolve.try_network(settings, config, images, (True, True), scales)
     network = model.build_network(config)
     size = config.height, config.width
-    unused = trial.trial_step(network, 2, size, backward=True)
+    unused = resolve.trial_step(network, 2, size, backward=True)
     parameters = sum(weight.numel() for weight in network.parameters())
     network = model.set_memory_format(network, device).to(device)
     batch = torch.randn(options.batch, 3, *size, device=device)
     batch = batch.to(memory_format=torch.channels_last)
-    mask, settings = torch.zeros(len(batch), 1, *size, device=device), train.Config()
+    mask = torch.zeros(len(batch), 1, *size, device=device)
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             network.eval()(batch[:1])
@@ -520,7 +520,7 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
         "ms inference": round(1000 * predicting / len(batch), 1),
         "peak GB": round(peak, 2),
         "size": "{}x{}".format(*size),
-        "sizes": sizes_in_words(network, size) + ("" if tried.resizes else "; no --grow"),
+        "sizes": sizes_in_words(network, size) + ("" if settings.grow else "; no --grow"),
         "frozen in two processes": len(unused),
         "weights": ", ".join(encoders.weights_names(encoder)) or "none",
     }
@@ -528,11 +528,11 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
 
 def sizes_in_words(network: torch.nn.Module, size: tuple[int, int]) -> str:
     """The finest step of height and width at which the network takes the next size but one."""
-    import trial
+    from kit.training.resolve import refusal
 
     for step in (1, 2, 4, 8, 16, 32, 64, 128):
         height, width = (step * (length // step + 1) for length in size)
-        if not trial.refusal(network, 2, (height, width + 2 * step)):
+        if not refusal(network, 2, (height, width + 2 * step)):
             return "any" if step == 1 else f"multiples of {step}"
     return "this one"
 
@@ -574,7 +574,7 @@ def write_models_page() -> None:
     measured, swept = load_report("models"), load_report("sweep")
     lines = [
         "# Which encoder and architecture",
-        "Written by `bench.py models` and `bench.py sweep`; every number is measured.",
+        "Written by `tools/bench.py models` and `tools/bench.py sweep`; every number is measured.",
     ]
     rows = measured.get("rows", {})
     if rows:
@@ -584,7 +584,7 @@ def write_models_page() -> None:
             "\n## Work, time and memory",
             f"Float32, no pretrained weights, ms per image in batches of {measured['batch']}.",
             "Times depend on what else the machine does: compare GMAC first.",
-            f"`python bench.py {measured['call']}` on {measured['machine']}.\n",
+            f"`python tools/bench.py {measured['call']}` on {measured['machine']}.\n",
             f"| network | {' | '.join(columns)} |",
             f"| --- |{' --- |' * len(columns)}",
         ]
@@ -750,7 +750,7 @@ def machine() -> str:
     """The machine in words."""
     import torch
 
-    import model
+    from kit.network import model
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     bf16 = f"bf16 {'native' if model.cpu_has_bf16() else 'not native'}"
@@ -795,7 +795,7 @@ def main() -> None:
         results = in_turn(options.command, VARIANTS[options.command], options)
     speed = options.command in ("train", "infer")
     print_table(TITLES[options.command], results, "tutorial" if speed else None)
-    print(f"\n`python bench.py {this_call()}` on {machine()}")
+    print(f"\n`python tools/bench.py {this_call()}` on {machine()}")
     write_report(options.command, numbers=results)
 
 

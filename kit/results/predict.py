@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +15,35 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from images import cut_tile, normalise, preprocess, read_image, restore, tile_corners, to_tensor
-from model import ModelConfig, TrainedModel, autocast, load_model, resolve_precision
-from utils import UserError, first_five
-
-# --------------------------------------------------------------------------------------------------
-#  Models
-# --------------------------------------------------------------------------------------------------
-
-
-def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
-    """Read and name the model files, and those in the folders named. Raises UserError.
-
-    A folder must hold models of one split, not those of several commands.
-    """
-    models = []
-    for path in map(Path, paths):
-        files = sorted(path.rglob("model.pt")) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"--model {path}: no model.pt in this folder; train.py writes one")
-        loaded = [load_model(file, device) for file in files]
-        splits = {str([one.settings.get(k) for k in ("folds", "seed", "group")]) for one in loaded}
-        mixed = path / "model.pt" in files and len(files) > 1
-        if mixed or (len(splits) > 1 and all(file.parent.name[:4] == "fold" for file in files)):
-            reason = f"holds models of different splits: {first_five(files)}"
-            raise UserError(f"--model {path}: {reason}; name the ones to use")
-        models += loaded
-        print(f"model: {first_five(files)}")
-    names = {one.config.class_names for one in models}
-    if len(names) > 1:
-        kinds = " and ".join(first_five(some) or "one class" for some in sorted(names))
-        raise UserError(f"--model: the models have different classes, {kinds}; name those of one")
-    if len({one.config.value_range for one in models}) > 1:
-        reason = "were trained on images of different ranges (--window)"
-        raise UserError(f"--model {first_five(paths)}: {reason}; predict with one of them")
-    return models
-
+from kit.config import ModelConfig
+from kit.data.images import (
+    cut_tile,
+    normalise,
+    read_image,
+    resize_image,
+    restore,
+    tile_corners,
+    to_tensor,
+)
+from kit.errors import UserError, first_five
+from kit.network.model import TrainedModel, autocast, load_model, resolve_precision
 
 # --------------------------------------------------------------------------------------------------
 #  Probabilities to masks
 # --------------------------------------------------------------------------------------------------
 
 
-def postprocess(probability: np.ndarray, threshold: float, min_pixels: int) -> np.ndarray:
-    """(h, w) uint8 probabilities to the mask, bool (h, w): threshold 0..1, no small components.
+def postprocess(prediction: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The mask of a prediction, see `to_prediction`, with the model's thresholds and areas.
 
-    The threshold k/255 takes in the level k, whatever rounding does.
-    """
-    mask = probability >= np.ceil(threshold * 255 - 1e-6)
-    return remove_small(mask, min_pixels)
-
-
-def make_mask(prediction: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The mask of a `to_prediction`, with the thresholds and areas of a model's settings.
-
-    Bool (h, w); of overlapping classes bool (K, h, w), of exclusive ones their numbers (h, w).
+    Planes, uint8 (K, h, w), become bool (K, h, w): probability from the threshold on, without small
+    components. Exclusive classes: a label map, uint8 (h, w), of the most probable class.
     """
     if config.exclusive:
         return prediction[0]
-    if not config.class_names:
-        return postprocess(prediction, config.threshold, config.min_pixels)
-    return np.stack(list(map(postprocess, prediction, *class_thresholds(config))))
-
-
-def class_thresholds(config: ModelConfig) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The threshold and the minimum component area of each overlapping class."""
-    count = len(config.class_names)
-    thresholds = config.thresholds or (config.threshold,) * count
-    return thresholds, config.areas or (config.min_pixels,) * count
-
-
-def describe_masks(config: ModelConfig) -> tuple[str, Any]:
-    """How `make_mask` makes them, for people; and the threshold, or that of each class."""
-    if config.exclusive:
-        return "the most probable class", None
-    if not config.class_names:
-        area = f"minimum component area {config.min_pixels} pixels"
-        return f"threshold {config.threshold:.3f}, {area}", config.threshold
-    thresholds, areas = class_thresholds(config)
-    each = zip(config.class_names, thresholds, areas, strict=True)
-    words = (f"{name} from {threshold:.3f}, {area} pixels" for name, threshold, area in each)
-    return f"thresholds and minimum areas: {first_five(words)}", thresholds
+    levels = np.ceil(np.array(config.thresholds) * 255 - 1e-6)  # k/255 takes in the level k
+    planes = prediction >= levels[:, None, None]
+    return np.stack(list(map(remove_small, planes, config.areas)))
 
 
 def remove_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
@@ -106,44 +55,46 @@ def remove_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
     return mask & large[labels]
 
 
+def describe_masks(config: ModelConfig) -> str:
+    """How `postprocess` makes masks, for people."""
+    planes = zip(config.class_names, config.thresholds, config.areas, strict=False)
+    texts = [f"{name} from {threshold:.3f}, {area} pixels" for name, threshold, area in planes]
+    if not texts:  # a label map
+        return "the most probable class"
+    if len(texts) > 1:
+        return f"thresholds and minimum areas: {first_five(texts)}"
+    return f"threshold {config.thresholds[0]:.3f}, minimum component area {config.areas[0]} pixels"
+
+
 # --------------------------------------------------------------------------------------------------
 #  Logits to probabilities
 # --------------------------------------------------------------------------------------------------
 
 
-def to_probabilities(
-    logits: torch.Tensor, temperature: float, exclusive: bool = False
-) -> torch.Tensor:
-    """(N, 1, H, W) logits to probabilities (N, H, W) float32; of K classes (N, K, H, W).
+def to_probabilities(logits: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """(N, K, H, W) logits to probabilities (N, K, H, W) float32.
 
     The temperature softens them, so that 8 bits still tell nearly sure from sure. A threshold of
     0.5 gives the same mask with any temperature.
     """
-    logits = logits.float() / temperature
-    if exclusive:
-        return logits.softmax(1)
-    return logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.sigmoid()
+    logits = logits.float() / config.temperature
+    return logits.softmax(1) if config.exclusive else logits.sigmoid()
 
 
-def to_prediction(probability: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Probabilities (h, w) or (K, h, w) as uint8.
+def to_prediction(probabilities: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Probabilities (K, h, w) as uint8 (K, h, w), rounded, as the KITTI Road measures take them.
 
-    Of exclusive classes two planes: the number of the most probable class, and its probability.
+    Of exclusive classes (2, h, w): the number of the most probable class, and its probability.
     """
     if not config.exclusive:
-        return to_8bit(probability)
-    best, number = probability.max(0)
-    return torch.stack([number.byte(), to_8bit(best)])
-
-
-def to_8bit(probability: torch.Tensor) -> torch.Tensor:
-    """Probabilities 0..1 to uint8 0..255, rounded, as the KITTI Road measures take them."""
-    return (probability * 255).round().byte()
+        return (probabilities * 255).round().byte()
+    best, number = probabilities.max(0)
+    return torch.stack([number.byte(), (best * 255).round().byte()])
 
 
 @torch.inference_mode()
 def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torch.Tensor:
-    """(N, 3, H, W) uint8 to probabilities (N, H, W) float32 on the model's device; see above.
+    """(N, 3, H, W) uint8 to probabilities (N, K, H, W) float32 on the model's device.
 
     Where the device's memory runs out, half of the images at a time. Raises UserError where it
     cannot hold one.
@@ -152,17 +103,18 @@ def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torc
     try:
         inputs = normalise(images.to(device), config)
         with autocast(resolve_precision(config.precision, device.type), device.type):
-            how = config.temperature, config.exclusive
-            result = to_probabilities(model.network(inputs), *how)
+            result = to_probabilities(model.network(inputs), config)
             if tta:
                 flipped = model.network(inputs.flip(-1)).flip(-1)
-                result = (result + to_probabilities(flipped, *how)) / 2
+                result = (result + to_probabilities(flipped, config)) / 2
         return result
     except torch.OutOfMemoryError:
         if len(images) == 1:
-            size = f"{images.shape[2]}x{images.shape[3]}"
-            reason = f"the {device.type}'s memory cannot hold one image of {size}"
-            raise UserError(f"{reason}; train with smaller --height and --width") from None
+            raise UserError(
+                f"the {device.type}'s memory",
+                "cannot hold one image of {}x{}".format(*images.shape[2:]),
+                "train with smaller --height and --width",
+            ) from None
     print_once(f"out of memory with {len(images)} images at a time: continues with half of them")
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -180,13 +132,9 @@ def print_once(text: str) -> None:
 def predict_tiles(
     model: TrainedModel, image: np.ndarray, batch_size: int, tta: bool
 ) -> torch.Tensor:
-    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: (h, w) float32.
-
-    Of K classes (K, h, w).
-    """
+    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: (K, h, w)."""
     config, size = model.config, image.shape[:2]
-    planes = (config.classes,) if config.class_names else ()
-    total = torch.zeros((*planes, *size), device=model.device)
+    total = torch.zeros((len(config.class_names), *size), device=model.device)
     weights = torch.zeros(size, device=model.device)
     rows, columns = (
         torch.hann_window(n + 2)[1:-1].clamp(min=1e-3) for n in (config.height, config.width)
@@ -197,10 +145,10 @@ def predict_tiles(
         batch = corners[start : start + batch_size]
         tiles = torch.stack([to_tensor(cut_tile(image, corner, config)) for corner in batch])
         for (y, x), output in zip(batch, predict_inputs(model, tiles, tta), strict=True):
-            region = total[..., y : y + config.height, x : x + config.width]
-            height, width = region.shape[-2:]
+            region = total[:, y : y + config.height, x : x + config.width]
+            height, width = region.shape[1:]
             inside = window[:height, :width]
-            region += output[..., :height, :width] * inside
+            region += output[:, :height, :width] * inside
             weights[y : y + config.height, x : x + config.width] += inside
     return total.div_(weights)
 
@@ -208,28 +156,72 @@ def predict_tiles(
 def predict_images(
     models: list[TrainedModel], images: list[np.ndarray], batch_size: int, tta: str = "auto"
 ) -> list[np.ndarray]:
-    """Images (h, w, 3) uint8 of any sizes to probabilities (h, w) uint8, averaged over the models.
+    """Images (h, w, 3) uint8 of any sizes to predictions, averaged over the models.
 
-    Of several classes to what `to_prediction` makes of them. All images are one batch; of a large
-    one `batch_size` tiles. `tta`: auto is as trained.
+    A prediction is what `to_prediction` makes. All images are one batch; of a large one
+    `batch_size` tiles. `tta`: auto is as trained.
     """
     sums: list[Any] = [0] * len(images)  # stay on the device until they are 8-bit
     for model in models if images else ():
-        flip = model.config.tta if tta == "auto" else tta == "true"
-        if model.config.tiles:
+        config = model.config
+        flip = config.tta if tta == "auto" else tta == "true"
+        if config.tiles:
             restored = [predict_tiles(model, image, batch_size, flip) for image in images]
         else:
-            inputs = torch.stack([preprocess(image, model.config) for image in images])
+            inputs = torch.stack([to_tensor(resize_image(image, config)) for image in images])
             outputs = zip(predict_inputs(model, inputs, flip), images, strict=True)
-            restored = [restore(out, image.shape[:2], model.config) for out, image in outputs]
-        sums = [total + one for total, one in zip(sums, restored, strict=True)]
+            restored = [restore(output, image.shape[:2], config) for output, image in outputs]
+        sums = [total + summand for total, summand in zip(sums, restored, strict=True)]
     averages = (to_prediction(total / len(models), models[0].config) for total in sums)
     return [average.cpu().numpy() for average in averages]
 
 
 # --------------------------------------------------------------------------------------------------
-#  Files to probabilities
+#  Files to predictions
 # --------------------------------------------------------------------------------------------------
+
+
+def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
+    """Read and name the model files, and those in the folders named. Raises UserError.
+
+    A folder must hold models of one split, not those of several commands.
+    """
+    models = []
+    for path in map(Path, paths):
+        files = sorted(path.rglob("model.pt")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"--model {path}", "no model.pt in this folder", "train.py writes one")
+        loaded = [load_model(file, device) for file in files]
+        splits = {str([m.settings.get(k) for k in ("folds", "seed", "group")]) for m in loaded}
+        mixed = path / "model.pt" in files and len(files) > 1
+        if mixed or (len(splits) > 1 and all(file.parent.name[:4] == "fold" for file in files)):
+            raise UserError(
+                f"--model {path}",
+                f"holds models of different splits: {first_five(files)}",
+                "name the ones to use",
+            )
+        models += loaded
+        print(f"model: {first_five(files)}")
+    if len({(model.config.class_names, model.config.exclusive) for model in models}) > 1:
+        kinds = " and ".join(sorted({model.config.classes.describe() for model in models}))
+        raise UserError(
+            "--model", f"the models have different classes, {kinds}", "name those of one kind"
+        )
+    if len({model.config.value_range for model in models}) > 1:
+        raise UserError(
+            f"--model {first_five(paths)}",
+            "were trained on images of different ranges (--window)",
+            "predict with one of them",
+        )
+    return models
+
+
+def ensemble_config(models: list[TrainedModel]) -> ModelConfig:
+    """The settings of the first model, with the mean thresholds and areas of all."""
+    configs = [model.config for model in models]
+    thresholds = np.mean([config.thresholds for config in configs], axis=0).tolist()
+    areas = np.mean([config.areas for config in configs], axis=0).round().astype(int).tolist()
+    return replace(configs[0], thresholds=tuple(thresholds), areas=tuple(areas))
 
 
 def predict(
@@ -239,7 +231,7 @@ def predict(
     tta: str = "auto",
     failed: list[tuple[Any, UserError]] | None = None,
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-    """Yield (sample, image (h, w, 3) uint8, probability (h, w) uint8) in the samples' order.
+    """Yield (sample, image (h, w, 3) uint8, prediction) in the samples' order.
 
     Threads each take a batch from its files through the models: on a CPU one per core, so that no
     core waits for another after every layer; next to a GPU four, so that it never waits for files.
@@ -274,9 +266,9 @@ def predict_batch(
             images.append((row, read_image(row.image, models[0].config.value_range)))
         except UserError as error:
             errors.append((row, error))
-    probabilities = predict_images(models, [image for _, image in images], size, tta)
-    predicted = [(*pair, one) for pair, one in zip(images, probabilities, strict=True)]
-    return predicted, errors
+    predictions = predict_images(models, [image for _, image in images], size, tta)
+    results = [(*pair, prediction) for pair, prediction in zip(images, predictions, strict=True)]
+    return results, errors
 
 
 def in_order(run: Callable, batches: list, workers: int, threads: int) -> Iterator[Any]:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import constants
 
-from utils import UserError, closest, first_five, reason_of
+from kit.errors import UserError, closest, first_five, reason_of
 
 warnings.filterwarnings("ignore", module="segmentation_models_pytorch")  # remarks on old names
 
@@ -51,19 +51,22 @@ def timm_name(encoder: str) -> str:
 def check_names(arch: str, encoder: str) -> None:
     """Raise UserError with the closest names for one that there is not."""
     if arch.lower() not in ARCHS:
-        names = [known.__name__ for known in ARCHS.values()]
-        raise UserError(f"--arch {arch}: unknown{closest(arch, names)}")
-    own, name = list(smp.encoders.encoders), timm_name(encoder)
-    if encoder in own:
+        names = [kind.__name__ for kind in ARCHS.values()]
+        raise UserError(f"--arch {arch}", "unknown", closest(arch, names))
+    of_smp, name = list(smp.encoders.encoders), timm_name(encoder)
+    if encoder in of_smp:
         return
     if not (name and timm.is_model(name)):
-        known = [*own, *(f"tu-{other}" for other in timm.list_models())]
-        raise UserError(f"--encoder {encoder}: unknown{closest(encoder, known)}")
+        names = [*of_smp, *(f"tu-{other}" for other in timm.list_models())]
+        raise UserError(f"--encoder {encoder}", "unknown", closest(encoder, names))
     base, _, tag = name.partition(".")
     tags = [f"tu-{other}" for other in timm.list_pretrained(f"{base}.*")]
     if tag and f"tu-{name}" not in tags:
-        words = closest(encoder, tags) if tags else f"; take tu-{base}"
-        raise UserError(f"--encoder {encoder}: timm knows no such weights{words}")
+        raise UserError(
+            f"--encoder {encoder}",
+            "timm knows no such weights",
+            closest(encoder, tags) if tags else f"take tu-{base}",
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,32 +90,32 @@ def build(arch: str, encoder: str, classes: int, channels: str = "1") -> torch.n
     try:
         return create(arch, encoder, **options)
     except Exception as error:  # smp and timm raise anything
-        reason, fitting = reason_of(error), archs_that_take(encoder)
-    if options and ARCHS[arch.lower()].__name__ in fitting:
-        remedy = "take others, or 1"
+        reason = reason_of(error)
+    if options and can_build(arch, encoder):
         raise UserError(
-            f"--decoder_channels {channels}: {arch} does not take it ({reason}); {remedy}"
+            f"--decoder_channels {channels}",
+            f"{arch} does not take it ({reason})",
+            "take others, or 1",
         )
     takes = "resnet34 and other CNNs"
     if arch.lower() == "dpt":
         takes = "the ViTs of timm, such as tu-vit_small_patch16_224"
-    others = f"{encoder} goes with {', '.join(fitting) or 'no architecture'}; {arch} takes {takes}"
-    raise UserError(f"--arch {arch} --encoder {encoder}: do not fit together ({reason}); {others}")
+    raise UserError(
+        f"--arch {arch} --encoder {encoder}",
+        f"do not fit together ({reason})",
+        f"{arch} takes {takes}; docs/models.md lists pairs that fit",
+    )
 
 
-def archs_that_take(encoder: str) -> list[str]:
-    """The architectures that can be built with an encoder."""
-    fitting = []
-    for arch in ARCHS.values():
-        for device in ("meta", "cpu"):  # meta is quick, but some encoders cannot be built on it
-            try:
-                with torch.random.fork_rng(devices=[]), torch.device(device):
-                    arch(encoder, encoder_weights=None)
-                fitting.append(arch.__name__)
-                break
-            except Exception as error:  # smp and timm raise anything
-                logging.debug("%s %s on %s: %s", arch.__name__, encoder, device, error)
-    return fitting
+def can_build(arch: str, encoder: str) -> bool:
+    """Whether smp builds an architecture around an encoder."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            smp.create_model(arch, encoder, encoder_weights=None)
+    except Exception as error:  # smp and timm raise anything
+        logging.debug("%s with %s: %s", arch, encoder, error)
+        return False
+    return True
 
 
 def automatic_decoder(arch: str, encoder: torch.nn.Module) -> str:
@@ -136,19 +139,20 @@ def decoder_options(arch: str, text: str) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {name: parameters[name].default for name in CHANNELS if name in parameters}
     if not defaults:
-        raise UserError(f"{flag}: {kind.__name__}'s decoder follows the encoder; take 1")
+        raise UserError(flag, f"{kind.__name__}'s decoder follows the encoder", "take 1")
     flat = [
         n for value in defaults.values() for n in (value if isinstance(value, tuple) else [value])
     ]
     example = f"{','.join(map(str, flat))}, or a factor such as 0.5"
-    words = [word.strip() for word in text.split(",")]
-    if len(words) == 1 and re.fullmatch(r"\d*\.?\d+", text) and 0 < float(text) <= LARGEST_FACTOR:
+    channels = [number.strip() for number in text.split(",")]
+    factor = float(text) if re.fullmatch(r"\d*\.?\d+", text) else 0.0
+    if 0 < factor <= LARGEST_FACTOR:
         step = 32 if kind is smp.FPN else 8  # FPN's GroupNorm has 32 groups
-        numbers = [max(step, step * round(float(text) * n / step)) for n in flat]
-    elif len(words) == len(flat) and all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words):
-        numbers = list(map(int, words))
+        numbers = [max(step, step * round(factor * n / step)) for n in flat]
+    elif len(channels) == len(flat) and all(re.fullmatch(r"[1-9]\d{0,3}", n) for n in channels):
+        numbers = list(map(int, channels))
     else:
-        raise UserError(f"{flag}: {kind.__name__} takes {example}")
+        raise UserError(flag, f"{kind.__name__} takes {example}")
     rest = iter(numbers)
     return {
         name: tuple(itertools.islice(rest, len(value))) if isinstance(value, tuple) else next(rest)
@@ -165,7 +169,7 @@ REMEDY = "--encoder_weights FILE (.safetensors or .pth), or --encoder_weights no
 # Mean and std of smp's own encoders that were not trained with ImageNet's, by the start of the
 # name; for weights from a file. For those from the Hub, the Hub says it.
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-OWN_STATISTICS = {
+STATISTICS = {
     "timm-tf_efficientnet_lite": HALF,
     "inception": HALF,
     "xception": HALF,
@@ -183,14 +187,17 @@ def weights_names(encoder: str) -> list[str]:
 
 def check_weights(encoder: str, weights: str) -> None:
     """Raise UserError where --encoder_weights is neither a name that the Hub knows nor a file."""
-    known = weights_names(encoder)
-    if weights in ("none", *known) or Path(weights).is_file():
+    names = weights_names(encoder)
+    if weights in ("none", *names) or Path(weights).is_file():
         return
-    others = f"{encoder} has {', '.join(known)}" if known else f"{encoder} has none on the Hub"
-    if timm_name(encoder) and known:
+    others = f"{encoder} has {', '.join(names)}" if names else f"{encoder} has none on the Hub"
+    if timm_name(encoder) and names:
         others += " (name others in the encoder, as timm does: tu-NAME.TAG)"
-    what = "not for this encoder" if weights == "imagenet" else "no such file"
-    raise UserError(f"--encoder_weights {weights}: {what}; {others}; or {REMEDY}")
+    raise UserError(
+        f"--encoder_weights {weights}",
+        "not for this encoder" if weights == "imagenet" else "no such file",
+        f"{others}; or {REMEDY}",
+    )
 
 
 def normalisation(arch: str, encoder: str, weights: str) -> dict[str, tuple[float, ...]]:
@@ -211,8 +218,8 @@ def normalisation(arch: str, encoder: str, weights: str) -> dict[str, tuple[floa
         params = from_hub(encoder, get)
         mean, std = params["mean"], params["std"]
     else:
-        start = next((start for start in OWN_STATISTICS if encoder.startswith(start)), "")
-        mean, std = OWN_STATISTICS.get(start, IMAGENET)
+        start = next((start for start in STATISTICS if encoder.startswith(start)), "")
+        mean, std = STATISTICS.get(start, IMAGENET)
     return {"mean": tuple(mean), "std": tuple(std)}
 
 
@@ -237,23 +244,26 @@ def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, t
     timm's classifier, which a ViT keeps, may be of other classes or absent: nothing uses it.
     """
     given = {plain_name(key): tensor for key, tensor in read_weights(file).items()}
-    own = module.state_dict()
+    initial = module.state_dict()
     state, missing, wrong = {}, [], []
     unused = "|".join((*classifier_names(module), "num_batches_tracked$"))
-    for key, tensor in own.items():
+    for key, tensor in initial.items():
         other = given.get(plain_name(key))
         fits = other is not None and other.shape == tensor.shape
         state[key] = other if fits else tensor
         if not fits and not re.search(unused, plain_name(key)):
             (missing if other is None else wrong).append(key)
     if missing or wrong:
-        needed = [key for key in own if not re.search(unused, plain_name(key))]
+        needed = [key for key in initial if not re.search(unused, plain_name(key))]
         fitting = len(needed) - len(missing) - len(wrong)
-        words = [f"absent: {first_five(missing)}"] * bool(missing)
-        words += [f"of other shape: {first_five(wrong)}"] * bool(wrong)
-        reason = f"not the weights of {encoder}: {fitting} of {len(needed)} tensors fit"
-        remedy = "name its own file"
-        raise UserError(f"--encoder_weights {file}: {reason} ({'; '.join(words)}); {remedy}")
+        faults = [f"absent: {first_five(missing)}"] * bool(missing)
+        faults += [f"of other shape: {first_five(wrong)}"] * bool(wrong)
+        count = f"{fitting} of {len(needed)} tensors fit ({'; '.join(faults)})"
+        raise UserError(
+            f"--encoder_weights {file}",
+            f"not the weights of {encoder}: {count}",
+            "name its own file",
+        )
     return state
 
 
@@ -272,8 +282,11 @@ def from_hub(encoder: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         ways = f"internet (or HF_HUB_CACHE set to a copy of the Hub's cache), {REMEDY}"
-        reason = f"cannot be had ({reason_of(error)}). Three ways out: {ways}"
-        raise UserError(f"ImageNet weights for {encoder} {reason}") from None
+        raise UserError(
+            f"ImageNet weights for {encoder}",
+            f"cannot be had ({reason_of(error)})",
+            f"three ways out: {ways}",
+        ) from None
 
 
 def hub_offline_unless_reachable() -> None:
@@ -291,7 +304,7 @@ def hub_offline_unless_reachable() -> None:
 def check_archive(path: Path) -> None:
     """Raise ValueError for a zip that is damaged or unpacks to more than its own size."""
     with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise ValueError("unpacks to more than its size")
         damaged = archive.testzip()
         if damaged:
@@ -311,8 +324,9 @@ def read_weights(file: str) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own settings
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise anything on a damaged file
-        reason = f"cannot be read ({reason_of(error)}); replace it"
-        raise UserError(f"--encoder_weights {file}: {reason}") from None
+        raise UserError(
+            f"--encoder_weights {file}", f"cannot be read ({reason_of(error)})", "replace it"
+        ) from None
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]

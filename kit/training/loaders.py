@@ -1,92 +1,28 @@
 """From samples to batches: validation images kept in memory, and an order that can be resumed."""
 
-import os
 import signal
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
+from kit.errors import UserError, reason_of
 
 
-def make_loaders(
-    training: Dataset,
-    validation: Dataset,
-    batch_size: int,
-    workers: int,
-    processes: int,
-    seed: int,
-    memory: int,
-) -> tuple[DataLoader, DataLoader]:
-    """The training and the validation loader of this process, which takes `batch_size` items.
+def strictly(augmentation: Callable[[Any], Any], config: Any) -> Any:
+    """Call train.py's `augmentation`; an argument that albumentations does not know is an error.
 
-    `memory`: bytes of validation items that are kept.
+    albumentations itself only warns, and takes the default. Not for threads: filters are global.
     """
-    options = {"batch_size": batch_size, "workers": workers, "processes": processes, "seed": seed}
-    cached = Cached(validation, memory)
-    return make_loader(training, True, **options), make_loader(cached, False, **options)
-
-
-def default_workers(device: str) -> int:
-    """4 next to a GPU; none on a CPU, whose cores are the network's."""
-    return 0 if device == "cpu" else min(4, os.cpu_count() or 1)
-
-
-def default_pixels(device: str, precision: str) -> int:
-    """How many pixels an input has, where neither the user nor the data ask for others."""
-    return INPUT_PIXELS["cpu bf16" if is_fast_cpu(device, precision) else device]
-
-
-def larger_input(device: str, minutes: float, pretrained: bool, exclusive: bool) -> float:
-    """How many times the default pixels an input has; `minutes`: of the training, 0: no limit.
-
-    On a CPU small inputs learn sooner. From ImageNet's weights twice the default was better than
-    the default at 2 minutes, over five times was better than twice at 30 (docs/results.md).
-    """
-    if device == "cpu" and pretrained:
-        return min(6.0, max(2.0, minutes / 5.5))
-    return 2.0 if exclusive else 1.0
-
-
-def is_fast_cpu(device: str, precision: str) -> bool:
-    """Whether a CPU computes in bf16, three times as fast."""
-    return device == "cpu" and precision == "bf16-mixed"
-
-
-def default_batch(device: str, precision: str, small: float, count: int) -> int:
-    """The default of --batch_size for so many training images.
-
-    On a CPU it is larger where inputs are small, `small` times under the usual, but leaves an epoch
-    a hundred steps.
-    """
-    size = 8 if device != "cpu" or is_fast_cpu(device, precision) else 4
-    if device == "cpu":
-        size *= max(1, min(round(small), 16 // size, count // 100 // size))
-    return size
-
-
-def weighting(wanted: str, exclusive: bool) -> str:
-    """What --class_weights means; auto: inverse where mIoU counts rare classes like any other."""
-    return ("inverse" if exclusive else "none") if wanted == "auto" else wanted
-
-
-def class_weights(samples: pd.DataFrame, fold: int, kind: str) -> torch.Tensor | None:
-    """A weight for each class in the loss, from the images that train; None for all alike.
-
-    "inverse": one by the class's share of the pixels, which counts as a thousandth at least. The
-    mean weight of a pixel is 1. A class without pixels has the weight 0.
-    """
-    shares = np.array(samples.shares[samples.fold != fold].tolist())
-    if kind == "none" or not shares.size:
-        return None
-    share = shares.mean(0)
-    weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
-    mean = (weight * share).sum() / share.sum()
-    return torch.tensor(weight / mean, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not valid for transform")
+        try:
+            return augmentation(config)
+        except UserWarning as warning:
+            raise UserError("augmentation in train.py", reason_of(warning)) from None
 
 
 class Cached(Dataset):

@@ -2,8 +2,8 @@
 
 It needs no data and no account.
 
-    python demo.py            # writes demo/data, demo/out, demo/predictions
-    python demo.py FOLDER
+    python tools/demo.py            # writes demo/data, demo/out, demo/predictions
+    python tools/demo.py FOLDER
 
 The scenes are drawn, not photographed: they show that the kit works, not how well it does on real
 roads.
@@ -20,7 +20,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from images import write_image
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's root
+
+from kit.data.images import write_image
 
 TRAINING, TESTING = 60, 6  # scenes
 MINUTES = 2.6  # of training
@@ -273,20 +275,26 @@ def ground_truth(area: np.ndarray, evaluated: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def write_scene(root: Path, split: str, number: int, seed: int) -> None:
+def reduce(pixels: np.ndarray, scale: float, interpolation: int) -> np.ndarray:
+    """An image (h, w, 3) uint8 at a smaller scale."""
+    size = [round(length * scale) for length in pixels.shape[1::-1]]
+    return cv2.resize(pixels, size, interpolation=interpolation) if scale < 1 else pixels
+
+
+def write_scene(root: Path, split: str, number: int, seed: int, scale: float) -> None:
     """Draw and write one scene, with ground truth (training) and calibration."""
     category, name = ("um", "umm", "uu")[number % 3], f"{number // 3:06d}"
     rng = np.random.default_rng([seed, split == "testing", number])
     scene = Scene(category, SIZES[int(rng.choice(len(SIZES), p=(0.7, 0.17, 0.12, 0.01)))], rng)
-    write_image(root / split / f"image_2/{category}_{name}.png", scene.image)
-    if split == "training":
-        road = ground_truth(scene.road, scene.evaluated)
-        write_image(root / split / f"gt_image_2/{category}_road_{name}.png", road)
-        if category == "um":
-            lane = ground_truth(scene.lane, scene.evaluated)
-            write_image(root / split / f"gt_image_2/um_lane_{name}.png", lane)
+    image = reduce(scene.image, scale, cv2.INTER_AREA)
+    write_image(root / split / f"image_2/{category}_{name}.png", image)
+    areas = {f"{category}_road": scene.road} | ({"um_lane": scene.lane} if category == "um" else {})
+    for kind, area in areas.items() if split == "training" else ():
+        mask = reduce(ground_truth(area, scene.evaluated), scale, cv2.INTER_NEAREST_EXACT)
+        write_image(root / split / f"gt_image_2/{kind}_{name}.png", mask)
+    focal, centre, horizon = (scale * length for length in (FOCAL, scene.centre, HORIZON))
     calibration = {
-        "P2": [FOCAL, 0, scene.centre, 0, 0, FOCAL, HORIZON, 0, 0, 0, 1, 0],
+        "P2": [focal, 0, centre, 0, 0, focal, horizon, 0, 0, 0, 1, 0],
         "R0_rect": [1, 0, 0, 0, 1, 0, 0, 0, 1],
         "Tr_cam_to_road": [1, 0, 0, 0, 0, 1, 0, -CAMERA_HEIGHT, 0, 0, 1, 0],
     }
@@ -297,9 +305,16 @@ def write_scene(root: Path, split: str, number: int, seed: int) -> None:
 
 
 def write_scenes(
-    root: Path, training: int = TRAINING, testing: int = TESTING, seed: int = 0
+    root: Path,
+    training: int = TRAINING,
+    testing: int = TESTING,
+    seed: int = 0,
+    scale: float = 1.0,
 ) -> Path:
-    """Write so many scenes, a third of each category. The seed fixes every pixel."""
+    """Write so many scenes, a third of each category. The seed fixes every pixel.
+
+    `scale`: of the images, up to 1; they are drawn at KITTI's size and reduced.
+    """
     for folder in ("image_2", "gt_image_2", "calib"):
         (root / "training" / folder).mkdir(parents=True, exist_ok=True)
     for folder in ("image_2", "calib"):
@@ -307,7 +322,7 @@ def write_scenes(
     scenes = [("training", number) for number in range(training)]
     scenes += [("testing", number) for number in range(testing)]
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(write_scene, root, *scene, seed) for scene in scenes]
+        jobs = [pool.submit(write_scene, root, *scene, seed, scale) for scene in scenes]
         for job in jobs:
             job.result()
     return root
@@ -315,7 +330,7 @@ def write_scenes(
 
 def main(folder: str = "demo") -> None:
     """Draw scenes, train, predict, then say what to look at."""
-    root, kit = Path(folder), Path(__file__).parent
+    root, kit = Path(folder), Path(__file__).parents[1]
     print(f"drawing {TRAINING} training and {TESTING} test scenes (synthetic) ...", flush=True)
     write_scenes(root / "data")
 

@@ -22,11 +22,11 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
-import classes
-import data
-import encoders
-import images
-import model
+from kit.config import Classes, ModelConfig, plane_settings
+from kit.data.images import read_image, write_image
+from kit.data.samples import assign_folds, find_samples, read_sample, scan
+from kit.errors import UserError
+from kit.network import encoders, model
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ def write_split(folder: str, root: Path, seed: int) -> None:
     pairs of PNG files (with classes.csv for exclusive classes), which every recipe can read.
     """
     folder, _, foreground = folder.partition(":")
-    collection = data.find_samples(folder, foreground=foreground, training=True)
-    samples = data.scan_dataset(collection.samples, collection.classes)
-    held_out = data.assign_folds(samples, 5, seed) == 0
+    collection = find_samples(folder, foreground=foreground, training=True)
+    if collection.classes.several and not collection.classes.exclusive:
+        raise UserError(f"--data {folder}", "the recipes know no classes that may overlap")
+    samples = scan(collection.samples, collection.classes)
+    held_out = assign_folds(samples, 5, seed) == 0
     for name, part in (("train", samples[~held_out]), ("test", samples[held_out])):
         target = root / name / "training"
         if collection.name == "KITTI Road":
@@ -106,16 +108,16 @@ def link_samples(samples: pd.DataFrame, folder: Path) -> None:
             (folder / name / file.name).symlink_to(file.resolve())
 
 
-def write_pairs(samples: pd.DataFrame, found: classes.Classes, folder: Path) -> None:
+def write_pairs(samples: pd.DataFrame, classes: Classes, folder: Path) -> None:
     """Images and masks as images/ID.png and masks/ID.png; foreground is 255."""
     for row in samples.itertuples():
-        image, mask = data.read_sample(row)
-        mask = mask if found.names else np.where(mask == 1, 255, 0).astype(np.uint8)
+        image, mask = read_sample(row)
+        mask = mask if classes.exclusive else np.where(mask[0] == 1, 255, 0).astype(np.uint8)
         for name, pixels in (("images", image), ("masks", mask)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            images.write_image(folder / name / f"{row.id}.png", pixels)
-    if found.names:
-        lines = [f"{number},{name}" for number, name in enumerate(found.names)]
+            write_image(folder / name / f"{row.id}.png", pixels)
+    if classes.exclusive:
+        lines = [f"{number},{name}" for number, name in enumerate(classes.names)]
         (folder / "classes.csv").write_text("\n".join(["id,name", *lines]) + "\n")
 
 
@@ -168,23 +170,26 @@ def train_peer(
     The clock starts when the data is found and the network built. Returns the number of epochs, the
     last of which may be shorter.
     """
-    recipe, collection = RECIPES[name], data.find_samples(str(folder), training=True)
-    samples, names = collection.samples, collection.classes.names
+    recipe, collection = RECIPES[name], find_samples(str(folder), training=True)
+    samples, classes = collection.samples, collection.classes
     height, width = recipe.size, recipe.size
-    if names:  # trained on crops, it predicts whole images
-        image = images.read_image(samples.image[0])
+    if classes.exclusive:  # trained on crops, it predicts whole images
+        image = read_image(samples.image[0])
         height, width = (32 * math.ceil(length / 32) for length in image.shape[:2])
-    config = model.ModelConfig(
+    config = ModelConfig(
         encoder=encoder,
         height=height,
         width=width,
         tta=False,
         temperature=1.0,
+        class_names=classes.names,
+        class_values=classes.values,
+        exclusive=classes.exclusive,
+        **plane_settings(classes),
         **encoders.normalisation("Unet", encoder, weights),
-        **classes.class_settings(collection.classes),
     )
     statistics = {"mean": config.mean, "std": config.std}
-    if names:
+    if classes.exclusive:
         crop = [A.PadIfNeeded(recipe.size, recipe.size), A.RandomCrop(recipe.size, recipe.size)]
         steps = [*crop, A.HorizontalFlip(p=0.5), A.Normalize(**statistics), ToTensorV2()]
         dataset = Pairs(samples, A.Compose(steps), labels=True)
@@ -193,9 +198,9 @@ def train_peer(
     torch.manual_seed(seed)
     loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True, drop_last=len(dataset) >= 8)
     network = model.build_network(config, weights)
-    epochs = run_loop(recipe, network, loader, config.classes, 60 * minutes)
+    epochs = run_loop(recipe, network, loader, len(classes.names), 60 * minutes)
     out.mkdir()
-    model.save_model(out / "model.pt", network.eval(), config, {}, {})
+    model.save_model(out / "model.pt", model.TrainedModel(network.eval(), config, {}, {}))
     return epochs
 
 

@@ -8,10 +8,9 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,18 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import rank_zero_only
 
-import resume
-from model import read_checkpoint, reestimate_batch_norm, save_model
-from utils import UserError, writable_folder, write_file
+from kit.errors import UserError
+from kit.files import writable_folder, write_file
+from kit.network.model import (
+    TrainedModel,
+    read_checkpoint,
+    reestimate_batch_norm,
+    save_model,
+)
+from kit.training import resume
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -152,7 +156,8 @@ class TrainingCallback(pl.Callback):
         if main_score(score) > self.best - FALL_BACK and trainer.is_global_zero:
             self.best = max(self.best, main_score(score))
             network, config = module.ema.module, module.current_config()
-            save_model(self.out / "model.pt", network, config, self.settings, {"epoch": score})
+            trained = TrainedModel(network, config, self.settings, {"epoch": score})
+            save_model(self.out / "model.pt", trained)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         row = {
@@ -165,7 +170,7 @@ class TrainingCallback(pl.Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
-            if not sys.stdout.isatty():
+            if not on_terminal():
                 print(epoch_line(row, self.clock.epochs), flush=True)
         due = module.is_last_epoch() or time.monotonic() - self.saved > CHECKPOINT_SECONDS
         if trainer.strategy.broadcast(due):
@@ -179,11 +184,11 @@ class TrainingCallback(pl.Callback):
             trainer.save_checkpoint(self.out / "last.ckpt")
         self.saved = time.monotonic()
 
-    def find_checkpoint(self, wanted: str, defaults: dict[str, Any]) -> None:
-        """Take over the state that `wanted` (--resume) means, if any; see `resume.decide`."""
+    def find_checkpoint(self, choice: str, defaults: dict[str, Any]) -> None:
+        """Take over the state that `choice` (--resume) means, if any; see `resume.decide`."""
         if self.root.is_dir() and rank_zero_only.rank == 0:
             resume.lock_folder(self.root)
-        decision = resume.decide(self.identity, wanted, self.out, self.root, defaults)
+        decision = resume.decide(self.identity, choice, self.out, self.root, defaults)
         self.checkpoint, self.reasons = decision.checkpoint, decision.reasons
         if self.checkpoint:
             self.load_state_dict(decision.state)
@@ -199,8 +204,11 @@ class TrainingCallback(pl.Callback):
         """
         first = rank_zero_only.rank == 0
         if self.reasons and first:
-            title = "RESUMING" if self.checkpoint else "STARTING OVER"
-            resume.keep_earlier(self.root, self.out, title, self.reasons)
+            folder, title = resume.set_aside(self.root), "STARTING OVER"
+            title = "RESUMING" if self.checkpoint else title
+            last = folder / self.out.relative_to(self.root) / "last.ckpt"
+            kept = f"The earlier run is kept in {folder}; --resume {last} resumes it"
+            print(f"{title}: {'; '.join(self.reasons)}. {kept}", flush=True)
         writable_folder(self.out)
         if first:
             resume.lock_folder(self.root)
@@ -214,7 +222,7 @@ class TrainingCallback(pl.Callback):
         if not (self.clock.finished(len(self.rows)) and (self.out / "model.pt").exists()):
             return ""
         remedy = "for more raise --epochs or --max_minutes, to start over --resume none"
-        return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}"
+        return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}\n"
 
     def restart(self) -> Path | None:
         """After memory ran out: the run's own last.ckpt, else the one that it is resumed from."""
@@ -263,9 +271,9 @@ class BatchNormReestimation(pl.Callback):
         count = 128 if module.is_last_epoch() else 32
         order = np.random.default_rng(self.seed).permutation(len(loader.dataset))
         chosen = order[:count].tolist()
-        parts = -(-len(chosen) * trainer.accumulate_grad_batches // 32)
-        for part in np.array_split(chosen, max(1, min(len(chosen) // 2, parts))):
-            batch = loader.collate_fn([loader.dataset[index] for index in part])
+        batches = -(-len(chosen) * trainer.accumulate_grad_batches // 32)
+        for indices in np.array_split(chosen, max(1, min(len(chosen) // 2, batches))):
+            batch = loader.collate_fn([loader.dataset[index] for index in indices])
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             with trainer.precision_plugin.val_step_context():
                 yield module.resized(batch)[0]
@@ -278,9 +286,14 @@ class EpochBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
 
+def on_terminal() -> bool:
+    """Whether what is printed goes to a terminal; a file gets one line per epoch instead."""
+    return sys.stdout.isatty()
+
+
 def progress_bar() -> list[pl.Callback]:
-    """A bar on a terminal; output into a file gets one line per epoch instead."""
-    return [EpochBar(leave=True)] if sys.stdout.isatty() else []
+    """A bar on a terminal."""
+    return [EpochBar(leave=True)] if on_terminal() else []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,22 +311,22 @@ def interruptible() -> Iterator[list[int]]:
 
     Yields a list that holds the signal's number afterwards.
     """
-    came: list[int] = []
+    signals: list[int] = []
 
     def interrupt(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        came.append(number)
+        signals.append(number)
         raise Interrupted
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield came
+        yield signals
     except Interrupted:
         print("\ninterrupted: exports what was reached; the same command resumes", flush=True)
     finally:
         for number in numbers:  # Lightning has put back the handler that it found
-            signal.signal(number, signal.SIG_DFL if number in came else handlers[number])
+            signal.signal(number, signal.SIG_DFL if number in signals else handlers[number])
 
 
 def end_process(signals: list[int]) -> None:
@@ -322,79 +335,56 @@ def end_process(signals: list[int]) -> None:
         os.kill(os.getpid(), number)
 
 
-def with_gradient_accumulation(fit: Callable[[int], Any], batch_size: int, device: str) -> Any:
-    """Call fit(1); where the device's memory runs out fit(2), fit(4), ... parts of a batch.
-
-    Returns what `fit` returns. Raises UserError where memory cannot hold one image.
-    """
-    parts = 1
-    while parts <= batch_size:
-        try:
-            return fit(parts)
-        except torch.OutOfMemoryError:
-            parts *= 2
-        except RuntimeError as error:
-            if "bus error" in str(error).lower():  # of a loader's worker
-                raise UserError("shared memory ran out; take --workers 0") from None
+@contextlib.contextmanager
+def clear_loader_errors() -> Iterator[None]:
+    """Name the remedy where shared memory is too small for the loaders' workers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "bus error" not in str(error).lower():  # of a worker
             raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        words = f"batches of {batch_size} with gradient accumulation over {parts} parts"
-        print(f"out of memory: continues with {words}", flush=True)
-    remedy = "take smaller --height and --width, or a smaller --encoder"
-    raise UserError(f"the {device}'s memory cannot hold one image; {remedy}")
+        raise UserError("shared memory", "is used up by the workers", "take --workers 0") from None
+
+
+def more_parts(parts: int, batch_size: int, device: str) -> int:
+    """Of a batch, after memory ran out: twice as many. Raises UserError where it was one image."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if 2 * parts > batch_size:
+        raise UserError(
+            f"the {device}'s memory",
+            "cannot hold one image",
+            "take smaller --height and --width, or a smaller --encoder",
+        )
+    batches = f"batches of {batch_size} with gradient accumulation over {2 * parts} parts"
+    print(f"out of memory: continues with {batches}", flush=True)
+    return 2 * parts
 
 
 # --------------------------------------------------------------------------------------------------
-#  Trainer: processes, learning-rate finder
+#  The loss, and the learning-rate finder
 # --------------------------------------------------------------------------------------------------
-
-
-def count_processes(devices: int) -> tuple[int, int]:
-    """How many processes train together, in all and on this host: torchrun's, else `devices`."""
-    if TorchElasticEnvironment.detect():
-        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    return devices, devices
-
-
-def make_trainer(devices: int, precision: str, **options: Any) -> pl.Trainer:
-    """A Trainer that leaves writing and logging to the TrainingCallback."""
-    processes, local = count_processes(devices)
-    torchrun = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None  # also SLURM
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return pl.Trainer(
-        accelerator="auto",
-        devices=local,
-        num_nodes=processes // local,
-        plugins=torchrun,
-        precision=precision,
-        enable_progress_bar=sys.stdout.isatty(),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **quiet | options,
-    )
 
 
 def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
     """Raise UserError for a loss that is not finite. `epoch`: from 0; `names`: of its images."""
     if not torch.isfinite(value):
-        where = f"in epoch {epoch + 1}, images {', '.join(names)}"
-        remedy = "the weights so far are kept; try a smaller --lr or --precision 32"
-        raise UserError(f"the loss is {value.item()} {where}; {remedy}; look at them")
+        raise UserError(
+            "the loss",
+            f"is {value.item()} in epoch {epoch + 1}, images {', '.join(names)}",
+            "the weights so far are kept: try a smaller --lr or --precision 32, look at them",
+        )
 
 
-def find_lr(module: pl.LightningModule, loader: Any, devices: int, precision: str) -> float:
-    """Lightning's learning-rate finder: 50 steps in a Trainer of its own. Raises UserError.
+def find_lr(trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> float:
+    """Lightning's learning-rate finder: 50 steps. Raises UserError.
 
-    In the training's own Trainer a short run would end before the finder does.
+    `trainer`: without end, and not the training's own: a short run would end before the finder.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"max_epochs": -1, "limit_val_batches": 0, "default_root_dir": folder}
-        trainer = make_trainer(devices, precision, **options)
-        options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
-        finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
+    options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
+    finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
     lr = finder.suggestion()
     if lr is None:
-        raise UserError("--lr auto: found none, the loss left the numbers; give --lr 5e-4")
+        raise UserError("--lr auto", "found none, the loss left the numbers", "give --lr 5e-4")
     print(f"--lr auto: chose {lr:.2e} after {len(finder.results['lr'])} steps")
     return lr

@@ -1,8 +1,8 @@
 """The Kaggle notebook: build it from notebook.py and the kit's files, push it, pull it back.
 
-    python kernel.py build               # build/kernel.ipynb and build/kernel-metadata.json
-    python kernel.py push                # builds it and pushes it: a new version runs on Kaggle
-    python kernel.py pull OWNER/SLUG     # what was changed on the site, back into the files here
+    python tools/kernel.py build               # build/kernel.ipynb and kernel-metadata.json
+    python tools/kernel.py push                # builds and pushes it: a new version runs on Kaggle
+    python tools/kernel.py pull OWNER/SLUG     # changes made on the site, back into the files here
 
 pull also takes the notebook's address. What is attached, privacy, GPU: kernel-metadata.json.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kaggle.api.kaggle_api_extended import KaggleApi
     from nbformat import NotebookNode
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 TOKEN = "https://www.kaggle.com/settings/api"
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -61,12 +61,17 @@ def read_cells() -> tuple[str, NotebookNode]:
     return text[:start], jupytext.reads(text[start:], fmt="py:percent")
 
 
+def cell_id(file: str) -> str:
+    """The id of the cell that writes a file."""
+    return file.removesuffix(".py").replace("/", "-")
+
+
 def make_cells() -> list[NotebookNode]:
     """The notebook's cells in order. Their ids are fixed: the same input gives the same bytes."""
     cells = []
     for own in read_cells()[1].cells:
         title, source = own.metadata["title"], own.source
-        name = title.removesuffix(".py")
+        name = cell_id(title)
         if own.cell_type == "markdown":
             cells.append(nbformat.v4.new_markdown_cell(source, id=name))
             continue
@@ -84,14 +89,15 @@ def make_cells() -> list[NotebookNode]:
 
 def check_imports(cells: list[NotebookNode]) -> None:
     """End where a file of the notebook imports a file that has no cell in it."""
-    ids = {cell.id for cell in cells}
-    for file in filter(None, map(name_of_file, cells)):
+    written = set(filter(None, map(name_of_file, cells)))
+    for file in sorted(written):
         for node in ast.walk(ast.parse((HERE / file).read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                if name not in ids and (HERE / f"{name}.py").exists():
-                    fail(f"{file} imports {name}.py: add its cell to notebook.py: # %% {name}.py")
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for other in (f"{name.replace('.', '/')}.py" for name in names):
+                if other not in written and (HERE / other).exists():
+                    fail(f"{file} imports {other}: add its cell to notebook.py: # %% {other}")
 
 
 def attach_images(cell: NotebookNode) -> None:
@@ -129,16 +135,16 @@ def build(folder: Path, owner: str) -> dict:
 def log_in() -> KaggleApi | None:
     """Kaggle's own client, logged in; None without credentials."""
     output = io.StringIO()  # its import logs in, too, and prints a page of help where it cannot
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        from kaggle.api.kaggle_api_extended import KaggleApi
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            from kaggle.api.kaggle_api_extended import KaggleApi
 
-        api = KaggleApi()
-        try:
+            api = KaggleApi()
             api.authenticate()
-        except SystemExit:  # its answer to missing credentials
-            return None
-        except RequestException as error:
-            fail(f"Kaggle cannot be reached: {error}", 1)
+    except SystemExit:  # its answer to missing credentials
+        return None
+    except RequestException as error:
+        fail(f"Kaggle cannot be reached: {error}", 1)
     return api if user_of(api) else None
 
 
@@ -235,7 +241,7 @@ def pair_cells(theirs: list[NotebookNode], ours: list[NotebookNode]) -> dict[str
         name = texts.get(cell.source.rstrip(), cell.get("id"))
         file = name_of_file(cell)
         if file:
-            name = file.removesuffix(".py")
+            name = cell_id(file)
         if kinds.get(name) == cell.cell_type and name not in pairs:
             pairs[name] = index
         elif not file:
@@ -296,9 +302,50 @@ def changes(theirs: list[NotebookNode]) -> dict[str, str]:
     return changed
 
 
+def is_another_version(theirs: list[NotebookNode]) -> bool:
+    """Whether a notebook was built from a version of the kit with other files."""
+    files = set(filter(None, map(name_of_file, theirs)))
+    ours = set(filter(None, map(name_of_file, make_cells())))
+    return "train.py" in files and len(ours & files) < len(ours) / 2
+
+
+def write_another_version(theirs: list[NotebookNode], kernel: str, yes: bool) -> None:
+    """Write the files of another version of the kit into a folder of their own, after a question.
+
+    Its settings are written as settings.py, for those of notebook.py.
+    """
+    folder = HERE / "build" / kernel.split("/")[-1]
+    texts = {file: new_text(file, c.source) for c in theirs if (file := name_of_file(c))}
+    inside = {name for name in texts if not {"..", "/"} & set(Path(name).parts)}
+    texts = {name: text for name, text in texts.items() if text and name in inside}
+    settings = [cell.source for cell in theirs if re.search(r"^DATA = ", cell.source, re.MULTILINE)]
+    if settings:
+        texts["settings.py"] = f"{settings[0]}\n"
+    print(
+        f"{kernel} was built by another version of the kit: its {len(texts)} files are kept apart"
+    )
+    if confirmed(f"write them to {folder}?", yes):
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / name, text)
+        print(f"wrote {folder}: it runs by itself; carry your changes over to the files here")
+
+
+def confirmed(question: str, yes: bool) -> bool:
+    """Whether to go on: `yes`, or the answer on a terminal."""
+    if yes or (sys.stdin.isatty() and input(f"{question} [y/N] ").lower() == "y"):
+        return True
+    print("nothing written; --yes writes without asking")
+    return False
+
+
 def pull(api: KaggleApi, kernel: str, yes: bool) -> None:
     """Bring the cells that differ on the site back into the files here, after a question."""
-    changed = changes(download(api, kernel))
+    theirs = download(api, kernel)
+    if is_another_version(theirs):
+        write_another_version(theirs, kernel, yes)
+        return
+    changed = changes(theirs)
     if not changed:
         print("no file differs")  # what was not brought back is printed above
         return
@@ -306,13 +353,10 @@ def pull(api: KaggleApi, kernel: str, yes: bool) -> None:
         old = (HERE / name).read_text().splitlines(True)
         new = text.splitlines(True)
         sys.stdout.writelines(difflib.unified_diff(old, new, name, f"{kernel} {name}"))
-    question = f"write {', '.join(changed)}? [y/N] "
-    if yes or (sys.stdin.isatty() and input(question).lower() == "y"):
+    if confirmed(f"write {', '.join(changed)}?", yes):
         for name, text in changed.items():
             write_file(HERE / name, text)
         print(f"wrote {', '.join(changed)}")
-    else:
-        print("nothing written; --yes writes without asking")
 
 
 def main() -> None:
@@ -328,7 +372,7 @@ def main() -> None:
     options = parser.parse_args()
     kernel = name_of(options.kernel or "")
     if options.action == "pull" and not kernel:
-        fail("pull takes the notebook's name or address: python kernel.py pull OWNER/SLUG")
+        fail("pull takes the notebook's name or address: python tools/kernel.py pull OWNER/SLUG")
     if options.action == "build" and options.owner:
         build(options.out, options.owner)
         return

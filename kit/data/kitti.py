@@ -1,6 +1,6 @@
 """KITTI Road: its folders, its colour-coded ground truth, bird's-eye view (BEV), the server's zip.
 
-Delete this file, its imports, its entries in data.LAYOUTS and infer.SUBMISSIONS, its cell in
+Delete this file, its imports, its entries in samples.LAYOUTS and infer.SUBMISSIONS, its cell in
 notebook.py: the rest works.
 """
 
@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from images import IGNORE, Collection, encode_image, list_images
-from masks import MaskFile, open_mask
-from utils import UserError, first_five, reason_of, write_file
+from kit.config import IGNORE, Classes
+from kit.data.folders import Collection, list_images
+from kit.data.images import encode_image, open_image
+from kit.data.masks import MaskFile, Opener, Planes, open_mask
+from kit.errors import UserError, first_five, reason_of
+from kit.files import write_file
 
 # --------------------------------------------------------------------------------------------------
 #  Layout
@@ -41,21 +44,21 @@ def kitti_road(root: Path, masks: str, target: str, training: bool) -> Collectio
     if masks != "auto":
         named = [path for path in (Path(masks), folder.parent / masks) if path.is_dir()]
         if not named:
-            raise UserError(f"--masks {masks}: not found; name a folder of masks")
+            raise UserError(f"--masks {masks}", "not found", "name a folder of masks")
         mask_folder = named[0]
-    found = list_images(mask_folder)
+    files = list_images(mask_folder)
     rows = []
     for stem, image in list_images(folder).items():
         row = {"id": stem, "image": image, "mask": None, "category": "", "views": ()}
         name = re.fullmatch(r"([a-z]+)_(\d+)", stem)
         if not name:
-            row["mask"] = MaskFile(found[stem]) if stem in found else None
+            row["mask"] = Planes((MaskFile(files[stem]),)) if stem in files else None
         elif target == "lane" and name[1] != "um" and training:
             continue
         else:
-            file = found.get(f"{name[1]}_{target}_{name[2]}")
+            file = files.get(f"{name[1]}_{target}_{name[2]}")
             calibration = folder.parent / "calib" / f"{stem}.txt"
-            row["mask"] = KittiMask(file) if file else None
+            row["mask"] = Planes((KittiMask(file),)) if file else None
             row["category"] = f"{name[1]}_{target}"
             row["views"] = (BirdsEyeView(calibration),) if calibration.is_file() else ()
         rows.append(row)
@@ -68,12 +71,15 @@ class KittiMask:
 
     path: Path
 
-    def read(self, size: tuple[int, int]) -> np.ndarray:
+    def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
         """(h, w) uint8: 1 road (blue > 0), 0 not road, 255 ignored (red = 0). Raises UserError."""
-        image = open_mask(self.path, size)
+        image = open_mask(self.path, size, opener=opener)
         if image.mode not in ("RGB", "RGBA", "P"):
-            wanted = "not a KITTI ground truth, which is in colour (blue: road, red: evaluated)"
-            raise UserError(f"{self.path}: {wanted}; replace it")
+            raise UserError(
+                self.path,
+                "not a KITTI ground truth, which is in colour (blue: road, red: evaluated)",
+                "replace it",
+            )
         red, _, blue = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
         return np.where(red > 0, (blue > 0).astype(np.uint8), np.uint8(IGNORE))
 
@@ -129,8 +135,9 @@ def read_calibration(path: Path) -> np.ndarray:
         if not np.isfinite(projection).all() or np.linalg.matrix_rank(projection) < 3:
             raise ValueError("projects nothing")
     except (OSError, ValueError, np.linalg.LinAlgError) as error:
-        reason = f"not a KITTI calibration ({reason_of(error)}); replace it or move it away"
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(
+            path, f"not a KITTI calibration ({reason_of(error)})", "replace it or move it away"
+        ) from None
     return projection
 
 
@@ -166,25 +173,37 @@ class KittiSubmission:
     Raises UserError where an image has no calibration: the server rejects an incomplete zip.
     """
 
-    def __init__(self, samples: pd.DataFrame, *_: str) -> None:
+    def __init__(self, samples: pd.DataFrame, classes: Classes, *_: str) -> None:
+        if classes.several:
+            raise UserError(
+                "--submission kitti",
+                f"needs a model of one class, this one has {len(classes.names)}",
+                "take --submission rle or png",
+            )
         scored = samples[~samples.category.isin(["", "umm_lane", "uu_lane"])]  # only um has a lane
         lacking = [Path(row.image).name for row in scored.itertuples() if not row.views]
-        if scored.empty or len(lacking) == len(scored):
-            wanted = "--data is not in the KITTI layout with image_2 and calib next to it"
-            raise UserError(f"--submission kitti: {wanted}")
+        if len(lacking) == len(scored):
+            raise UserError(
+                "--submission kitti",
+                "--data is not in the KITTI layout with image_2 and calib next to it",
+            )
         if lacking:
             folder = os.path.dirname(os.path.dirname(scored.image.iloc[0]))
             count = f"{len(lacking)} of {len(scored)} images have no calibration in {folder}/calib"
-            remedy = "the server rejects a zip without them; add them, or move the images away"
-            raise UserError(f"--submission kitti: {count}: {first_five(lacking)}; {remedy}")
-        self.wanted = set(scored.id)
+            raise UserError(
+                "--submission kitti",
+                f"{count}: {first_five(lacking)}",
+                "the server rejects a zip without them: add them, or move the images away",
+            )
+        self.ids = set(scored.id)
         self.answers: dict[str, bytes] = {}
 
-    def add(self, sample: Any, probability: np.ndarray, mask: np.ndarray) -> None:
-        """Keep one image's map, some 20 kB of PNG. `probability`: (h, w) uint8."""
-        if sample.id in self.wanted:
+    def add(self, sample: Any, probabilities: np.ndarray, mask: np.ndarray) -> None:
+        """Keep one image's map, some 20 kB of PNG. `probabilities`: (1, h, w) uint8."""
+        if sample.id in self.ids:
             name = f"{sample.category}_{sample.id.split('_')[1]}.png"
-            self.answers[name] = encode_image(sample.views[0].warp(probability), ".png")
+            warped = sample.views[0].warp(probabilities[0])
+            self.answers[name] = encode_image(warped, ".png")
 
     def write(self, out: Path) -> None:
         """Write the zip whole; the same maps give the same bytes."""

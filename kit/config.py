@@ -1,0 +1,97 @@
+"""All that inference needs to know: the classes and the settings of a model."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from kit.cli import check_fields
+from kit.errors import UserError, first_five
+
+IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
+
+
+class Classes(NamedTuple):
+    """What a model tells apart: planes, one for each class, or a label map of exclusive classes."""
+
+    names: tuple[str, ...] = ("foreground",)
+    values: tuple[str, ...] = ("1",)  # in mask files or a csv: "3", "#804080", "Fish"
+    exclusive: bool = False  # a pixel has one class; else each may be there
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than the foreground."""
+        return len(self.names) > 1
+
+    @property
+    def planes(self) -> int:
+        """How many planes have a threshold of their own; a label map has none."""
+        return len(self.names) * (not self.exclusive)
+
+    @property
+    def kind(self) -> str:
+        """How the classes go together, for people."""
+        return "exclude each other" if self.exclusive else "may overlap"
+
+    def describe(self) -> str:
+        """The kind and the names, for a message."""
+        return (
+            f"classes that {self.kind} ({first_five(self.names)})" if self.several else "one class"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that inference needs to know about a network. Raises ValueError for impossible values."""
+
+    arch: str = "Unet"  # an architecture of smp
+    encoder: str = "resnet34"  # an encoder of smp
+    decoder_channels: str = "1"  # a factor for smp's, or numbers of channels
+    height: int = 256  # [1..16384] pixels of the input, or of a tile
+    width: int = 256  # [1..16384] as height
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # [-1..2] of red, green, blue in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
+    top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
+    tiles: bool = False  # cut the image into tiles instead of resizing it
+    value_range: tuple[float, ...] = ()  # black and white where images have over 8 bits
+    target: str = "road"  # what the mask means, for layouts with several targets
+    rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
+    tta: bool = True  # average with the prediction of the horizontally flipped image
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
+    temperature: float = 3.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
+    class_names: tuple[str, ...] = ("foreground",)  # of the channels
+    class_values: tuple[str, ...] = ("1",)  # of these classes in mask files or in a csv
+    exclusive: bool = False  # a pixel has one class, the most probable; else each may be there
+    # [0..1] a pixel is of a class from this probability on; one each, none of exclusive classes
+    thresholds: tuple[float, ...] = (0.5,)
+    areas: tuple[int, ...] = (0,)  # [0..1000000000] smaller components of a class are removed
+
+    def __post_init__(self) -> None:
+        try:
+            check_fields(self)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if (len(self.mean), len(self.std), len(self.value_range) % 2) != (3, 3, 0):
+            raise ValueError("mean and std need three numbers each, value_range two or none")
+        if not len(self.class_names) == len(self.class_values) > 0:
+            raise ValueError("not as many class_values as class_names")
+        each = self.classes.planes
+        if (len(self.thresholds), len(self.areas)) != (each, each):
+            raise ValueError(f"not {each} thresholds and minimum areas, one for each class")
+
+    @property
+    def classes(self) -> Classes:
+        """What the model tells apart; the channels of its logits."""
+        return Classes(self.class_names, self.class_values, self.exclusive)
+
+    def describe(self) -> str:
+        """The network in a line for people."""
+        top = f" below the upper {100 * self.top:.0f} %" if self.top else ""
+        size = f"{self.height}x{self.width}{' in tiles' if self.tiles else top}"
+        decoder = "" if self.decoder_channels == "1" else f" ({self.decoder_channels})"
+        mean, std = (" ".join(f"{n:.3g}" for n in values) for values in (self.mean, self.std))
+        statistics = f"mean {mean}, deviation {std}"
+        return f"model: {self.arch}{decoder} {self.encoder}, input {size}, {statistics}"
+
+
+def plane_settings(classes: Classes, threshold: float = 0.5, area: int = 0) -> dict[str, tuple]:
+    """The same threshold and minimum area for each class, as fields of a `ModelConfig`."""
+    return {"thresholds": (threshold,) * classes.planes, "areas": (area,) * classes.planes}

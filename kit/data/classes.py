@@ -1,0 +1,330 @@
+"""Classes: the files that list them, what --classes asks for, their colours."""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kit.config import IGNORE, Classes
+from kit.errors import UserError, closest, first_five
+from kit.files import read_rows
+
+TABLES = ("classes.csv", "class_dict.csv")  # found next to the data
+
+
+class ListedClass(NamedTuple):
+    """A row of a file of classes."""
+
+    name: str
+    id: str = ""  # the value in a label map; "" for the number of its row, from 0
+    colour: str = ""  # such as #804080
+
+
+class ClassRequest(NamedTuple):
+    """What --classes asks for."""
+
+    merged: bool = False  # one class of all
+    listed: tuple[ListedClass, ...] = ()  # the classes that a file lists, or a model has
+    names: tuple[str, ...] = ()  # to choose
+    where: str = ""  # the file or the flag, for messages
+    strict: bool = False  # other classes are an error
+    model: Classes | None = None  # in inference
+
+    @property
+    def asks_for_labels(self) -> bool:
+        """Whether masks of two values are two classes."""
+        return self.strict or bool(self.names) or bool(self.model and self.model.exclusive)
+
+
+# --------------------------------------------------------------------------------------------------
+#  --classes
+# --------------------------------------------------------------------------------------------------
+
+
+def class_request(flag: str | Classes, root: Path, image: Path) -> ClassRequest:
+    """What --classes means: auto, one, a file, or names; or the classes of a model.
+
+    A file of `TABLES` is read too, next to the data or in a folder between `root` and its first
+    `image`. Raises UserError.
+    """
+    if isinstance(flag, Classes):
+        return request_of_model(flag)
+    if flag == "one":
+        return ClassRequest(merged=True)
+    between = [folder for folder in image.parents if root in folder.parents]
+    folders = [folder for folder in (root, root.parent, *between) if folder.is_dir()]
+    tables = (folder / name for folder in folders for name in TABLES)
+    table = next((path for path in tables if path.is_file()), None)
+    listed = read_classes(table) if table and flag == "auto" else ()
+    if flag == "auto":
+        return ClassRequest(listed=listed, where=str(table))
+    places = [Path(flag), *(folder / flag for folder in folders)]
+    file = next((path for path in places if path.is_file()), None)
+    if file:
+        return ClassRequest(listed=read_classes(file), where=f"--classes {file}", strict=True)
+    if re.search(r"\.\w{2,4}$|/", flag):
+        raise UserError(
+            f"--classes {flag}", "no such file", "name a csv of id,name, or the classes"
+        )
+    names = tuple(filter(None, (name.strip() for name in flag.split(","))))
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(
+            f"--classes {flag}",
+            "takes auto, one, a file, or at least two different names such as car,road",
+        )
+    listed = read_classes(table) if table else ()
+    return ClassRequest(listed=listed, names=names, where=f"--classes {flag}")
+
+
+def request_of_model(classes: Classes) -> ClassRequest:
+    """What a model asks of the masks that it is scored with."""
+    listed = (
+        ListedClass(name, value, value if value.startswith("#") else "")
+        for name, value in zip(classes.names, classes.values, strict=True)
+    )
+    listed = tuple(listed) if classes.several else ()
+    return ClassRequest(not classes.several, listed, where="the model", model=classes)
+
+
+def read_classes(path: Path) -> tuple[ListedClass, ...]:
+    """Read `id,name[,r,g,b]`, `name,r,g,b`, or a name in each line. Raises UserError."""
+    rows = [fields for _, fields in read_rows(path)]
+    header = [name.lower() for name in rows[0]] if rows else []
+    columns = {"name": 0}
+    if "name" in header:
+        columns = {name: column for column, name in enumerate(header)}
+        rows = rows[1:]
+    listed = []
+    for number, row in enumerate(rows):
+        if len(row) <= max(columns.values()):
+            raise UserError(path, f"class {number + 1} has a field too few", "fix the csv")
+        name, value = row[columns["name"]], row[columns["id"]] if "id" in columns else ""
+        levels = [row[columns[band]] for band in ("r", "g", "b") if band in columns]
+        colour = ""
+        if len(levels) == 3:
+            if not all(level.isdecimal() and int(level) < 256 for level in levels):
+                raise UserError(
+                    path, f"{name}: r,g,b are {','.join(levels)}, not 0 to 255", "fix the csv"
+                )
+            colour = "#" + "".join(f"{int(level):02x}" for level in levels)
+        listed.append(ListedClass(name, value, colour))
+    check_unique(path, listed)
+    return tuple(listed)
+
+
+def check_unique(path: Path, listed: list[ListedClass]) -> None:
+    """Raise UserError where a name, an id or a colour is listed twice, or too few classes."""
+    for field in ListedClass._fields:
+        names: dict[str, str] = {}
+        for entry in listed:
+            value = getattr(entry, field)
+            if value and value in names:
+                both = f"{names[value]} and {entry.name}"
+                raise UserError(path, f"{field} {value} is listed twice ({both})", "fix the csv")
+            names[value] = entry.name
+    if len(listed) < 2:
+        raise UserError(path, f"lists {len(listed)} classes", "list at least two")
+
+
+def check_request(request: ClassRequest, names: Iterable[str]) -> None:
+    """Raise UserError for a name of --classes that is not among the names that there are."""
+    names = list(names)
+    for name in request.names:
+        if name not in names:
+            raise UserError(request.where, f"there is no class {name}", closest(name, names))
+
+
+def choose_planes(in_masks: Classes, request: ClassRequest) -> Classes:
+    """The overlapping classes to train or to score, of those that there are masks for.
+
+    Raises UserError for a class that a named file does not list.
+    """
+    if request.model:
+        return request.model
+    if request.names:
+        check_request(request, in_masks.names)
+        values = [in_masks.values[in_masks.names.index(name)] for name in request.names]
+        return Classes(request.names, tuple(values))
+    if not request.strict:
+        return in_masks
+    value_of = {}
+    for value in in_masks.values:
+        fitting = [entry.name for entry in request.listed if value in (entry.name, entry.id)]
+        if not fitting:
+            names = first_five(entry.name for entry in request.listed)
+            raise UserError(
+                request.where,
+                f"masks are of a class {value}",
+                f"add it to the file, which lists {names}",
+            )
+        value_of[fitting[0]] = value
+    by_id = bool({entry.id for entry in request.listed} & set(in_masks.values))
+    values = (value_of.get(e.name, e.id if by_id else e.name) for e in request.listed)
+    return Classes(tuple(entry.name for entry in request.listed), tuple(values))
+
+
+def sort_values(values: Iterable[str]) -> tuple[str, ...]:
+    """Values of classes by number where all are numbers, else by name."""
+    values = set(values)
+    numbers = all(value.isdecimal() for value in values)
+    return tuple(sorted(values, key=int if numbers else str))
+
+
+# --------------------------------------------------------------------------------------------------
+#  Label maps
+# --------------------------------------------------------------------------------------------------
+
+LARGE_ID = 64  # ids of classes are smaller, or nearly all ids below occur, too
+
+
+class Labels(NamedTuple):
+    """What a label map's values mean."""
+
+    labels: tuple[float, ...]  # the value of each class
+    classes: Classes
+
+
+def decide_labels(
+    pixels: Counter[float], channel: str, request: ClassRequest, training: bool
+) -> Labels:
+    """The classes of label maps: those listed, else one for each value. Raises UserError.
+
+    `pixels`: {value: number of pixels}; `channel`: see `masks.MaskValues`.
+    """
+    if channel == "grey" and not (request.listed or request.names or request.model):
+        refuse_grey_levels(pixels)
+    if channel != "colour":
+        pixels = Counter({value: count for value, count in pixels.items() if value != IGNORE})
+    listed = request.listed or name_values(pixels, channel, request)
+    if channel == "colour":
+        missing = [entry.name for entry in listed if not entry.colour]
+        if missing:
+            raise UserError(
+                request.where,
+                f"the masks are in colours, but {first_five(missing)} have none",
+                "add the columns r,g,b",
+            )
+        value_of = {entry.name: int(entry.colour[1:], 16) for entry in listed}
+    else:
+        value_of = {e.name: label_of(e, number, request) for number, e in enumerate(listed)}
+        check_highest(listed, pixels, request)
+    if request.names and request.listed:
+        check_request(request, value_of)
+        value_of = {name: value_of[name] for name in request.names}
+    names, labels = tuple(value_of), tuple(value_of.values())
+    present = [name for name, label in value_of.items() if pixels[label]]
+    if training and len(present) < 2:
+        there = present[0] if present else f"none of {first_five(names)}"
+        values = first_five(show(value, channel) for value in sorted(pixels))
+        raise UserError(
+            "--data",
+            f"{there} alone is in the masks, whose values are {values}",
+            "name other masks with --masks, or fix --classes",
+        )
+    return Labels(labels, Classes(names, tuple(show(label, channel) for label in labels), True))
+
+
+def refuse_grey_levels(pixels: Counter[float]) -> None:
+    """Raise UserError for 255 next to few, large levels, such as 128: is it a class, or an edge?"""
+    levels = sorted(value for value in pixels if value not in (0, IGNORE))
+    highest = max(levels, default=0)
+    if IGNORE in pixels and highest >= LARGE_ID and 2 * len(levels) < highest:
+        all_levels = first_five(f"{value:g}" for value in sorted(pixels))
+        united = f"--foreground {levels[len(levels) // 2]:g}-{IGNORE} takes these for one class"
+        several = f"--classes FILE with id,name lists several, and {IGNORE} is ignored"
+        raise UserError(
+            "--data",
+            f"grey levels {all_levels} (is {IGNORE} a class, or ignored?)",
+            f"{united}; {several}",
+        )
+
+
+def check_highest(
+    listed: tuple[ListedClass, ...], pixels: Counter[float], request: ClassRequest
+) -> None:
+    """Raise UserError where a list of names without ids is too short for the label maps."""
+    highest = int(max(pixels, default=0))
+    if not listed[0].id and highest >= len(listed):
+        raise UserError(
+            request.where,
+            f"lists {len(listed)} names, from 0, but label maps have ids to {highest}",
+            "name them all, or give a file of id,name",
+        )
+
+
+def name_values(
+    pixels: Counter[float], channel: str, request: ClassRequest
+) -> tuple[ListedClass, ...]:
+    """A class for each value, named by it, or as --classes says. Raises UserError."""
+    values = [show(value, channel) for value in sorted(pixels)]
+    if not request.names:
+        return tuple(ListedClass(f"class {value}", value, value) for value in values)
+    if channel == "colour":
+        raise UserError(request.where, "the masks are in colours", "give a file of name,r,g,b")
+    return tuple(ListedClass(name) for name in request.names)
+
+
+def show(value: float, channel: str) -> str:
+    """A value as people write it: 15, 0.5, #ff0000."""
+    return f"#{value:06x}" if channel == "colour" else f"{value:g}"
+
+
+def label_of(entry: ListedClass, number: int, request: ClassRequest) -> int:
+    """The value of a listed class in label maps: its id, else its place. Raises UserError."""
+    if not entry.id and number < IGNORE:
+        return number
+    if not entry.id.isdecimal() or int(entry.id) >= IGNORE:
+        raise UserError(
+            request.where,
+            f"{entry.name} has the id {entry.id}, label maps need 0 to {IGNORE - 1}",
+            "fix the column id",
+        )
+    return int(entry.id)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Colours
+# --------------------------------------------------------------------------------------------------
+
+BACKGROUND = {"background", "unlabelled", "unlabeled", "void"}  # drawn black
+# Each is the one of 512 that is furthest from all before it in CIE Lab, for whichever kind of
+# colour vision tells it least (Machado, Oliveira, Fernandes, IEEE TVCG 2009).
+COLOURS = (
+    "ff6d00 0049ff 924992 92ff92 004900 ff92ff 92926d 490092 490049 ffdb00 "
+    "92b6b6 b66dff 922449 ff0049 6d49b6 496d00 002400 24db49 0000b6 246d6d "
+    "49006d 00ffb6 499292 242424 240024 ffdbff b6ff6d db00db b6b6db 6d246d "
+    "b66db6 b6b66d ff9292 00b600 ffff00 000049 dbdbdb 6d9249 ff2492 db6ddb"
+)
+
+
+FOREGROUND = (46, 204, 64)  # of one class alone
+
+
+@functools.cache
+def class_colours(names: tuple[str, ...]) -> np.ndarray:
+    """A colour for each class, uint8 (K, 3) RGB, that the colour-blind can tell; 40, then again."""
+    if len(names) == 1:
+        return np.array([FOREGROUND], np.uint8)
+    table = [list(bytes.fromhex(colour)) for colour in COLOURS.split()]
+    colours, used = np.zeros((len(names), 3), np.uint8), 0
+    for index, name in enumerate(names):
+        if name.lower().strip("_") not in BACKGROUND:
+            colours[index] = table[used % len(table)]
+            used += 1
+    return colours
+
+
+def palette(classes: Classes) -> tuple[np.ndarray, np.ndarray]:
+    """How a label map is written: the value of each class, uint8 (K,), and 256 colours.
+
+    The value is that of the label maps; for masks in colours the number of the class, from 0.
+    """
+    grey = all(value.isdecimal() and int(value) < 255 for value in classes.values)
+    values = np.array([int(v) for v in classes.values] if grey else range(len(classes.names)))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[values] = class_colours(classes.names)
+    return values.astype(np.uint8), colours

@@ -1,0 +1,484 @@
+"""From a folder to a table of samples: layouts, one pass over all files, folds.
+
+A new layout is one function and one entry in `LAYOUTS`.
+"""
+
+import functools
+import math
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+from kit.config import Classes, ModelConfig
+from kit.data import csvs, folders, kitti
+from kit.data.classes import ClassRequest, class_request
+from kit.data.folders import Collection, describe_folder
+from kit.data.images import (
+    IMAGE_SUFFIXES,
+    find_value_range,
+    open_image,
+    prepare_pair,
+    read_header,
+    read_image,
+)
+from kit.data.masks import (
+    DecodedFiles,
+    Opener,
+    Planes,
+    choose_masks,
+    decide_files,
+    plane,
+    shares_of,
+    thickness,
+)
+from kit.data.rle import RunLengths, find_order
+from kit.errors import UserError, closest, first_five, reason_of
+from kit.files import MOUNTS, walk_mount
+
+DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
+BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
+
+# A layout is a function of (root, masks, target, training): it recognises a folder, or returns None
+LAYOUTS = [
+    kitti.kitti_road,
+    csvs.manifest,
+    csvs.csv_of_masks,
+    folders.class_folders,
+    folders.paired_folders,
+    folders.images_alone,
+]
+
+# --------------------------------------------------------------------------------------------------
+#  Load: find, decide, scan, split
+# --------------------------------------------------------------------------------------------------
+
+
+def load(
+    data: str,
+    *,
+    masks: str,
+    target: str,
+    foreground: str,
+    rle: str,
+    missing: str,
+    classes: str,
+    window: str,
+    folds: int,
+    seed: int,
+    group: str,
+) -> tuple[Collection, DecodedFiles]:
+    """Find the samples to train on, read all masks, split into folds; prints what was understood.
+
+    Returns the collection, whose samples have the columns of `find_samples`, `scan` and `fold`, and
+    its mask files as decoded. Raises UserError.
+    """
+    opener = DecodedFiles()
+    collection = find_samples(
+        data,
+        masks=masks,
+        target=target,
+        foreground=foreground,
+        training=True,
+        rle=rle,
+        missing=missing,
+        classes=classes,
+        opener=opener,
+    )
+    samples = scan(collection.samples, collection.classes, opener)
+    value_range = find_value_range(samples.image[samples.deep], window)
+    samples["fold"] = assign_folds(samples, folds, seed, group)
+    collection = collection._replace(samples=samples, value_range=value_range)
+    print(describe(collection), flush=True)
+    return collection, opener
+
+
+def find_samples(
+    data: str,
+    *,
+    masks: str = "auto",
+    target: str = "road",
+    foreground: str = "",
+    training: bool = False,
+    rle: str = "auto",
+    missing: str = "error",
+    classes: str | Classes = "auto",
+    opener: Opener = open_image,
+) -> Collection:
+    """Understand a folder by the first layout that recognises it, and the values of its masks.
+
+    The samples table has a row for each image, with the columns `id` (names the outputs), `image`
+    (path), `mask` (None, `masks.Planes` or `masks.LabelMap`), `category` (a group that is scored by
+    itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
+    where folders say so also `group` and `fold`. With `training` every image has a mask.
+    `foreground`: values of mask files; `rle`: the order of the runs; `missing`: "empty" takes
+    images without a mask for images without foreground; `classes`: --classes, or the classes of a
+    model. Raises UserError.
+    """
+    root = find_root(data, target, training)
+    collection = recognise(root, data, masks, target, training)
+    samples = collection.samples
+    for column, default in (("category", ""), ("views", ()), ("fields", None)):
+        if column not in samples:
+            samples[column] = [default] * len(samples)
+    if training and missing == "empty":
+        empty = Planes((RunLengths(root),) * len(collection.classes.names))
+        samples["mask"] = [mask or empty for mask in samples["mask"]]
+    if training:
+        check_pairs(samples, root, target)
+    elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
+        place = samples.image[0].parent
+        print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
+    request = class_request(classes, root, samples.image[0])
+    collection = decide_order(collection, rle, training or masks != "auto" or rle != "auto")
+    return decide_classes(collection, request, foreground, training, opener)
+
+
+def find_root(data: str, target: str, training: bool) -> Path:
+    """The folder or file meant by --data. "auto": where the first layout finds its own.
+
+    Looks below `MOUNTS`, then asks kagglehub. Raises UserError.
+    """
+    if data != "auto":
+        if not Path(data).exists():
+            raise UserError(
+                f"--data {data}", "not found", "name a folder of images, an image, or auto"
+            )
+        return Path(os.path.abspath(data))  # not resolved: a link may have another name
+    attached = (folder for mount in MOUNTS for folder, _ in walk_mount(mount))
+    fitting = (folder for folder in attached if LAYOUTS[0](folder, "auto", target, training))
+    root = next(fitting, None) or download_default()
+    print(f"--data auto: {root}")
+    return root
+
+
+def download_default() -> Path:
+    """Fetch the default dataset with kagglehub. Raises UserError where that is impossible."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):  # here kagglehub waits forever
+        raise UserError(
+            "--data auto", "no KITTI Road attached", f"add {DEFAULT_DATASET}, or name a folder"
+        )
+    try:
+        import kagglehub  # here: nothing else needs it
+
+        return Path(kagglehub.dataset_download(DEFAULT_DATASET))
+    except Exception as error:  # whatever kagglehub or the network raise
+        raise UserError(
+            "--data auto",
+            f"not attached, and {DEFAULT_DATASET} cannot be fetched ({reason_of(error)})",
+            "download it and give its folder",
+        ) from None
+
+
+def recognise(root: Path, data: str, masks: str, target: str, training: bool) -> Collection:
+    """What the first layout that recognises a folder makes of it. Raises UserError for none."""
+    suffixes = (".csv",) if training else (".csv", *IMAGE_SUFFIXES)
+    if root.is_file() and root.suffix.lower() not in suffixes:
+        kinds = f"a folder, a csv, a video or an image ({', '.join(IMAGE_SUFFIXES)})"
+        raise UserError(
+            f"--data {data}",
+            "is a file",
+            f"name {'a folder of images with masks, or a csv of pairs' if training else kinds}",
+        )
+    collections = (layout(root, masks, target, training) for layout in LAYOUTS)
+    collection = next(filter(None, collections), None)
+    if not collection:
+        remedy = "expected training/image_2 and training/gt_image_2 (KITTI), images and masks"
+        remedy += f", or train/ and train.csv; {describe_folder(root)}"
+        raise UserError(f"--data {data}", "no images in it", remedy)
+    return collection
+
+
+def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
+    """Raise UserError where an image has no mask or there are too few pairs to train."""
+    if target != "road" and not samples.category.str.endswith(target).any():
+        raise UserError(
+            f"--target {target}",
+            f"{data} is not in the KITTI layout, which alone has lanes",
+            "leave the flag out",
+        )
+    alone = [path.name for path in samples.image[samples["mask"].isna()]]
+    pairs = f"{len(samples) - len(alone)} pairs"
+    if alone:
+        all_alone = len(alone) == len(samples)
+        problem = f"{len(alone)} of {len(samples)} images have no mask ({pairs} are complete)"
+        empty = "" if all_alone else ", take them as empty with --missing empty"
+        remedy = f"add the masks, name them with --masks{empty}, or move away"
+        there = f"; {describe_folder(data)}" if all_alone else ""
+        raise UserError(f"--data {data}", problem, f"{remedy}: {first_five(alone)}{there}")
+    if len(samples) < 2:
+        open_image(samples.image[0])  # an image of many pages is no data set
+        raise UserError(f"--data {data}", pairs, "at least 2 are needed, to train and to validate")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Decide the order of RLE, and the classes
+# --------------------------------------------------------------------------------------------------
+
+
+def decide_order(collection: Collection, rle: str, needed: bool) -> Collection:
+    """Set the order of the masks in RLE, and of the submission.
+
+    Raises UserError where it cannot be told; masks that are not `needed` are left out instead.
+    """
+    samples, order = collection.samples, "columns"
+    pairs = zip(samples.image, samples["mask"], strict=True)
+    parts = ((image, part) for image, mask in pairs if mask for part in mask.parts)
+    try:
+        order = find_order([pair for pair in parts if isinstance(pair[1], RunLengths)], rle)
+    except UserError as error:
+        if needed:
+            raise
+        print(f"no scores: {error}")
+        samples["mask"] = None
+
+    samples["mask"] = [mask and mask.change(RunLengths, order=order) for mask in samples["mask"]]
+    return collection._replace(rle=order)
+
+
+def decide_classes(
+    collection: Collection,
+    request: ClassRequest,
+    foreground: str,
+    training: bool,
+    opener: Opener,
+) -> Collection:
+    """Decide which classes the masks tell apart, and how they are read. Raises UserError."""
+    samples = collection.samples
+    masks, classes = choose_masks(samples["mask"], collection.classes, request)
+    masks, classes = decide_files(masks, classes, request, foreground, training, opener)
+    if training and request.asks_for_labels and not classes.several:
+        raise UserError(request.where, "the masks are of one class", "leave the flag out")
+    if request.model and classes != request.model and any(masks):
+        own, other = request.model.describe(), classes.describe()
+        print(f"no scores: the model has {own}, the masks have {other}")
+        masks = [None] * len(masks)
+    samples["mask"] = masks
+    return collection._replace(classes=classes)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Read everything once
+# --------------------------------------------------------------------------------------------------
+
+
+def in_parallel(function: Callable, samples: pd.DataFrame) -> list[Any]:
+    """Call the function for each row of the samples in threads; the results in order."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, samples.itertuples()))
+
+
+def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -> pd.DataFrame:
+    """Read image headers and masks: the samples with more columns.
+
+    `height`, `width` of the image; `turn`, EXIF's orientation; `deep`, whether it has more than 8
+    bits; `share` of foreground, 0..1; `shares`, that of each class; `above`, how much of the height
+    is above the foreground, 0..1 (1 for an empty mask); `thickness` of the mask's thinner side, see
+    `masks.thickness`; `digest` of the mask's pixels. A pair that cannot be read is 1x1 and empty
+    here; `decode_pairs` names it.
+    """
+    bad = {"height": 1, "width": 1, "turn": 1, "deep": False, "share": 0.0, "above": 1.0}
+    bad |= {"thickness": 0.0, "digest": 0, "shares": (0.0,) * len(classes.names)}
+
+    def scan_sample(sample: Any) -> dict[str, Any]:
+        try:
+            header = read_header(sample.image)
+            mask = sample.mask.read(header.size, opener)
+        except UserError:
+            return bad
+        height, width = header.size
+        planes = (plane(mask, k) == 1 for k in range(len(classes.names)))
+        foreground = functools.reduce(np.logical_or, planes)
+        rows = foreground.any(1)
+        return {
+            "height": height,
+            "width": width,
+            "turn": header.turn,
+            "deep": header.deep,
+            "share": float(foreground.mean()),
+            "shares": shares_of(mask, classes),
+            "above": float(rows.argmax() / height) if rows.any() else 1.0,
+            "thickness": math.inf if classes.exclusive else thickness(foreground),
+            "digest": zlib.crc32(mask.tobytes()),
+        }
+
+    return samples.join(pd.DataFrame(in_parallel(scan_sample, samples), index=samples.index))
+
+
+def read_sample(
+    sample: Any, value_range: tuple[float, ...] = (), opener: Opener = open_image
+) -> tuple[np.ndarray, np.ndarray]:
+    """The image (h, w, 3) uint8 and its mask, (K, h, w) or (h, w) uint8. Raises UserError.
+
+    `value_range`: see `images.read_image`.
+    """
+    image = read_image(sample.image, value_range)
+    return image, sample.mask.read(image.shape[:2], opener)
+
+
+def read_pair(
+    sample: Any, config: ModelConfig, opener: Opener = open_image
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same at the network's size, see `images.prepare_pair`."""
+    return prepare_pair(*read_sample(sample, config.value_range, opener), config)
+
+
+def decode_pairs(
+    samples: pd.DataFrame, config: ModelConfig, memory: int, opener: Opener = open_image
+) -> pd.DataFrame:
+    """Decode every pair, which checks it: the samples with a column `pair`.
+
+    It is what `images.prepare_pair` makes, or None for each where all would take more bytes than
+    `memory`. Raises UserError for bad files.
+    """
+    pixels = (samples.height * samples.width).sum()
+    pixels = pixels if config.tiles else len(samples) * config.height * config.width
+    channels = 3 + max(1, config.classes.planes)  # of an image and its mask
+
+    def decode(sample: Any) -> Any:
+        try:
+            pair = read_pair(sample, config, opener)
+            for view in sample.views:
+                view.check()
+        except UserError as error:
+            return error
+        return pair if channels * pixels < memory else None
+
+    pairs = in_parallel(decode, samples)
+    bad = [pair for pair in pairs if isinstance(pair, UserError)]
+    if bad:
+        raise UserError(
+            f"--data {samples.image.iloc[0].parent}",
+            f"{len(bad)} of {len(samples)} pairs cannot be used: {first_five(bad, ' | ')}",
+        )
+    shares = np.stack(samples.shares)
+    if not shares.any() or shares.min() == 1:
+        kind = "full (no background)" if shares.any() else "empty (no foreground)"
+        remedy = "name other masks with --masks, or the foreground's values with --foreground"
+        raise UserError("--data", f"all {len(samples)} masks are {kind}", remedy)
+    return samples.assign(pair=pairs)
+
+
+# --------------------------------------------------------------------------------------------------
+#  What was understood, for people
+# --------------------------------------------------------------------------------------------------
+
+
+def describe(collection: Collection) -> str:
+    """What was understood, in one line."""
+    samples = collection.samples
+    sizes = sorted(zip(samples.height, samples.width, strict=True))
+    smallest, largest = (f"{width}x{height}" for height, width in (sizes[0], sizes[-1]))
+    unclear = samples[(samples.turn > 1) & ((samples.turn < 5) | (samples.height == samples.width))]
+    turned = f"{len(unclear)} images are turned by EXIF, their masks are taken as upright"
+    turned = f" · {turned}: see examples.jpg" if len(unclear) else ""
+    start = f"data: {collection.name} · {len(samples)} pairs · {smallest} to {largest}"
+    if collection.classes.several:
+        shares = describe_shares(collection.classes, np.stack(samples.shares))
+    else:
+        empty = f"{100 * (samples.share == 0).mean():.0f} % of the masks empty"
+        shares = f"{100 * samples.share.mean():.1f} % foreground · {empty}"
+    return f"{start} · {shares}{turned}"
+
+
+def describe_shares(classes: Classes, shares: np.ndarray) -> str:
+    """Each class with its share of the pixels and of the images."""
+    pixels, images = shares.mean(0), (shares > 0).mean(0)
+    texts = [
+        f"{name} {100 * share:.1f} % in {100 * occurs:.0f} % of the images"
+        for name, share, occurs in zip(classes.names, pixels, images, strict=True)
+    ]
+    rest = f", ... ({len(texts)} in all)" if len(texts) > 40 else ""
+    return f"{len(texts)} classes that {classes.kind}: {', '.join(texts[:40])}{rest}"
+
+
+def describe_folds(samples: pd.DataFrame, fold: int) -> str:
+    """How many pairs train and validate, in one line."""
+    count = int((samples.fold == fold).sum())
+    return f"fold {fold}: {len(samples) - count} pairs to train and {count} to validate on"
+
+
+# --------------------------------------------------------------------------------------------------
+#  Folds
+# --------------------------------------------------------------------------------------------------
+
+
+def spread(samples: pd.DataFrame, count: int) -> pd.DataFrame:
+    """So many samples, evenly over the range of their shares of foreground, the largest first."""
+    places = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
+    return samples.sort_values("share", ascending=False, kind="stable").iloc[places]
+
+
+def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") -> np.ndarray:
+    """Split the samples of `scan` into folds; what belongs together stays in one.
+
+    Together stay equal values of the csv's column `group`, otherwise of the samples' own column
+    `group`, otherwise `BLOCK` consecutive frames. A given column `fold` is taken as it is.
+    Stratified by category, or where there is none by the rarest class of an image, or for one class
+    by the foreground's share: empty, little, more, much. Returns int (n,), each sample's fold. Few
+    samples make fewer folds, at least two.
+    """
+    if "fold" in samples:
+        return samples.fold.to_numpy()
+    sizes = samples.category.value_counts()
+    if group:
+        groups = columns_of(samples, group)
+    else:
+        length = max(1, min(BLOCK, sizes.min() // folds))
+        names = [re.fullmatch(r"(.*?)(\d*)", name, re.DOTALL) for name in samples.id]
+        blocks = [f"{name[1]}{int(name[2] or 0) // length}" for name in names]
+        groups = samples.group.tolist() if "group" in samples else blocks
+    count = max(2, min(folds, len(set(groups)), sizes.max()))
+    strata = samples.category
+    if not strata.any():
+        strata = pd.Series(strata_of_shares(samples))
+    if strata.value_counts().max() < count:  # a handful of images
+        strata = pd.Series(0, samples.index)
+    fold = np.zeros(len(samples), int)
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
+        for number, (_, validates) in enumerate(splitter.split(samples, strata, groups)):
+            fold[validates] = number
+    return fold
+
+
+def strata_of_shares(samples: pd.DataFrame) -> np.ndarray:
+    """A stratum for each sample, int (n,): the rarest class in it, or how much foreground it has.
+
+    The rarest is the class that the fewest images have.
+    """
+    shares = np.array(samples.shares.tolist())
+    if shares.shape[1] == 1:
+        thirds = samples.share.rank(pct=True).mul(3).round()
+        return np.where(samples.share > 0, thirds, -1)
+    images = (shares > 0).sum(0)
+    rank = np.where(shares > 0, images, len(shares) + 1)
+    return np.where((shares > 0).any(1), rank.argmin(1), -1)
+
+
+def columns_of(samples: pd.DataFrame, column: str) -> list[str]:
+    """A column of the csv, for each sample; the id where it has no row. Raises UserError."""
+    header = next((list(fields) for fields in samples.fields if fields), [])
+    if column not in header:
+        raise UserError(f"--group {column}", "no such column", closest(column, header))
+    pairs = zip(samples.fields, samples.id, strict=True)
+    return [fields[column] if fields else name for fields, name in pairs]
+
+
+def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
+    """The folds to train: one, or all. Raises UserError for one that there is not."""
+    numbers = sorted(set(samples.fold))
+    if fold != "all" and fold not in numbers:
+        raise UserError(
+            f"--fold {fold}", f"{len(samples)} pairs have folds {first_five(numbers)}, or all"
+        )
+    return numbers if fold == "all" else [fold]
