@@ -11,7 +11,7 @@ import pytest
 from commands import RUNNING, Command
 
 KIT = Path(__file__).parents[1]
-sys.path.insert(0, str(KIT))
+sys.path[:0] = [str(KIT), str(KIT / "tools")]
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on the network
 os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at a time
@@ -71,11 +71,11 @@ def build_once(factory, name, build):
 
 @pytest.fixture(scope="session")
 def roads(tmp_path_factory):
-    """24 training and 3 test scenes in KITTI's layout and sizes."""
+    """24 training and 3 test scenes in KITTI's layout, of a third of its sizes."""
     import demo
 
     def build(folder):
-        demo.write_scenes(folder, 24, 3, seed=1)
+        demo.write_scenes(folder, 24, 3, seed=1, scale=1 / 3)
 
     return build_once(tmp_path_factory, "roads", build)
 

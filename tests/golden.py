@@ -10,6 +10,7 @@ Digests of floating-point numbers belong to one machine: they are compared, neve
 """
 
 import csv
+import difflib
 import hashlib
 import json
 import os
@@ -24,9 +25,9 @@ import numpy as np
 import torch
 
 TINY = (
-    "--encoder timm-mobilenetv3_small_minimal_100 --encoder_weights none --epochs 3 "
-    "--batch_size 4 --height 64 --width 96 --folds 3"
-).split()
+    "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none", "--epochs", 3,
+    "--batch_size", 4, "--height", 64, "--width", 96, "--folds", 3,
+)  # fmt: skip
 
 
 def draw(number, count=2, size=(60, 90)):
@@ -58,7 +59,9 @@ def kitti(root):
     """um and uu images with coded ground truth and calibrations, and two test images."""
     for number in range(14):
         image, masks = draw(number, 1, (60, 90) if number % 2 else (58, 88))
-        folder, kind = ("training", "um" if number % 2 else "uu") if number < 12 else ("testing", "um")
+        folder, kind = (
+            ("training", "um" if number % 2 else "uu") if number < 12 else ("testing", "um")
+        )
         write(root / folder / "image_2" / f"{kind}_{number:06}.png", image)
         truth = np.zeros_like(image)
         truth[..., 0] = 255
@@ -142,7 +145,9 @@ def results(kit, name):
     with tempfile.TemporaryDirectory(prefix="golden") as folder:
         data, out = Path(folder, name), Path(folder, "out")
         build(data)
-        found = {"train.py prints": call(kit, "train.py", "--data", data / train, "--out", out, *TINY)}
+        found = {
+            "train.py prints": call(kit, "train.py", "--data", data / train, "--out", out, *TINY)
+        }
         for title, place, extra in (("test", test, flags), ("scored", "", ())):
             if title == "scored":
                 place = {"kitti": "training", "csv": "train"}.get(name, "")
@@ -154,10 +159,14 @@ def results(kit, name):
                 files = sorted((to / kind).rglob("*.png"))
                 pixels = b"".join(cv2.imread(str(f), cv2.IMREAD_UNCHANGED).tobytes() for f in files)
                 names = " ".join(str(file.relative_to(to)) for file in files)
-                found[f"{kind}, {title}"] = f"{digest(pixels)} {len(files)} {digest(names.encode())}"
+                found[f"{kind}, {title}"] = (
+                    f"{digest(pixels)} {len(files)} {digest(names.encode())}"
+                )
             for path in (*to.glob("*.csv"), *to.glob("*.zip"), *to.glob("metrics.json")):
                 zipped = path.suffix == ".zip"
-                found[f"{path.name}, {title}"] = digest(path.read_bytes()) if zipped else path.read_text()
+                found[f"{path.name}, {title}"] = (
+                    digest(path.read_bytes()) if zipped else path.read_text()
+                )
         state = torch.load(out / "model.pt", weights_only=True)["state_dict"]
         found["weights"] = digest(b"".join(tensor.numpy().tobytes() for tensor in state.values()))
         found["metrics.json"] = (out / "metrics.json").read_text()
@@ -172,8 +181,14 @@ def main(before, after, *names):
         for what in old | new:
             if old.get(what) != new.get(what):
                 different += 1
-                print(f"{name}: {what} differs:\n--- before\n{old.get(what)}\n--- after\n{new.get(what)}")
-        print(f"{name}: {json.dumps({k: digest(str(v).encode()) for k, v in new.items()})}", flush=True)
+                print(f"{name}: {what} differs")
+                lines = [str(found.get(what)).splitlines() for found in (old, new)]
+                changes = difflib.unified_diff(*lines, "before", "after", n=0, lineterm="")
+                print("\n".join(line[:150] for line in list(changes)[2:20]))
+        print(
+            f"{name}: {json.dumps({k: digest(str(v).encode()) for k, v in new.items()})}",
+            flush=True,
+        )
     print(f"{different} differences")
     return 1 if different else 0
 

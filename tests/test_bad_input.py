@@ -212,11 +212,8 @@ def test_out(pairs, tmp_path):
 
 def test_a_programming_error_keeps_its_traceback(pairs, tmp_path):
     """A mistake in a fork's own loss must not look like a mistake in its flags."""
-    kit = tmp_path / "kit"
-    kit.mkdir()
-    for path in KIT.glob("*.py"):
-        shutil.copy(path, kit)
-    code = (kit / "train.py").read_text()
+    kit = shutil.copytree(KIT / "kit", tmp_path / "fork" / "kit").parent
+    code = (KIT / "train.py").read_text()
     (head,) = re.findall(r'def loss\(.*?\n    """.*?"""\n', code, re.DOTALL)
     code = code.replace(head, f"{head}    mask = mask[:, :, 0, 9999]\n")
     (kit / "train.py").write_text(code)
@@ -249,7 +246,7 @@ def test_models(trained_on_pairs, pairs, tmp_path):
     names = ("missing.pt", "cut.pt", "text.pt", "future.pt", "earlier.pt", "list.pt", "empty")
     for name in names:
         infer_refuses(tmp_path / name, pairs / "images", tmp_path, ["--model", name])
-    infer_refuses(tmp_path / "earlier.pt", pairs, tmp_path, ["format 2", "train again"])
+    infer_refuses(tmp_path / "earlier.pt", pairs, tmp_path, ["format 3", "train again"])
     checkpoint = trained_on_pairs / "last.ckpt"
     wanted = ["last.ckpt", "Lightning checkpoint", "model.pt"]
     infer_refuses(checkpoint, pairs / "images", tmp_path, wanted)

@@ -2,15 +2,15 @@
 
 import json
 
+import bench
 import cv2
 import numpy as np
+import peers
 import pytest
 from test_classes import write_label_maps
 
-import bench
-import data
 import infer
-import peers
+from kit.data.samples import find_samples
 
 SMALL = "timm-mobilenetv3_small_minimal_100"
 
@@ -51,7 +51,7 @@ def test_the_split_holds_every_pair_once_with_the_values_asked_for(tmp_path):
 
 def test_roads_keep_their_layout(roads, tmp_path):
     peers.write_split(str(roads), tmp_path, seed=0)
-    found = [data.find_samples(str(tmp_path / part)) for part in ("train", "test")]
+    found = [find_samples(str(tmp_path / part)) for part in ("train", "test")]
     assert [one.name for one in found] == ["KITTI Road", "KITTI Road"]
     ids = [set(one.samples.id) for one in found]
     assert len(ids[0] | ids[1]) == 24 and not ids[0] & ids[1]
@@ -74,14 +74,24 @@ def test_a_recipe_trains_and_its_model_is_scored(tmp_path, name):
 def test_the_recipe_for_classes(tmp_path):
     write_label_maps(tmp_path / "labels")
     peers.write_split(str(tmp_path / "labels"), tmp_path / "split", seed=0)
-    train = data.find_samples(str(tmp_path / "split" / "train"), training=True)
-    assert train.classes.exclusive and len(train.classes.names) > 2
+    train = find_samples(str(tmp_path / "split" / "train"), training=True)
+    assert train.classes.exclusive and train.classes.several
+    assert len(train.classes.names) > 2
     how = SMALL, "none", 0.02, 0
     peers.train_peer("example", tmp_path / "split" / "train", tmp_path / "out", *how)
     paths = {"data": str(tmp_path / "split" / "test"), "out": str(tmp_path / "predictions")}
     infer.infer(infer.Options(model=[str(tmp_path / "out")], **paths))
     scores = bench.scores_of(json.loads((tmp_path / "predictions" / "metrics.json").read_text()))
     assert 0 <= scores["lowest IoU"] <= scores["mIoU"] <= 100
+
+
+def test_a_class_that_is_not_in_the_images_is_not_the_lowest():
+    scores = {"car": {"IoU": 60.0}, "road": {"IoU": 80.0}, "tram": {"IoU": 0.0}}
+    report = {
+        "image": {"all": {"mIoU": 70.0, "accuracy": 90.0}},
+        "classes": {"absent": ["tram"], "per_class": scores},
+    }
+    assert bench.scores_of(report) == {"mIoU": 70, "accuracy": 90, "lowest IoU": 60}
 
 
 def test_a_speed_run_resumes_and_draws_what_is_measured(tmp_path, monkeypatch):

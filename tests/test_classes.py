@@ -14,21 +14,13 @@ import torch.nn.functional as F
 from conftest import run, succeed
 from PIL import Image
 
-import class_metrics
-import classes
-import colours
-import data
-import images
-import loaders
-import metrics
-import model
-import predict
-import submissions
 import train
-import visualize
-from classes import Classes
-from model import ModelConfig
-from utils import UserError
+from kit.config import IGNORE, Classes, ModelConfig, plane_settings
+from kit.data import classes, images
+from kit.data import samples as data
+from kit.errors import UserError
+from kit.network import model
+from kit.results import metrics, predict, submissions, visualize
 
 SIZE = (44, 60)
 EXCLUSIVE = Classes(("sky", "road", "car"), ("0", "1", "2"), True)
@@ -50,6 +42,11 @@ def picture(mask):
     """An image whose colours tell the classes."""
     colour = np.array([[90, 140, 220], [90, 90, 90], [200, 40, 30]], np.uint8)
     return colour[np.where(mask == 255, 0, mask)]
+
+
+def plane_of(found, index, k):
+    """A class's plane of one of the masks."""
+    return found.samples["mask"][index].read(SIZE)[k]
 
 
 def save(path, pixels):
@@ -104,6 +101,12 @@ def write_competition(root, count=12, joined=False):
     return root
 
 
+def settings(found):
+    """The fields of a `ModelConfig` that say which classes it has."""
+    fields = {"class_names": found.names, "class_values": found.values}
+    return fields | {"exclusive": found.exclusive} | plane_settings(found)
+
+
 def find(root, **options):
     return data.find_samples(str(root), training=True, **options)
 
@@ -132,11 +135,11 @@ def test_a_label_map_is_read_with_the_names_of_its_file(tmp_path, capsys):
     expected[labels(3) == 2] = 0
     expected[labels(3) == 0] = 1
     assert (found.samples["mask"][3].read(SIZE) == expected).all()
-    assert find(tmp_path, wanted="sky,car").classes.names == ("sky", "car")
-    merged = find(tmp_path, wanted="one")
-    assert not merged.classes.names
+    assert find(tmp_path, classes="sky,car").classes.names == ("sky", "car")
+    merged = find(tmp_path, classes="one")
+    assert merged.classes == Classes()
     values = np.where(labels(3) == 255, 255, labels(3) > 0)
-    assert (merged.samples["mask"][3].read(SIZE) == values).all()
+    assert (plane_of(merged, 3, 0) == values).all()
 
 
 def test_the_list_of_classes_lies_above_the_images(tmp_path):
@@ -225,41 +228,43 @@ def test_listed_colours_are_found_in_a_palette_of_another_order(tmp_path):
     found = find(root)
     assert found.classes.names == EXCLUSIVE.names
     assert (found.samples["mask"][2].read(SIZE) == labels(2)).all()
-    again = find(root, wanted=found.classes)
+    again = find(root, classes=found.classes)
     assert again.samples["mask"].notna().all(), "a model of these classes is scored"
 
 
 def test_what_the_kit_writes_it_reads_again(tmp_path):
-    values, table = colours.palette(Classes(("a", "b", "c"), ("0", "7", "2"), True))
+    values, table = classes.palette(Classes(("a", "b", "c"), ("0", "7", "2"), True))
     numbers = labels(0).clip(max=2)
     images.write_palette_image(tmp_path / "x.png", values[numbers], table)
     image = Image.open(tmp_path / "x.png")
     assert image.mode == "P"
     assert (np.asarray(image) == np.array([0, 7, 2])[numbers]).all()
     seen = np.asarray(image.convert("RGB"))
-    assert (seen == colours.class_colours(("a", "b", "c"))[numbers]).all()
+    assert (seen == classes.class_colours(("a", "b", "c"))[numbers]).all()
 
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_classes_of_a_csv_may_overlap(tmp_path, joined):
     found = find(write_competition(tmp_path, joined=joined))
     assert found.classes == OVERLAPPING
-    samples = data.scan_dataset(found.samples, found.classes)
+    samples = data.scan(found.samples, found.classes)
     for row in samples.itertuples():
         index = int(row.id[1:])
         mask = row.mask.read(SIZE)
-        assert (mask[..., 0] == (labels(index) == 1)).all()
-        assert (mask[..., 1] == (labels(index) == 2) * (index != 2)).all()
-        assert row.shares == tuple((mask == 1).mean((0, 1)))
-    assert find(tmp_path, wanted="3,1").classes.names == ("3", "1")
-    merged = find(tmp_path, wanted="one").samples["mask"][0].read(SIZE)
-    assert (merged == ((labels(0) == 1) | (labels(0) == 2))).all()
+        assert mask.shape == (2, *SIZE)
+        assert (mask[0] == (labels(index) == 1)).all()
+        assert (mask[1] == (labels(index) == 2) * (index != 2)).all()
+        assert row.shares == tuple((mask == 1).mean((1, 2)))
+    assert find(tmp_path, classes="3,1").classes.names == ("3", "1")
+    merged = find(tmp_path, classes="one")
+    assert merged.classes == Classes()
+    assert (plane_of(merged, 0, 0) == ((labels(0) == 1) | (labels(0) == 2))).all()
     (tmp_path / "names.csv").write_text("id,name\n1,road\n2,tree\n3,car\n")
-    named = find(tmp_path, wanted="names.csv")
+    named = find(tmp_path, classes="names.csv")
     assert named.classes == Classes(("road", "tree", "car"), ("1", "2", "3"))
-    assert named.samples["mask"][0].read(SIZE)[..., 1].sum() == 0
+    assert plane_of(named, 0, 1).sum() == 0
     (tmp_path / "names.csv").write_text("id,name\n1,road\n2,tree\n")
-    refused(tmp_path, "class 3", "road, tree", wanted="names.csv")
+    refused(tmp_path, "class 3", "road, tree", classes="names.csv")
 
 
 def test_a_folder_for_each_class(tmp_path, capsys):
@@ -271,14 +276,14 @@ def test_a_folder_for_each_class(tmp_path, capsys):
                 save(tmp_path / f"masks/{name}/p{index}.png", mask)
     found = find(tmp_path)
     assert found.classes == Classes(("car", "road"), ("car", "road"))
-    assert (found.samples["mask"][3].read(SIZE)[..., 0] == (labels(3) == 2)).all()
-    assert found.samples["mask"][4].read(SIZE)[..., 0].sum() == 0
+    assert (plane_of(found, 3, 0) == (labels(3) == 2)).all()
+    assert plane_of(found, 4, 0).sum() == 0
     assert "1 masks of a class are not there" in capsys.readouterr().out
     save(tmp_path / "masks/car/p1.png", np.zeros((5, 5), np.uint8))
     found = find(tmp_path)
-    samples = data.scan_dataset(found.samples, found.classes)
+    samples = data.scan(found.samples, found.classes)
     with pytest.raises(UserError, match="is 5x5, but its image is 60x44"):
-        data.decode_samples(samples, ModelConfig(), 0)
+        data.decode_pairs(samples, ModelConfig(), 0)
 
 
 def test_a_class_column_of_a_manifest(tmp_path):
@@ -292,7 +297,7 @@ def test_a_class_column_of_a_manifest(tmp_path):
     table.to_csv(tmp_path / "pairs.csv", index=False)
     found = find(tmp_path / "pairs.csv")
     assert found.classes.names == ("b", "c")
-    assert (found.samples["mask"][1].read(SIZE)[..., 1] == (labels(1) == 2)).all()
+    assert (plane_of(found, 1, 1) == (labels(1) == 2)).all()
 
 
 @pytest.mark.parametrize("kind", ["joined", "column", "manifest"])
@@ -324,26 +329,26 @@ FAULTS = {
 def test_a_faulty_list_of_classes_is_refused_in_a_line(tmp_path, kind):
     write_label_maps(tmp_path, 2)
     (tmp_path / "list.csv").write_text(FAULTS[kind][0])
-    refused(tmp_path, "list.csv", FAULTS[kind][1], wanted="list.csv")
+    refused(tmp_path, "list.csv", FAULTS[kind][1], classes="list.csv")
 
 
 def test_other_wrong_uses_of_classes_are_refused(tmp_path):
     write_label_maps(tmp_path / "a", 2)
-    refused(tmp_path / "a", "ids to 2", wanted="sky,road")
-    refused(tmp_path / "a", "no such file", wanted="none.csv")
-    refused(tmp_path / "a", "at least two", wanted="sky")
+    refused(tmp_path / "a", "ids to 2", classes="sky,road")
+    refused(tmp_path / "a", "no such file", classes="none.csv")
+    refused(tmp_path / "a", "at least two", classes="sky")
     write_label_maps(tmp_path / "b", 2, lambda mask: np.full_like(mask, 3))
     refused(tmp_path / "b", "class 3 alone")
     write_label_maps(tmp_path / "c", 2, lambda mask: np.uint8(mask == 2))
     (tmp_path / "c/list.csv").write_text("id,name\n4,a\n5,b\n")
-    refused(tmp_path / "c", "none of a, b", wanted="list.csv")
+    refused(tmp_path / "c", "none of a, b", classes="list.csv")
 
 
 def test_a_model_is_scored_with_masks_of_its_kind_alone(tmp_path, capsys):
     write_label_maps(tmp_path)
     for own, scored in ((EXCLUSIVE, True), (OVERLAPPING, False)):
         named = own._replace(names=("class 0", "class 1", "class 2")[: len(own.names)])
-        samples = data.find_samples(str(tmp_path), wanted=named).samples
+        samples = data.find_samples(str(tmp_path), classes=named).samples
         assert samples["mask"].notna().all() == scored
     assert "no scores: the model has classes that may overlap" in capsys.readouterr().out
 
@@ -398,58 +403,77 @@ def test_the_loss_of_overlapping_classes_is_the_mean_of_each():
 @pytest.mark.parametrize("count", [2, 7])
 def test_augmentation_fills_masks_of_classes_with_ignored(count):
     config = train.Config(height=64, width=96, tiles=False)
-    mask = np.ones((64, 96, count), np.uint8)
-    mask[..., 1] = 0
+    planes = np.ones((count, 64, 96), np.uint8)
+    planes[1] = 0
     augment = A.Compose([step for step in train.augmentation(config) if isinstance(step, A.Affine)])
     augment.transforms[0].p = 1
     seen = set()
     for seed in range(5):
         augment.set_random_seed(seed)
-        changed = augment(image=np.zeros((64, 96, 3), np.uint8), mask=mask)["mask"]
-        assert changed.shape == mask.shape
+        changed = augment(image=np.zeros((64, 96, 3), np.uint8), masks=planes)["masks"]
+        assert changed.shape == planes.shape
         borders = changed == 255
-        assert (borders == borders[..., :1]).all(), "in all classes alike"
-        assert set(np.unique(changed[..., 1])) <= {0, 255}
+        assert (borders == borders[:1]).all(), "in all classes alike"
+        assert set(np.unique(changed[1])) <= {0, 255}
         seen |= set(np.unique(changed))
     assert seen == {0, 1, 255}
+
+
+def test_augmented_items_are_ignored_at_the_border_in_every_plane(tmp_path):
+    """OpenCV fills with one number the first one of two channels alone."""
+    found = find(write_competition(tmp_path))
+    shape = {"height": 64, "width": 96}
+    config = ModelConfig(**shape, **settings(found.classes))
+    table = data.decode_pairs(data.scan(found.samples, found.classes), config, 0)
+    augment = train.augmentation(train.Config(**shape, tiles=False))
+    dataset = train.SegmentationDataset(table, config, 0, augment)
+    shares = []
+    for epoch in range(4):
+        dataset.epoch.fill_(epoch)
+        for item in map(dataset.__getitem__, range(len(dataset))):
+            borders = item["mask"] == IGNORE  # the masks themselves ignore nothing
+            assert borders.shape == (2, 64, 96)
+            assert (borders[0] == borders[1]).all()
+            shares.append(borders[1].float().mean().item())
+    assert max(shares) > 0.05
+    assert np.mean(np.array(shares) > 0) > 0.5, "most items are moved"
 
 
 @pytest.mark.parametrize("count", [2, 7])
 def test_outside_an_image_a_tile_is_ignored_in_every_class(count):
     config = ModelConfig(height=64, width=64, tiles=True)
-    mask = np.ones((*SIZE, count), np.uint8)
-    tile = images.cut_tile(mask, (0, 0), config, images.IGNORE)
-    assert tile.shape == (64, 64, count)
-    assert (tile[:44, :60] == 1).all()
-    assert (tile[44:] == images.IGNORE).all()
-    assert (tile[:, 60:] == images.IGNORE).all()
-    assert (images.cut_tile(mask, (0, 0), config) == 1).all()
+    mask, image = np.ones((count, *SIZE), np.uint8), np.ones((*SIZE, 3), np.uint8)
+    image, tile = images.cut_pair(image, mask, (0, 0), config)
+    assert tile.shape == (count, 64, 64)
+    assert (tile[:, :44, :60] == 1).all()
+    assert (tile[:, 44:] == IGNORE).all()
+    assert (tile[..., 60:] == IGNORE).all()
+    assert image.shape == (64, 64, 3)
+    assert (image == 1).all()
 
 
 def test_the_memory_of_decoded_pairs_counts_every_class(tmp_path):
     found = find(write_competition(tmp_path))
-    samples = data.scan_dataset(found.samples, found.classes)
-    config = ModelConfig(height=32, width=64, **classes.class_settings(found.classes))
+    samples = data.scan(found.samples, found.classes)
+    config = ModelConfig(height=32, width=64, **settings(found.classes))
     needed = len(samples) * 32 * 64 * (3 + 2)
-    assert data.decode_samples(samples, config, needed)[0] is None
-    image, mask = data.decode_samples(samples, config, needed + 1)[0]
+    assert data.decode_pairs(samples, config, needed).pair[0] is None
+    image, mask = data.decode_pairs(samples, config, needed + 1).pair[0]
     assert image.nbytes + mask.nbytes == 32 * 64 * (3 + 2)
 
 
 def test_a_mask_of_many_classes_is_resized_by_the_nearest_pixel():
-    mask = np.random.default_rng(0).integers(0, 2, (*SIZE, 9), np.uint8)
+    mask = np.random.default_rng(0).integers(0, 2, (9, *SIZE), np.uint8)
     small = images.resize_mask(mask, ModelConfig(height=32, width=32))
-    each = [
-        cv2.resize(mask[..., k], (32, 32), interpolation=cv2.INTER_NEAREST_EXACT) for k in range(9)
-    ]
-    assert (small == np.dstack(each)).all()
+    each = [cv2.resize(plane, (32, 32), interpolation=cv2.INTER_NEAREST_EXACT) for plane in mask]
+    assert (small == np.stack(each)).all()
 
 
 def test_weights_are_inverse_to_the_share_of_pixels():
     samples = pd.DataFrame({"shares": [(0.75, 0.25, 0.0)] * 3, "fold": [0, 1, 1]})
-    weights = loaders.class_weights(samples, 0, "inverse")
+    weights = train.class_weights(samples, 0, "inverse")
     assert weights.tolist() == pytest.approx([2 / 3, 2, 0])
-    assert loaders.class_weights(samples, 0, "none") is None
+    assert train.class_weights(samples, 0, "none") is None
 
 
 def test_folds_are_stratified_by_the_rarest_class():
@@ -457,9 +481,9 @@ def test_folds_are_stratified_by_the_rarest_class():
     shares[:, 0] = 0.5
     shares[::4, 1] = 0.1
     shares[[3, 8, 21, 36], 2] = 0.01  # 8 and 36 have all three
-    assert classes.rarest_class(shares).tolist().count(2) == 4
     rows = {"id": [f"p{8 * i}" for i in range(40)], "category": "", "share": shares.sum(1)}
     samples = pd.DataFrame(rows).assign(shares=[tuple(row) for row in shares], fields=None)
+    assert data.strata_of_shares(samples).tolist().count(2) == 4
     fold = data.assign_folds(samples, 4, 0)
     assert sorted(fold[[3, 8, 21, 36]]) == [0, 1, 2, 3]
 
@@ -469,11 +493,11 @@ def test_folds_are_stratified_by_the_rarest_class():
 # --------------------------------------------------------------------------------------------------
 
 
-def trained(found, **settings):
+def trained(found, **options):
     """A model with random weights."""
     torch.manual_seed(0)
-    config = {"encoder": "resnet18", "height": 64, "width": 64, "precision": "32"} | settings
-    config = ModelConfig(**config, **classes.class_settings(found))
+    config = {"encoder": "resnet18", "height": 64, "width": 64, "precision": "32"} | options
+    config = ModelConfig(**config, **settings(found))
     network = model.build_network(config).eval()
     return model.TrainedModel(network, config, {}, {})
 
@@ -492,32 +516,47 @@ def test_probabilities_of_flips_models_and_tiles_are_averaged(found, tiles):
     assert both.shape == (2, *image.shape[:2])
     if found.exclusive:
         assert (both[0] != flipped[0]).mean() < 0.01
-        assert (predict.make_mask(both, one.config) == both[0]).all()
+        assert (predict.postprocess(both, one.config) == both[0]).all()
         assert both[0].max() < 3
         assert both[1].min() >= 84  # a third at least
     else:
         assert np.abs(both.astype(int) - flipped).max() <= 1
 
 
+def test_models_of_other_classes_are_not_averaged(tmp_path):
+    paths = []
+    for number, found in enumerate((EXCLUSIVE, EXCLUSIVE._replace(exclusive=False), Classes())):
+        paths.append(str(tmp_path / f"{number}.pt"))
+        model.save_model(tmp_path / f"{number}.pt", trained(found))
+    assert len(predict.load_models([paths[0], paths[0]], "cpu")) == 2
+    for pair in (paths[:2], paths[1:]):
+        with pytest.raises(UserError, match="--model: the models have different classes, .* and "):
+            predict.load_models(pair, "cpu")
+
+
 def test_each_overlapping_class_has_its_threshold_and_area():
-    config = ModelConfig(**classes.class_settings(OVERLAPPING), thresholds=(0.2, 0.8), areas=(0, 5))
+    tuned = {"thresholds": (0.2, 0.8), "areas": (0, 5)}
+    config = ModelConfig(**settings(OVERLAPPING) | tuned)
     probability = np.zeros((2, 9, 9), np.uint8)
     probability[:, 1:3, 1:3] = 100
     probability[1, 5:8, 5:8] = 230
-    mask = predict.make_mask(probability, config)
+    mask = predict.postprocess(probability, config)
     assert mask.sum((1, 2)).tolist() == [4, 9]
     probability[1, 5:8, 5:7] = 0
-    assert predict.make_mask(probability, config).sum((1, 2)).tolist() == [4, 0]
+    assert predict.postprocess(probability, config).sum((1, 2)).tolist() == [4, 0]
 
 
 class Sample:
-    category, views = "", ()
+    """A row of the samples table, as far as `Evaluation` looks at it."""
+
+    def __init__(self, category="", views=()):
+        self.category, self.views = category, views
 
 
 def test_scores_of_exclusive_classes_equal_their_definition(tmp_path):
     rng = np.random.default_rng(0)
     found = Classes(("a", "b", "c", "d"), tuple("0123"), True)
-    evaluation, parts = (class_metrics.make_evaluation(found) for _ in range(2))
+    evaluation, parts = (metrics.Evaluation(found) for _ in range(2))
     pairs = []
     for _ in range(4):
         target = rng.choice(np.uint8([0, 1, 2, 255]), SIZE)  # d does not occur
@@ -526,7 +565,7 @@ def test_scores_of_exclusive_classes_equal_their_definition(tmp_path):
         )
         pairs.append((mask, target))
         prediction = np.stack([mask, mask])
-        evaluation.add(Sample, prediction, mask, target)
+        evaluation.add(Sample(), prediction, mask, target)
         parts.count(torch.as_tensor(prediction), torch.as_tensor(target))
     mask, target = (np.hstack(some) for some in zip(*pairs, strict=True))
     known = target != 255
@@ -542,33 +581,34 @@ def test_scores_of_exclusive_classes_equal_their_definition(tmp_path):
     recall = ((mask == 2) & (target == 2)).sum() / (target == 2).sum()
     assert block["per_class"]["c"]["recall"] == pytest.approx(100 * recall, abs=1e-3)
     assert parts.class_report() == block
-    report = evaluation.write(tmp_path, None)
+    report = evaluation.write(tmp_path, ())
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["classes"] == block
+    assert written["threshold"] is None
     assert report["image"]["all"]["images"] == 4
     assert (tmp_path / "confusion.png").stat().st_size > 5000
 
 
 def test_scores_of_overlapping_classes_equal_those_of_one(tmp_path):
     rng = np.random.default_rng(0)
-    evaluation = class_metrics.make_evaluation(OVERLAPPING, "skip")
-    halves = [class_metrics.make_evaluation(OVERLAPPING, "skip") for _ in range(2)]
-    alone = [metrics.Evaluation("skip") for _ in range(2)]
+    evaluation, *halves = (metrics.Evaluation(OVERLAPPING, "skip") for _ in range(3))
+    alone = [metrics.Evaluation(Classes(), "skip") for _ in range(2)]
     for index in range(4):
-        target = rng.choice(np.uint8([0, 1, 255]), (*SIZE, 2))
-        target[..., 1] *= index > 0
+        target = rng.choice(np.uint8([0, 1, 255]), (2, *SIZE))
+        target[1] *= index > 0
         probability = rng.integers(0, 256, (2, *SIZE), np.uint8)
         mask = probability >= 100
         mask[1] &= index > 0
         for one in (evaluation, halves[index % 2]):
-            one.add(Sample, probability, mask, target)
+            one.add(Sample(), probability, mask, target)
         for k in range(2):
-            alone[k].add(Sample, probability[k], mask[k], target[..., k])
+            alone[k].add(Sample(), probability[k, None], mask[k, None], target[k, None])
     report = evaluation.report()["image"]
     for k, name in enumerate(OVERLAPPING.names):
         own = alone[k].report()["image"]["all"]
         assert {key: report[name][key] for key in own} == own
-    both = [pair for one in alone for pair in one.masks]
+    hits = [one for alone_of in alone for one in alone_of.image_hits]
+    both = np.concatenate([metrics.mask_scores(one, "skip") for one in hits])
     assert np.isnan(both).sum() == 2, "one mask is empty, and right"
     assert evaluation.mean()["Dice"] == pytest.approx(100 * np.nanmean(both, 0)[0], abs=1e-3)
     halves[0].merge(halves[1])
@@ -580,15 +620,74 @@ def test_scores_of_overlapping_classes_equal_those_of_one(tmp_path):
     assert (tmp_path / "pr_curve.png").exists()
 
 
+class LowerPart:
+    """A view that sees the lower part of an image, and beyond its right edge."""
+
+    name = "below"
+
+    def warp(self, pixels, outside=0):
+        return np.pad(np.uint8(pixels[20:]), ((0, 0), (0, 9)), constant_values=outside)
+
+
+@pytest.mark.parametrize("found", [EXCLUSIVE, OVERLAPPING], ids=["exclusive", "overlapping"])
+def test_categories_and_views_of_several_classes_are_scored(tmp_path, found):
+    rng = np.random.default_rng(0)
+    whole, seen, half = (metrics.Evaluation(found) for _ in range(3))
+    for index in range(4):
+        if found.exclusive:
+            target = rng.choice(np.uint8([0, 1, 2, 255]), SIZE)
+            mask = rng.integers(0, 3, SIZE, np.uint8)
+            prediction = np.stack([mask, mask + 100])
+        else:
+            target = rng.choice(np.uint8([0, 1, 255]), (2, *SIZE))
+            prediction = rng.integers(0, 256, (2, *SIZE), np.uint8)
+            mask = prediction >= 100
+        category = ("day", "night")[index % 2]
+        whole.add(Sample(category, (LowerPart(),)), prediction, mask, target)
+        seen.add(Sample(category), *(array[..., 20:, :] for array in (prediction, mask, target)))
+        if category == "night":
+            half.add(Sample(), prediction, mask, target)
+    report = whole.report()
+    assert report["below"] == seen.report()["image"], "beyond the edge nothing counts"
+    assert report["image"]["night"] == half.report()["image"]["all"]
+    assert report["image"]["night"]["mIoU"] != report["image"]["all"]["mIoU"]
+    assert {name: block["images"] for name, block in report["below"].items()} == {
+        "all": 4, "day": 2, "night": 2, **({} if found.exclusive else {"1": 4, "3": 4}),
+    }  # fmt: skip
+    whole.write(tmp_path, plane_settings(found)["thresholds"])
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert {view: written[view] for view in ("image", "below")} == report
+    assert "below: mIoU" in whole.summary()
+
+
+def test_a_class_may_have_the_name_of_a_category(tmp_path):
+    found = Classes(("all", "car"), ("all", "car"))
+    named, other = metrics.Evaluation(found), metrics.Evaluation(OVERLAPPING)
+    prediction = np.random.default_rng(0).integers(0, 256, (2, *SIZE), np.uint8)
+    target = np.stack([labels(0) == 1, labels(0) == 2]).astype(np.uint8)
+    for evaluation in (named, other):
+        evaluation.add(Sample("car"), prediction, prediction >= 128, target)
+    blocks = [evaluation.report()["image"] for evaluation in (named, other)]
+    assert blocks[0] == {name: blocks[1][name] for name in ("all", "car")}
+    assert "mIoU" in named.summary()
+    named.write(tmp_path, (0.5, 0.5))
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(written["classes"]["per_class"]) == {"all", "car"}
+
+
 @pytest.mark.parametrize(("score", "expected"), [("1", 1), ("0", 0), ("skip", np.nan)])
 def test_an_empty_mask_that_is_right_scores_as_asked(score, expected):
-    empty = np.zeros(SIZE, bool)
-    dice = metrics.mask_scores(empty, np.zeros(SIZE, np.uint8), score)[0]
-    assert dice == expected or np.isnan([dice, expected]).all()
-    assert metrics.mask_scores(~empty, np.zeros(SIZE, np.uint8), score)[0] == 0
+    empty = np.zeros((1, *SIZE), bool)
+
+    def dice_of(mask):
+        hits = metrics.count_hits(mask, np.zeros((1, *SIZE), np.uint8), Classes())
+        return metrics.mask_scores(hits, score)[0, 0]
+
+    assert dice_of(empty) == expected or np.isnan([dice_of(empty), expected]).all()
+    assert dice_of(~empty) == 0
     counts = [metrics.pixel_counts(np.full(SIZE, 9, np.uint8), np.zeros(SIZE, np.uint8)).numpy()]
     full = metrics.pixel_counts(np.full(SIZE, 200, np.uint8), np.ones(SIZE, np.uint8)).numpy()
-    values = metrics.scores_by_threshold([*counts, full], "dice", score)
+    values = metrics.scores_by_threshold(np.stack([*counts, full]), "dice", score)
     assert values[0, 5] == 0, "a false alarm"
     assert values[0, 50] == {"1": 1, "0": 0, "skip": 1}[score], "skipped, it changes no mean"
     assert not np.isnan(values).any()
@@ -599,24 +698,48 @@ def test_an_empty_mask_that_is_right_scores_as_asked(score, expected):
 # --------------------------------------------------------------------------------------------------
 
 
+# How people with protanopia, deuteranopia and tritanopia see linear RGB (Machado, Oliveira,
+# Fernandes, IEEE TVCG 2009, severity 1).
+COLOUR_BLIND = np.array([
+    [1, 0, 0, 0, 1, 0, 0, 0, 1],
+    [0.1523, 1.0526, -0.2049, 0.1145, 0.7863, 0.0992, -0.0039, -0.0481, 1.0520],
+    [0.3673, 0.8606, -0.2280, 0.2801, 0.6725, 0.0474, -0.0118, 0.0429, 0.9689],
+    [1.2555, -0.0767, -0.1788, -0.0784, 0.9308, 0.1476, 0.0047, 0.6914, 0.3039],
+]).reshape(4, 3, 3)  # fmt: skip
+TO_XYZ = np.array([
+    [0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505],
+])  # fmt: skip
+
+
+def to_lab(rgb):
+    """Colours (n, 3) of 0..255 in CIE Lab as each kind of eye sees them, (n, 4, 3)."""
+    values = rgb / 255
+    linear = np.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
+    seen = np.einsum("kij,nj->nki", COLOUR_BLIND, linear).clip(0, 1)
+    xyz = seen @ TO_XYZ.T / (0.9505, 1.0, 1.089)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    x, y, z = np.moveaxis(f, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
 @pytest.mark.parametrize("count", [2, 11, 19])
 def test_the_colour_blind_tell_the_colours(count):
-    table = colours.class_colours(tuple(map(str, range(count))))
-    lab = colours.to_lab(table.astype(float))
+    table = classes.class_colours(tuple(map(str, range(count))))
+    lab = to_lab(table.astype(float))
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e9 * np.eye(count)[..., None]
     assert distance.min() > 15, "in Lab; 2 is just noticeable"
-    assert (colours.class_colours(("background", "car"))[0] == 0).all()
+    assert (classes.class_colours(("background", "car"))[0] == 0).all()
 
 
 def test_a_comparison_shows_classes_and_errors_with_a_legend():
     mask, image = labels(0).clip(max=2), picture(labels(0))
     wrong = mask.copy()
     wrong[30:, :20] = 0
-    drawn = visualize.class_comparison(image, labels(0), wrong, "x", EXCLUSIVE)
+    drawn = visualize.comparison(image, labels(0), wrong, "x", EXCLUSIVE)
     overlapping = np.stack([mask == 1, mask == 2])
-    truth = np.dstack([labels(0) == 1, labels(0) == 2]).astype(np.uint8)
-    again = visualize.class_comparison(image, truth, overlapping, "x", OVERLAPPING)
-    height = visualize.comparison(image, truth[..., 0], mask == 1, "x").shape[0]
+    truth = np.stack([labels(0) == 1, labels(0) == 2]).astype(np.uint8)
+    again = visualize.comparison(image, truth, overlapping, "x", OVERLAPPING)
+    height = visualize.comparison(image, truth[:1], overlapping[:1], "x", Classes()).shape[0]
     for one in (drawn, again):
         assert one.shape[0] == height + 26, "a row with the names"
     panel = drawn[height // 2 + 30 : height, drawn.shape[1] // 2 + 3 :][: SIZE[0], : SIZE[1]]
@@ -627,7 +750,7 @@ def test_a_comparison_shows_classes_and_errors_with_a_legend():
 def test_the_colours_of_an_image_do_not_mix_with_those_of_classes():
     image = picture(labels(0))
     in_colour, in_grey = (
-        visualize.class_comparison(one, labels(0), labels(1), "x", EXCLUSIVE)
+        visualize.comparison(one, labels(0), labels(1), "x", EXCLUSIVE)
         for one in (image, visualize.greyed(image))
     )
     right = in_colour.shape[1] // 2
@@ -645,7 +768,7 @@ def test_a_submission_answers_each_image_and_class_of_the_sample_once(tmp_path, 
     write_competition(tmp_path, joined=joined)
     samples = pd.DataFrame({"id": ["p09", "p10", "p11"]})
     sample = str(tmp_path / "sample_submission.csv")
-    submission = submissions.ClassSubmission(samples, sample, "error", "columns", OVERLAPPING)
+    submission = submissions.RleSubmission(samples, OVERLAPPING, sample)
     for row in samples.itertuples():
         target = labels(int(row.id[1:]))
         submission.add(row, None, np.stack([target == 1, (target == 2) & (row.id != "p10")]))
@@ -673,7 +796,7 @@ def test_a_sample_that_does_not_fit_the_classes_is_refused(tmp_path):
         (tmp_path / "sample.csv").write_text(text)
         sample = str(tmp_path / "sample.csv")
         with pytest.raises(UserError, match=words):
-            submissions.ClassSubmission(samples, sample, "error", "columns", OVERLAPPING)
+            submissions.RleSubmission(samples, OVERLAPPING, sample)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -728,7 +851,7 @@ def test_overlapping_classes_from_end_to_end(tmp_path):
     written = answers(tmp_path / "p/submission.csv")
     model_file = tmp_path / "out/fold1/model.pt"  # as a killed training leaves it: nothing tuned
     content = torch.load(model_file, weights_only=True)
-    content["model"] |= {"thresholds": [], "areas": []}
+    content["model"] |= {"thresholds": (0.5, 0.5), "areas": (0, 0)}
     torch.save(content, model_file)
     assert "thresholds and minimum areas: 1 from" in succeed(
         "infer.py", "--model", tmp_path / "out", *flags[:2], "--out", tmp_path / "q"

@@ -13,17 +13,16 @@ import torch
 from conftest import build_once, run, succeed
 from PIL import Image
 
-import data
-import images
-import metrics
-import model
-import predict
-import rle
-import train
-from images import Collection
-from model import ModelConfig, TrainedModel
-from train import Config
-from utils import UserError
+from kit.config import Classes, ModelConfig
+from kit.data import images
+from kit.data.folders import MARKER, Collection
+from kit.data.rle import RunLengths, rle_decode, rle_encode
+from kit.data.samples import assign_folds, decode_pairs, find_samples, scan
+from kit.errors import UserError
+from kit.network.model import TrainedModel
+from kit.results import metrics, predict
+from kit.training import resolve as resolving
+from train import RESOLUTIONS, Config
 
 SMALL = ("--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none")
 
@@ -47,9 +46,9 @@ def test_rle_equals_a_plain_encoder_and_is_decoded_again(seed):
     for shape in ((1, 1), (1, 7), (7, 1), (5, 9), (31, 17)):
         for density in (0, 0.1, 0.5, 0.9, 1):
             mask = rng.random(shape) < density
-            assert rle.rle_encode(mask) == plain_encode(mask)
-            assert (rle.rle_decode(rle.rle_encode(mask), shape) == mask).all()
-    assert rle.rle_encode(np.ones((2, 2), bool)) == "1 4"
+            assert rle_encode(mask) == plain_encode(mask)
+            assert (rle_decode(rle_encode(mask), shape) == mask).all()
+    assert rle_encode(np.ones((2, 2), bool)) == "1 4"
 
 
 IMPOSSIBLE = [
@@ -61,7 +60,7 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize("runs", IMPOSSIBLE)
 def test_impossible_runs_are_refused_by_row(runs):
     with pytest.raises(UserError, match="row 7"):
-        rle.rle_decode(runs, (3, 4), "train.csv row 7")
+        rle_decode(runs, (3, 4), "train.csv row 7")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +103,8 @@ def read_csv(path):
 
 
 def training_samples(root, masks="auto"):
-    return data.scan_dataset(data.find_samples(str(root), masks, training=True).samples)
+    collection = find_samples(str(root), masks=masks, training=True)
+    return scan(collection.samples, collection.classes)
 
 
 TEST_SIZE = (70, 90)
@@ -136,7 +136,7 @@ def segmenter(competition, tmp_path_factory):
     """The --out of a training on the competition's csv."""
 
     def build(out):
-        flags = ("--data", competition[0], "--out", out, "--epochs", 8, "--lr", 2e-3, *SMALL)
+        flags = ("--data", competition[0], "--out", out, "--epochs", 6, "--lr", 2e-3, *SMALL)
         assert "40 pairs" in succeed("train.py", *flags)
 
     return build_once(tmp_path_factory, "segmenter", build)
@@ -151,7 +151,7 @@ def test_a_competition_from_its_folder_to_its_submission(competition, segmenter,
     assert [row[0] for row in rows[1:]] == list(reversed(truth)), "the sample's ids, in its order"
     dice = []
     for stem, runs in rows[1:]:
-        mask = rle.rle_decode(runs, TEST_SIZE) > 0
+        mask = rle_decode(runs, TEST_SIZE) > 0
         written = np.asarray(Image.open(tmp_path / "masks" / f"{stem}.png"))
         assert (mask == (written > 0)).all()
         total = mask.sum() + truth[stem].sum()
@@ -159,7 +159,8 @@ def test_a_competition_from_its_folder_to_its_submission(competition, segmenter,
     assert np.mean(dice) > 0.8
     assert json.loads((segmenter / "config.json").read_text())["metric"] == "dice"
     content = torch.load(segmenter / "model.pt", weights_only=True)
-    assert content["model"]["min_pixels"] >= 0
+    assert len(content["model"]["areas"]) == 1
+    assert content["model"]["areas"][0] >= 0
     assert content["config"]["min_pixels"] == -1, "tuned"
 
 
@@ -167,7 +168,7 @@ def test_scores_of_a_csv_are_those_of_training(competition, segmenter, tmp_path)
     """The validation images next to the csv: each number of training's metrics.json again."""
     samples = training_samples(competition[0])
     (tmp_path / "train").mkdir()
-    for path in samples.image[data.assign_folds(samples, Config.folds, Config.seed) == 0]:
+    for path in samples.image[assign_folds(samples, Config.folds, Config.seed) == 0]:
         shutil.copy(path, tmp_path / "train")
     shutil.copy(competition[0] / "train.csv", tmp_path)
     out = tmp_path / "out"
@@ -196,7 +197,7 @@ def test_masks_that_are_elsewhere_train_and_score(tmp_path, kind):
     expected = json.loads((out / "metrics.json").read_text())
     samples = training_samples(photos, str(elsewhere))
     (tmp_path / "valid").mkdir()
-    for path in samples.image[data.assign_folds(samples, 3, Config.seed) == 0]:
+    for path in samples.image[assign_folds(samples, 3, Config.seed) == 0]:
         shutil.copy(path, tmp_path / "valid")
     flags = ("--model", out, "--data", tmp_path / "valid")
     succeed("infer.py", *flags, "--out", tmp_path / "scored", "--masks", elsewhere)
@@ -231,12 +232,13 @@ def test_csv_layouts_of_competitions(tmp_path, name):
         rows.append([image, runs] if len(header) == 2 else ["0", runs, image])
     path = tmp_path / ("annotations.csv" if name == "by position" else "train.csv")
     write_csv(path, header, rows, **options)
-    samples = data.find_samples(str(tmp_path), training=True).samples
+    samples = find_samples(str(tmp_path), training=True).samples
     assert len(samples) == 6
     for row, (stem, mask) in zip(samples.itertuples(), masks.items(), strict=True):
-        assert isinstance(row.mask, rle.RunLengths)
-        assert row.mask.path == path
-        assert (row.mask.read(mask.shape) == (mask if stem in with_rows else 0)).all()
+        [part] = row.mask.parts
+        assert isinstance(part, RunLengths)
+        assert row.mask.path == part.path == path
+        assert (row.mask.read(mask.shape) == (mask[None] if stem in with_rows else 0)).all()
 
 
 def refused_training(folder, tmp_path, *flags):
@@ -257,7 +259,7 @@ def test_faults_of_the_csv_are_named_by_row(competition, tmp_path):
     def refuse(rows, *names):
         write_csv(tmp_path / "train.csv", header, rows)
         with pytest.raises(UserError) as refused:
-            data.decode_samples(training_samples(tmp_path), TILED, 0)
+            decode_pairs(training_samples(tmp_path), TILED, 0)
         assert all(name in str(refused.value) for name in names), refused.value
         assert "\n" not in str(refused.value)
 
@@ -275,9 +277,9 @@ def test_faults_of_the_csv_are_named_by_row(competition, tmp_path):
     for name in ("a.csv", "b.csv"):
         write_csv(tmp_path / name, header, good)
     assert "--masks" in refused_training(tmp_path, tmp_path)
-    chosen = data.find_samples(str(tmp_path), masks="b.csv", training=True).samples["mask"][0]
+    chosen = find_samples(str(tmp_path), masks="b.csv", training=True).samples["mask"][0]
     assert chosen.path.name == "b.csv"
-    assert chosen.rows == ((2, "1 4"),)
+    assert chosen.parts[0].rows == ((2, "1 4"),)
 
 
 def test_the_sample_submission_decides(competition, segmenter, tmp_path):
@@ -355,11 +357,11 @@ def test_groups_stay_together_and_folds_are_stratified(tmp_path):
     samples = training_samples(tmp_path)
     assert (samples.share > 0).sum() == 32
     assert samples.above[samples.share == 0].min() == 1
-    fold = data.assign_folds(samples, 5, 0)
+    fold = assign_folds(samples, 5, 0)
     empty = (samples.share == 0).groupby(fold).sum()
     assert len(empty) == 5
     assert empty.max() - empty.min() <= 1
-    fold = data.assign_folds(samples, 5, 0, "patient")
+    fold = assign_folds(samples, 5, 0, "patient")
     patients = [fields["patient"] for fields in samples.fields]
     assert (pd.Series(fold).groupby(patients).nunique() == 1).all()
     assert len(set(fold)) == 5
@@ -371,6 +373,11 @@ def test_groups_stay_together_and_folds_are_stratified(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
+def mask_scores(mask, truth):
+    """Dice and IoU of a mask, bool (h, w)."""
+    return metrics.mask_scores(metrics.count_hits(mask[None], truth[None], Classes()))[0]
+
+
 def test_scores_by_threshold_and_small_components():
     rng = np.random.default_rng(0)
     truths = [(rng.random((20, 30)) < share).astype(np.uint8) for share in (0.3, 0.5, 0)]
@@ -379,19 +386,19 @@ def test_scores_by_threshold_and_small_components():
         noisy = 90 * truth + rng.normal(80, 40, truth.shape)
         maps.append(np.clip(noisy, 0, 255).astype(np.uint8))
     pairs = list(zip(maps, truths, strict=True))
-    counts = [metrics.pixel_counts(*pair).numpy() for pair in pairs]
+    counts = np.stack([metrics.pixel_counts(*pair) for pair in pairs])
     for column, metric in enumerate(("dice", "iou")):
         found = metrics.scores_by_threshold(counts, metric)
         for level in (0, 60, 128, 255):
-            each = [metrics.mask_scores(p >= level, truth)[column] for p, truth in pairs]
+            each = [mask_scores(p >= level, truth)[column] for p, truth in pairs]
             assert found[:, level] == pytest.approx(each)
     found = metrics.scores_by_threshold(counts, "maxf")
-    pooled = metrics.scores(sum(counts))
+    pooled = metrics.scores(counts.sum(0))
     assert 100 * found.mean(0).max() == pytest.approx(pooled["MaxF"], abs=1e-3)
     assert found.mean(0).argmax() / 255 == pooled["threshold"]
     without = []
     for k in range(3):
-        rest = counts[:k] + counts[k + 1 :]
+        rest = np.delete(counts, k, 0)
         without.append(metrics.scores_by_threshold(rest, "maxf").mean(0)[128])
     order = np.argsort(found[:, 128])
     assert np.argsort(without).tolist() == order[::-1].tolist(), (
@@ -401,7 +408,8 @@ def test_scores_by_threshold_and_small_components():
     mask[0, 0] = mask[4:7, 4:7] = True
     for area, left in ((2, 9), (10, 0), (0, 10)):
         assert predict.remove_small(mask, area).sum() == left
-        assert predict.postprocess(mask.astype(np.uint8) * 128, 0.5, area).sum() == left
+        config = ModelConfig(thresholds=(0.5,), areas=(area,))
+        assert predict.postprocess(mask[None].astype(np.uint8) * 128, config).sum() == left
 
 
 def test_the_threshold_leaves_one_half_only_for_a_gain_that_is_no_luck():
@@ -441,7 +449,7 @@ def test_tiles_of_a_pointwise_model_blend_to_the_whole(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     blended = predict.predict_tiles(TrainedModel(network, TILED, {}, {}), image, 3, False)
     inputs = images.normalise(images.to_tensor(image)[None], TILED)
-    assert torch.allclose(blended, network(inputs).sigmoid()[0, 0], atol=1e-5)
+    assert torch.allclose(blended, network(inputs).sigmoid()[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(100, 130), (32, 48), (20, 30), (33, 200)])
@@ -458,7 +466,7 @@ def test_tiles_cover_every_pixel(size):
 def test_training_and_prediction_in_tiles(tmp_path):
     rng = np.random.default_rng(0)
     write_masks(tmp_path / "train.csv", blobs(tmp_path / "train", 6, size=(150, 200)))
-    flags = ("--tiles", "true", "--height", 64, "--width", 64, "--epochs", 4, "--lr", 2e-3, *SMALL)
+    flags = ("--tiles", "true", "--height", 64, "--width", 64, "--epochs", 3, "--lr", 2e-3, *SMALL)
     out = tmp_path / "out"
     succeed("train.py", "--data", tmp_path, "--out", out, *flags)
     assert json.loads((out / "metrics.json").read_text())["image"]["all"]["MaxF"] > 70
@@ -477,12 +485,12 @@ NO_WEIGHTS = Config(encoder="resnet18", encoder_weights="none")
 
 def resolve(config, collection):
     """The settings for fold 0 of samples that are all in fold 1."""
-    return train.resolve(config, collection, 0)
+    return resolving.resolve(config, collection, 0, RESOLUTIONS)
 
 
 def test_images_over_two_megapixels_are_cut_into_tiles(tmp_path):
     Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
-    collection = data.find_samples(str(tmp_path))
+    collection = find_samples(str(tmp_path))
     sizes = {"fold": 1, "height": 1500, "width": 2000, "above": 1.0, "thickness": 50.0}
     samples = collection.samples.assign(**sizes)
     config, model_config = resolve(NO_WEIGHTS, collection._replace(samples=samples))
@@ -509,8 +517,8 @@ def test_the_crop_and_the_metric_are_the_layouts_own(default, expected):
 
 @pytest.mark.parametrize(("precision", "default"), [("32", 4), ("bf16-mixed", 8)])
 def test_many_small_images_make_larger_batches_on_a_cpu(monkeypatch, precision, default):
-    monkeypatch.setattr(model, "resolve_precision", lambda *_, **__: precision)
-    monkeypatch.setattr(model, "best_device", lambda: "cpu")
+    monkeypatch.setattr(resolving, "resolve_precision", lambda *_, **__: precision)
+    monkeypatch.setattr(resolving, "best_device", lambda: "cpu")
 
     def batch(count, size):
         columns = {"fold": 1, "height": size, "width": size, "above": 1.0, "thickness": 50.0}
@@ -539,7 +547,7 @@ def test_a_video_becomes_an_overlay(segmenter, tmp_path):
     flags = ("--model", segmenter, "--data", tmp_path / "drive.mp4", "--out", tmp_path / "out")
     assert "19 frames" in succeed("infer.py", *flags)
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written - {images.MARKER} == {"overlay.mp4"}
+    assert written - {MARKER} == {"overlay.mp4"}
     video = cv2.VideoCapture(str(tmp_path / "out" / "overlay.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 19
     assert video.get(cv2.CAP_PROP_FPS) == 10

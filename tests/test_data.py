@@ -1,6 +1,7 @@
 """From files to tensors and back: layouts, folds, masks, sizes, augmentation, identity."""
 
 import dataclasses
+import inspect
 import os
 import re
 import shutil
@@ -15,19 +16,29 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import images
-import loaders
-import model
-import resume
-import rle
 import train
-import visualize
-from images import IGNORE, Collection
-from kitti import KittiMask
-from masks import MaskFile
-from model import ModelConfig
-from utils import UserError
+from kit.config import IGNORE, Classes, ModelConfig, plane_settings
+from kit.data import images, masks
+from kit.data.folders import Collection, list_images
+from kit.data.kitti import KittiMask
+from kit.data.masks import LabelMap, MaskFile, Planes
+from kit.data.rle import RunLengths
+from kit.data.samples import (
+    BLOCK,
+    LAYOUTS,
+    assign_folds,
+    decode_pairs,
+    find_samples,
+    load,
+    read_sample,
+    scan,
+)
+from kit.errors import UserError
+from kit.network.model import best_device
+from kit.results import visualize
+from kit.training import resume
+from kit.training.loaders import Cached
+from kit.training.resolve import resolve
 
 MODEL = ModelConfig(height=64, width=192)
 CONFIG = train.Config(height=64, width=192, top=0.0, tiles=False)
@@ -35,13 +46,12 @@ CONFIG = train.Config(height=64, width=192, top=0.0, tiles=False)
 
 def training_samples(root, **options):
     """The samples of a folder as train.py finds them."""
-    return data.find_samples(str(root), training=True, **options).samples
+    return find_samples(str(root), training=True, **options).samples
 
 
 def with_pairs(samples, memory=train.CACHE):
     """The samples with decoded images and masks at the network's size."""
-    samples = data.scan_dataset(samples)
-    return samples.assign(pair=data.decode_samples(samples, MODEL, memory))
+    return decode_pairs(scan(samples, Classes()), MODEL, memory)
 
 
 def write_pairs(root, stems, size=(6, 8), image_suffix=".png"):
@@ -97,27 +107,33 @@ def test_a_mask_is_none_or_an_object_that_reads_itself(roads, tmp_path):
     for stem in "ab":
         Image.new("L", (8, 6)).save(tmp_path / "csv" / f"{stem}.png")
     (tmp_path / "csv" / "train.csv").write_text("id,rle_mask\na,6 1\nb,\n")
-    kinds = {roads: KittiMask, tmp_path / "folder": MaskFile, tmp_path / "csv": rle.RunLengths}
+    kinds = {roads: KittiMask, tmp_path / "folder": MaskFile, tmp_path / "csv": RunLengths}
     for root, kind in kinds.items():
         samples = training_samples(root)
-        assert {type(mask) for mask in samples["mask"]} == {kind}
+        assert {type(mask) for mask in samples["mask"]} == {Planes}
         for row in samples.itertuples():
+            [part] = row.mask.parts
+            assert type(part) is kind
+            assert row.mask.path == part.path
             size = images.read_header(row.image).size
-            mask = row.mask.read(size)
-            assert (mask.shape, mask.dtype) == (size, np.uint8)
+            planes, plane = row.mask.read(size), part.read(size)
+            assert (planes.shape, planes.dtype) == ((1, *size), np.uint8)
+            assert np.array_equal(planes, plane[None])
             with pytest.raises(dataclasses.FrozenInstanceError):
-                row.mask.path = "other"
-    assert set(data.find_samples(str(roads / "testing")).samples["mask"]) == {None}
+                row.mask.parts = ()
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                part.path = "other"
+    assert set(find_samples(str(roads / "testing")).samples["mask"]) == {None}
 
 
 def test_a_new_layout_is_one_function_and_one_entry(tmp_path, monkeypatch):
     """Only `id`, `image` and `mask` are needed; crop and metric are the layout's."""
 
     def label_folder(root, masks, target, training):
-        paths = images.list_images(root / "tiles")
+        paths = list_images(root / "tiles")
         if not paths:
             return None
-        found = [MaskFile(root / "drawn" / f"{stem}.png") for stem in paths]
+        found = [Planes((MaskFile(root / "drawn" / f"{stem}.png"),)) for stem in paths]
         rows = {"id": list(paths), "image": list(paths.values()), "mask": found}
         return Collection("tiles and drawings", pd.DataFrame(rows), top=0.25, metric="iou")
 
@@ -126,15 +142,15 @@ def test_a_new_layout_is_one_function_and_one_entry(tmp_path, monkeypatch):
     (tmp_path / "masks").rename(tmp_path / "drawn")
     with pytest.raises(UserError, match=r"no mask.*drawn/ \(a\.png, b\.png, c\.png\), tiles/"):
         training_samples(tmp_path)
-    monkeypatch.setattr(data, "LAYOUTS", [label_folder, *data.LAYOUTS])
-    collection = data.find_samples(str(tmp_path), training=True)
-    samples = data.scan_dataset(collection.samples)
-    samples["fold"] = data.assign_folds(samples, 10, 0)
+    monkeypatch.setattr("kit.data.samples.LAYOUTS", [label_folder, *LAYOUTS])
+    collection = find_samples(str(tmp_path), training=True)
+    samples = scan(collection.samples, collection.classes)
+    samples["fold"] = assign_folds(samples, 10, 0)
     assert collection.name == "tiles and drawings"
     assert samples.id.tolist() == ["a", "b", "c"]
     assert samples.share.tolist() == [1 / 6] * 3
     config = dataclasses.replace(CONFIG, top="auto", encoder="resnet18", encoder_weights="none")
-    resolved, _ = train.resolve(config, collection._replace(samples=samples), 0)
+    resolved, _ = resolve(config, collection._replace(samples=samples), 0, train.RESOLUTIONS)
     assert (resolved.top, resolved.metric) == (0.25, "iou")
 
 
@@ -158,7 +174,7 @@ def kitti_names(count):
 
 
 def folds_of(samples, folds=10, seed=0, group=""):
-    return data.assign_folds(samples, folds, seed, group)
+    return assign_folds(samples, folds, seed, group)
 
 
 def test_folds_keep_sequences_together_and_categories_even():
@@ -166,9 +182,9 @@ def test_folds_keep_sequences_together_and_categories_even():
     samples["fold"] = folds_of(samples)
     validation = samples[samples.fold == 0]
     assert 0.07 < len(validation) / len(samples) < 0.13
-    assert set(validation.category.value_counts()) <= {data.BLOCK, 2 * data.BLOCK}
+    assert set(validation.category.value_counts()) <= {BLOCK, 2 * BLOCK}
     assert set(validation.category) == {"um", "umm", "uu"}
-    sequence = samples.id.map(lambda name: (name[:-6], int(name[-6:]) // data.BLOCK))
+    sequence = samples.id.map(lambda name: (name[:-6], int(name[-6:]) // BLOCK))
     assert (samples.groupby(sequence).fold.nunique() == 1).all()
     assert set(samples.fold) == set(range(10))
 
@@ -186,7 +202,8 @@ def test_folds_follow_the_seed():
 )
 def test_a_handful_still_splits(names):
     categories = [name.rpartition("_")[0] for name in names]
-    samples = pd.DataFrame({"id": names, "category": categories, "share": 0})
+    samples = pd.DataFrame({"id": names, "category": categories, "share": 0.0})
+    samples["shares"] = [(0.0,)] * len(names)
     assert set(folds_of(samples)) >= {0, 1}
 
 
@@ -275,36 +292,36 @@ def test_a_turned_photograph_is_read_upright(tmp_path):
     assert images.read_image(tmp_path / "images" / "phone.jpg").shape == (8, 4, 3)
     (tmp_path / "train.csv").write_text("id,rle_mask\nphone,29 4\nother,1 1\n")
     Image.fromarray(pixels).save(tmp_path / "images" / "other.png")
-    _, sample = data.scan_dataset(training_samples(tmp_path)).itertuples()
+    _, sample = scan(training_samples(tmp_path), Classes()).itertuples()
     assert (sample.height, sample.width, sample.share) == (8, 4, 4 / 32)
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, ValueError, OSError])
 def test_the_scan_lets_a_programming_error_through(tmp_path, error):
-    """Only a file that cannot be read, a UserError, is left to `decode_samples`."""
+    """Only a file that cannot be read, a UserError, is left to `decode_pairs`."""
 
     class Mask:
-        def read(self, size):
+        def read(self, size, opener):
             raise error("a slip in a fork's own mask")
 
     samples = training_samples(write_pairs(tmp_path, ["a", "b"]))
     samples["mask"] = [Mask(), Mask()]
     with pytest.raises(error, match="a slip"):
-        data.scan_dataset(samples)
+        scan(samples, Classes())
 
 
 def test_the_scan_leaves_damaged_files_to_the_check(tmp_path):
     samples = training_samples(write_pairs(tmp_path, ["a", "b", "c"]))
     (tmp_path / "images" / "a.png").write_bytes(b"damaged")
     (tmp_path / "masks" / "b.png").write_bytes(b"")
-    scan = data.scan_dataset(samples)
-    assert scan[["height", "width", "share", "above"]].values.tolist() == [
+    scanned = scan(samples, Classes())
+    assert scanned[["height", "width", "share", "above"]].values.tolist() == [
         [1, 1, 0, 1],
         [1, 1, 0, 1],
         [6, 8, 1 / 6, 5 / 6],
     ]
     with pytest.raises(UserError, match=r"2 of 3 pairs .*a\.png: not an image.*b\.png: empty file"):
-        data.decode_samples(scan, MODEL, train.CACHE)
+        decode_pairs(scanned, MODEL, train.CACHE)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -328,6 +345,50 @@ def test_reading_in_threads_leaves_the_warning_filters_alone(tmp_path, monkeypat
     assert warnings.filters == before
 
 
+COLOURS = np.uint8([(0, 0, 0), (30, 30, 200), (200, 30, 30)])
+KINDS = {  # of 0, 1, 2 (h, w): an image, what the masks are read as, and how many classes
+    "grey": (lambda pixels: Image.fromarray(255 * (pixels > 0).astype(np.uint8)), Planes, 1),
+    "colours": (lambda pixels: Image.fromarray(COLOURS[pixels]), LabelMap, 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_mask_file_is_decoded_once(tmp_path, monkeypatch, kind):
+    """Values are counted (in colours again), masks measured, then resized."""
+    convert, read_as, count = KINDS[kind]
+    pixels = np.zeros((6, 8), np.uint8)
+    pixels[3:], pixels[5, 2:] = 1, 2
+    write_pairs(tmp_path, "abcd")
+    files = [tmp_path / f"masks/{stem}.png" for stem in "abcd"]
+    for path in files:
+        convert(pixels).save(path)
+    opened, decoded = [], []
+
+    def open_mask_file(path):
+        opened.append(path)
+        return images.open_image(path)
+
+    def decode(path, *args, original=images.decode):
+        decoded.append(path)
+        return original(path, *args)
+
+    monkeypatch.setattr(masks, "open_image", open_mask_file)
+    monkeypatch.setattr(images, "decode", decode)  # what reads past it counts, too
+    names = inspect.signature(load).parameters
+    settings = {name: getattr(train.Config(), name) for name in names} | {"data": str(tmp_path)}
+    collection, opener = load(**settings)
+    classes = dict(
+        zip(("class_names", "class_values", "exclusive"), collection.classes, strict=True)
+    )
+    config = dataclasses.replace(MODEL, **classes, **plane_settings(collection.classes))
+    samples = decode_pairs(collection.samples, config, train.CACHE, opener)
+    assert sorted(opened) == sorted(path for path in decoded if path in files) == files
+    assert {type(mask) for mask in samples["mask"]} == {read_as}
+    assert len(collection.classes.names) == count
+    expected = images.resize_mask(pixels if count > 1 else 1 * (pixels > 0)[None], config)
+    assert all(np.array_equal(mask, expected) for _, mask in samples.pair)
+
+
 # --------------------------------------------------------------------------------------------------
 #  To the network's input and back
 # --------------------------------------------------------------------------------------------------
@@ -336,19 +397,20 @@ def test_reading_in_threads_leaves_the_warning_filters_alone(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "size", [(375, 1242), (370, 1226), (101, 101), (33, 501), (64, 192), (40, 100)]
 )
-def test_restore_inverts_preprocess(size):
+def test_restore_inverts_the_way_to_the_input(size):
     """A blob keeps its place and its size, within half a pixel of the coarser grid."""
     v, u = np.mgrid[0 : size[0], 0 : size[1]]
     centre = 0.37 * size[0], 0.61 * size[1]
     blob = ((v - centre[0]) / size[0]) ** 2 + ((u - centre[1]) / size[1]) ** 2
     blob = np.exp(-blob / 0.02)
     image = np.dstack([(255 * blob).astype(np.uint8)] * 3)
-    tensor = images.preprocess(image, MODEL)
+    tensor = images.to_tensor(images.resize_image(image, MODEL))
     assert tensor.shape == (3, 64, 192)
     assert str(tensor.dtype) == "torch.uint8"
-    back = images.restore(tensor[0].float() / 255, size, MODEL).numpy()
-    assert back.shape == size
+    back = images.restore(tensor[:1].float() / 255, size, MODEL).numpy()
+    assert back.shape == (1, *size)
     assert back.dtype == np.float32
+    [back] = back
     weight = back.clip(0) ** 2
     at = (v * weight).sum() / weight.sum(), (u * weight).sum() / weight.sum()
     assert abs(at[0] - centre[0]) <= 0.5 * max(1, size[0] / 64)
@@ -358,15 +420,18 @@ def test_restore_inverts_preprocess(size):
 
 def test_normalise_subtracts_the_mean_and_divides_by_the_std():
     image = np.random.default_rng(0).integers(0, 256, (64, 192, 3), np.uint8)
-    pixels = images.normalise(images.preprocess(image, MODEL)[None], MODEL)
+    pixels = images.normalise(images.to_tensor(image)[None], MODEL)
     assert str(pixels.dtype) == "torch.float32"
     expected = (image / 255 - MODEL.mean) / MODEL.std
     assert np.abs(pixels[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 def test_masks_are_never_interpolated():
-    mask = np.random.default_rng(0).choice(np.uint8([0, 1, 255]), (375, 1242))
-    assert set(np.unique(images.resize_mask(mask, MODEL))) <= {0, 1, 255}
+    mask = np.random.default_rng(0).choice(np.uint8([0, 1, 255]), (2, 375, 1242))
+    resized = images.resize_mask(mask, MODEL)
+    assert resized.shape == (2, 64, 192)
+    assert set(np.unique(resized)) <= {0, 1, 255}
+    assert np.array_equal(images.resize_mask(mask[1], MODEL), resized[1]), "a label map"
 
 
 def test_a_resized_mask_fits_the_resized_image():
@@ -417,9 +482,14 @@ def test_training_items_are_the_same_from_memory_and_from_files(roads):
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_validation_images_are_decoded_once_where_memory_allows(roads, monkeypatch, fits):
-    validation = loaders.Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
-    original, reads = data.read_sample, []
-    monkeypatch.setattr(data, "read_sample", lambda *args: reads.append(args) or original(*args))
+    validation = Cached(make_dataset(roads, None), 4 << 30 if fits else 8000)
+    reads = []
+
+    def read(*args):
+        reads.append(args)
+        return read_sample(*args)
+
+    monkeypatch.setattr("kit.data.samples.read_sample", read)
     first, again = validation[3], validation[3]
     assert len(reads) == (1 if fits else 2)
     assert (first["image"] == again["image"]).all()
@@ -433,11 +503,11 @@ def test_augmentation_takes_its_arguments_and_fills_with_ignore():
         warnings.simplefilter("error")
         augment = train.augmentation(CONFIG)
         augment.set_random_seed(0)
-        grey, road = np.full((64, 192, 3), 128, np.uint8), np.ones((64, 192), np.uint8)
-        changed = [augment(image=grey, mask=road) for _ in range(40)]
-    borders = [pair["mask"] == IGNORE for pair in changed]
+        grey, road = np.full((64, 192, 3), 128, np.uint8), np.ones((1, 64, 192), np.uint8)
+        changed = [augment(image=grey, masks=road) for _ in range(40)]
+    borders = [pair["masks"][0] == IGNORE for pair in changed]
     assert any(border.any() for border in borders)
-    assert all(set(np.unique(pair["mask"])) <= {1, IGNORE} for pair in changed)
+    assert all(set(np.unique(pair["masks"])) <= {1, IGNORE} for pair in changed)
     filled = [pair["image"][border] for pair, border in zip(changed, borders, strict=True)]
     assert np.concatenate(filled).mean() < 60, "the filled border looks like the image"
 
@@ -480,12 +550,13 @@ def test_ignored_pixels_change_no_loss():
 # --------------------------------------------------------------------------------------------------
 
 
-def resolved(collection, **changes):
-    """What `resolve` makes of a collection for fold 0."""
-    samples = data.scan_dataset(collection.samples)
-    samples["fold"] = data.assign_folds(samples, 10, 0)
+def resolved(collection, times=1, **changes):
+    """What `resolve` makes of a collection, of images so many times as large, for fold 0."""
+    samples = scan(collection.samples, collection.classes)
+    samples[["height", "width", "thickness"]] *= times
+    samples["fold"] = assign_folds(samples, 10, 0)
     config = train.Config(**{"encoder": "resnet18", "encoder_weights": "none"} | changes)
-    return train.resolve(config, collection._replace(samples=samples), 0)
+    return resolve(config, collection._replace(samples=samples), 0, train.RESOLUTIONS)
 
 
 @pytest.fixture
@@ -502,16 +573,18 @@ def low_masks(tmp_path):
 
 def test_pretrained_weights_have_a_recipe_of_their_own(roads):
     """A higher rate, no progressive resizing, larger inputs on a CPU; what is given stays."""
-    collection = data.find_samples(str(roads), training=True)
+    collection = find_samples(str(roads), training=True)
+    kitti = {"times": 3}  # KITTI's sizes: smaller images are not enlarged
     weights = {"encoder": "timm-mobilenetv3_small_minimal_100", "encoder_weights": "imagenet"}
-    scratch, pretrained = (resolved(collection, **more)[0] for more in ({}, weights))
+    weights |= kitti
+    scratch, pretrained = (resolved(collection, **more)[0] for more in (kitti, weights))
     assert (scratch.lr, scratch.grow, pretrained.lr, pretrained.grow) == (5e-4, True, 2e-3, False)
-    if model.best_device() == "cpu":
+    if best_device() == "cpu":
         assert pretrained.height * pretrained.width > 1.5 * scratch.height * scratch.width
     no_batch_norm, _ = resolved(collection, **weights | {"encoder": "tu-convnext_atto"})
     assert no_batch_norm.lr == 5e-4
     patient, _ = resolved(collection, **weights, max_minutes=30.0)
-    if model.best_device() == "cpu":
+    if best_device() == "cpu":
         assert patient.height * patient.width > 1.5 * pretrained.height * pretrained.width
     shared, _ = resolved(collection, **weights, max_minutes=30.0, fold="all")
     assert shared.max_minutes < 11, "of one fold"
@@ -521,15 +594,15 @@ def test_pretrained_weights_have_a_recipe_of_their_own(roads):
 
 
 def test_the_crop_at_the_top_is_the_default_for_kitti_alone(roads, low_masks):
-    config, model_config = resolved(data.find_samples(str(roads), training=True))
+    config, model_config = resolved(find_samples(str(roads), training=True))
     assert 0.15 < config.top < 0.6, "the sky is cut off"
     assert model_config.top == config.top
-    folder = data.find_samples(str(low_masks), training=True)
+    folder = find_samples(str(low_masks), training=True)
     config, model_config = resolved(folder)
     assert (config.top, model_config.top) == (0, 0)
     assert resolved(folder, top=-1)[1].top == 0.7, "on request: 5 % above the highest mask"
     assert resolved(folder, top=0.3)[1].top == 0.3
-    assert resolved(data.find_samples(str(roads), training=True), top=0)[1].top == 0
+    assert resolved(find_samples(str(roads), training=True), top=0)[1].top == 0
 
 
 def striped(folder, size, width, gap):
@@ -541,7 +614,7 @@ def striped(folder, size, width, gap):
         for kind in ("images", "masks"):
             (folder / kind).mkdir(exist_ok=True)
             Image.fromarray(mask).save(folder / kind / f"{stem}.png")
-    return data.find_samples(str(folder), training=True)
+    return find_samples(str(folder), training=True)
 
 
 @pytest.mark.parametrize(
@@ -556,8 +629,8 @@ def striped(folder, size, width, gap):
 def test_the_size_follows_the_thinnest_parts_of_the_masks(
     tmp_path, monkeypatch, width, gap, tiles, size
 ):
-    monkeypatch.setattr(model, "best_device", lambda: "cpu")
-    monkeypatch.setattr(model, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("kit.training.resolve.best_device", lambda: "cpu")
+    monkeypatch.setattr("kit.network.model.cpu_has_bf16", lambda: False)
     collection = striped(tmp_path, 576, width, gap)
     config = resolved(collection)[1]
     assert (config.tiles, config.height, config.width) == (tiles, size, size)
@@ -566,24 +639,24 @@ def test_the_size_follows_the_thinnest_parts_of_the_masks(
 
 
 def test_the_default_metric_belongs_to_the_layout(roads, low_masks):
-    kitti_road = data.find_samples(str(roads), training=True)
+    kitti_road = find_samples(str(roads), training=True)
     assert resolved(kitti_road)[0].metric == "maxf"
     assert resolved(kitti_road, metric="iou")[0].metric == "iou"
-    folder = data.find_samples(str(low_masks), training=True)
+    folder = find_samples(str(low_masks), training=True)
     assert resolved(folder)[0].metric == "dice"
     folder.samples["category"] = ["left", "left", "right", "right"]  # a group, scored by itself
     assert resolved(folder)[0].metric == "dice"
 
 
 def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
-    collection = data.find_samples(str(low_masks), training=True)
+    collection = find_samples(str(low_masks), training=True)
     config, model_config = resolved(collection, lr="auto")
     settings = dataclasses.asdict(config)
     for name in ("data", "masks", "resume"):  # where files are, not what is computed
         settings.pop(name)
     assert [name for name, value in settings.items() if value == "auto"] == ["lr"]
     for field in dataclasses.fields(ModelConfig):  # fields of one name are copied
-        if field.name in settings and field.name not in ("precision", "min_pixels", "classes"):
+        if field.name in settings and field.name != "precision":
             assert getattr(model_config, field.name) == settings[field.name], field.name
 
 
@@ -594,8 +667,8 @@ def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
 
 def identity_of(root):
     """What a run remembers of its data: {id: [digest of the mask, fold]}."""
-    samples = data.scan_dataset(training_samples(root))
-    samples["fold"] = data.assign_folds(samples, 2, 0)
+    samples = scan(training_samples(root), Classes())
+    samples["fold"] = assign_folds(samples, 2, 0)
     return resume.identify({}, samples)
 
 
@@ -625,7 +698,7 @@ def test_a_run_knows_its_masks_and_folds_and_not_its_folder(tmp_path):
 
 
 def test_a_run_knows_its_folds(tmp_path):
-    samples = data.scan_dataset(training_samples(write_pairs(tmp_path, ["a", "b", "c"])))
+    samples = scan(training_samples(write_pairs(tmp_path, ["a", "b", "c"])), Classes())
     before = resume.identify({}, samples.assign(fold=[0, 1, 1]))
     after = resume.identify({}, samples.assign(fold=[1, 0, 1]))
     assert what_differs(before, after) == ["the folds differ"]
@@ -654,9 +727,9 @@ def test_a_run_knows_the_run_lengths_of_a_csv(tmp_path):
 
 def test_a_comparison_shows_each_error_in_its_colour():
     image = np.full((100, 620, 3), 90, np.uint8)
-    truth, mask = np.zeros((100, 620), np.uint8), np.zeros((100, 620), bool)
-    truth[:, :400], mask[:, 200:500] = 1, True
-    drawn = visualize.comparison(image, truth, mask, "street")
+    truth, mask = np.zeros((1, 100, 620), np.uint8), np.zeros((1, 100, 620), bool)
+    truth[..., :400], mask[..., 200:500] = 1, True
+    drawn = visualize.comparison(image, truth, mask, "street", Classes())
     errors = drawn[130 + 30 + 50, 626:].astype(int)
     colours = ((100, visualize.BLUE), (300, visualize.GREEN), (450, visualize.RED))
     for column, colour in colours:

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -21,23 +22,17 @@ import pandas as pd
 import pytest
 import torch
 from commands import Command
-from conftest import KIT, TINY, run, succeed
+from conftest import KIT, TINY, build_once, run, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import callbacks
-import data
-import images
-import kitti
-import loaders
-import masks
-import model
-import rle
-import tables
 import train
-from model import ModelConfig
-from utils import UserError
+from kit.config import ModelConfig
+from kit.data import csvs, images, kitti, masks, rle, samples
+from kit.errors import UserError
+from kit.network import model
+from kit.training import callbacks, loaders, resolve
 
 MANY = int(os.environ.get("FAULTS", 0))  # 0: a sample
 
@@ -47,6 +42,29 @@ def start(*flags, script=KIT / "train.py"):
     return Command(script, flags, merge=True)
 
 
+PATCHED = """
+import sys
+sys.path.insert(0, {kit!r})
+import train
+from kit.cli import parse
+from kit.errors import one_line_errors
+{patch}
+with one_line_errors():
+    train.train(parse(train.Config, ""))
+"""
+
+
+def write_patched(folder, patch):
+    """A script that is train.py with changes."""
+    script = folder / "patched.py"
+    script.write_text(PATCHED.format(kit=str(KIT), patch=patch))
+    return script
+
+
+def start_patched(folder, patch, *flags):
+    return start(*flags, script=write_patched(folder, patch))
+
+
 def wait_for(path, process, seconds=300):
     """Until a running process has written a file."""
     until = time.monotonic() + seconds
@@ -54,6 +72,23 @@ def wait_for(path, process, seconds=300):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory):
+    """16 small images with masks: a run on them takes a second or two."""
+
+    def build(root):
+        rng = np.random.default_rng(0)
+        for number in range(16):
+            mask = np.zeros((48, 96), np.uint8)
+            mask[16 + number :, 24:72] = 255
+            image = rng.integers(0, 200, (48, 96, 3), np.uint8) + (mask // 8)[..., None]
+            for folder, pixels in (("images", image), ("masks", mask)):
+                (root / folder).mkdir(exist_ok=True)
+                Image.fromarray(pixels).save(root / folder / f"f{number:02}.png")
+
+    return build_once(tmp_path_factory, "frames", build)
 
 
 def weights(folder):
@@ -69,18 +104,18 @@ def read_metrics(folder):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_random_moments_nothing_is_lost(roads, tmp_path):
+def test_killed_at_random_moments_nothing_is_lost(frames, tmp_path):
     """SIGKILL again and again: files load, model.pt stays near the best, the run ends whole."""
     rng = np.random.default_rng(MANY)
-    kills, survived, best, longest = MANY or 2, 0, 0.0, 12.0
+    kills, survived, best, longest = MANY or 3, 0, 0.0, 5.0
     while kills:
         out = tmp_path / str(kills)
-        flags = ("--data", roads, "--out", out, "--epochs", 6, *TINY)
+        flags = ("--data", frames, "--out", out, "--epochs", 6, *TINY)
         while True:
             began = time.monotonic()
             process = start(*flags)
             try:
-                printed, _ = process.communicate(rng.uniform(1, longest) if kills else None)
+                printed, _ = process.communicate(rng.uniform(0.5, longest) if kills else None)
                 assert process.returncode == 0, printed
                 longest = min(longest, time.monotonic() - began)
                 break
@@ -100,18 +135,29 @@ def test_killed_at_random_moments_nothing_is_lost(roads, tmp_path):
     print(f"{survived} kills survived")
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(roads, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(frames, tmp_path):
     """Also with workers, which Lightning fills before it tells the sampler the epoch."""
-    flags = ("--data", roads, "--epochs", 3, *TINY)
+    killed = """
+import os
+step = train.SegmentationModule.training_step
+def training_step(self, batch, index):
+    if self.current_epoch == 1 and index == 1:
+        os.kill(os.getpid(), 9)
+    return step(self, batch, index)
+train.SegmentationModule.training_step = training_step
+"""
+    flags = ("--data", frames, "--epochs", 3, *TINY)
     succeed("train.py", *flags, "--workers", 0, "--out", tmp_path / "whole")
     whole = pd.read_csv(tmp_path / "whole" / "metrics.csv").drop(columns="seconds")
     state = weights(tmp_path / "whole")
     for workers in (0, 2):
         out = tmp_path / f"cut{workers}"
         command = (*flags, "--workers", workers, "--out", out)
-        process = start(*command)
-        wait_for(out / "last.ckpt", process)
-        process.kill()
+        process = start_patched(tmp_path, killed, *command)
+        process.process.join(120)
+        assert process.poll() == -signal.SIGKILL
+        process.kill()  # its workers
+        assert pd.read_csv(out / "metrics.csv").epoch.tolist() == [1]
         assert "after epoch 1" in succeed("train.py", *command)
         assert whole.equals(pd.read_csv(out / "metrics.csv").drop(columns="seconds"))
         own = weights(out)
@@ -162,22 +208,6 @@ def test_while_it_exports_a_second_signal_ends_it_at_once():
 #  Starved
 # --------------------------------------------------------------------------------------------------
 
-PATCHED = """
-import sys
-sys.path.insert(0, {kit!r})
-import train, utils
-{patch}
-with utils.one_line_errors():
-    train.train(utils.parse(train.Config, ""))
-"""
-
-
-def start_patched(folder, patch, *flags):
-    """Start train.py with changes."""
-    script = folder / "patched.py"
-    script.write_text(PATCHED.format(kit=str(KIT), patch=patch))
-    return start(*flags, script=script)
-
 
 def test_a_loss_that_is_no_number_names_the_images(roads, tmp_path):
     patch = """
@@ -192,12 +222,12 @@ train.loss = broken
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 2, printed
     last = printed.strip().splitlines()[-1]
-    assert "the loss is nan in epoch 3" in last
+    assert "the loss: is nan in epoch 3" in last
     assert last.count(".png") == 4
     assert all(torch.isfinite(value).all() for value in weights(out).values())
 
 
-def test_memory_that_runs_out_makes_smaller_parts(roads, tmp_path):
+def test_memory_that_runs_out_makes_smaller_parts(frames, tmp_path):
     patch = """
 import torch
 step = train.SegmentationModule.training_step
@@ -208,7 +238,7 @@ def training_step(self, batch, index):
 train.SegmentationModule.training_step = training_step
 """
     out = tmp_path / "out"
-    process = start_patched(tmp_path, patch, "--data", roads, "--out", out, "--epochs", 2, *TINY)
+    process = start_patched(tmp_path, patch, "--data", frames, "--out", out, "--epochs", 2, *TINY)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert "gradient accumulation over 2 parts" in printed
@@ -293,7 +323,8 @@ def test_a_model_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
 
 WRONG = [
     {"height": "a"}, {"width": 0}, {"std": (0.0, 1.0, 1.0)}, {"top": float("nan")}, {"tiles": 3},
-    {"tta": "yes"}, {"min_pixels": 1e99}, {"extra": 1}, {"threshold": 2.0}, {"temperature": 0.0},
+    {"tta": "yes"}, {"areas": (1e99,)}, {"extra": 1}, {"thresholds": (2.0,)}, {"temperature": 0.0},
+    {"class_names": ("a", "b")}, {"thresholds": ()}, {"exclusive": True},
 ]  # fmt: skip
 
 
@@ -360,7 +391,7 @@ def damaged(content, rng):
 def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
     """Every reader on cut and changed files: a UserError or a result of the right kind."""
     rng = np.random.default_rng(MANY)
-    row = next(data.find_samples(str(roads), training=True).samples.itertuples())
+    row = next(samples.find_samples(str(roads), training=True).samples.itertuples())
     image = Image.open(row.image)
     size = image.size[::-1]
     image.convert("RGB").save(tmp_path / "whole.jpg", quality=90)
@@ -387,9 +418,12 @@ def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
         (tmp_path / "mask.png", read_mask(masks.MaskFile)),
         (tmp_path / "whole.jpg", read_image),
         (tmp_path / "phone.webp", read_image),
-        (tmp_path / "whole.csv", lambda path: set(tables.read_masks(path, stems)[0]) == stems),
+        (tmp_path / "whole.csv", lambda path: set(csvs.read_masks(path, stems)[0]) == stems),
         (row.views[0].calibration, lambda path: kitti.read_calibration(path).shape == (3, 4)),
-        (trained / "model.pt", lambda path: model.load_model(path, "cpu").config.threshold >= 0),
+        (
+            trained / "model.pt",
+            lambda path: model.load_model(path, "cpu").config.thresholds[0] >= 0,
+        ),
     ]
     tried = refused = 0
     for whole, reader in readers:
@@ -429,12 +463,12 @@ def test_any_csv_is_refused_or_read(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("csv") / "train.csv"
     path.write_bytes(b"id,rle_mask\n" + content)
     try:
-        masks, _ = tables.read_masks(path, {"a"})
-        shape, message = masks["a"].read((4, 4)).shape, "train.csv"
+        read, *_ = csvs.read_masks(path, {"a"})
+        shape, message = read["a"].read((4, 4)).shape, "train.csv"
     except UserError as error:
-        masks, shape, message = {"a": None}, (4, 4), str(error)
-    assert set(masks) == {"a"}
-    assert shape == (4, 4)
+        read, shape, message = {"a": None}, (1, 4, 4), str(error)
+    assert set(read) == {"a"}
+    assert shape == (1, 4, 4)
     assert "train.csv" in message
 
 
@@ -448,43 +482,71 @@ SLURM = {
 }  # fmt: skip
 
 
-def torchrun(script, *flags, hosts=1, slurm=False):
-    """Two processes on one host or two, which are both this machine; returns what was printed.
-
-    `slurm`: with what `srun --nodes 2 --ntasks-per-node 1 torchrun ...` sets.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", hosts]
-    command += ["--nproc_per_node", 2 // hosts, "--master_addr", "127.0.0.1"]
-    running = []
-    for host in range(hosts):
-        own = ["--master_port", 29516 + hosts, "--node_rank", host, KIT / script, *flags]
-        numbers = {"SLURM_PROCID": str(host), "SLURM_NODEID": str(host)}
-        environment = os.environ | (SLURM | numbers if slurm else {})
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        words = [str(word) for word in [*command, *own]]
-        running.append(subprocess.Popen(words, env=environment, **options))
-    printed = [process.communicate(timeout=600)[0] for process in running]
-    assert not any(process.returncode for process in running), printed
-    return printed
+def slurm(host):
+    """What `srun --nodes 2 --ntasks-per-node 1` sets on a host."""
+    return SLURM | {"SLURM_PROCID": str(host), "SLURM_NODEID": str(host)}
 
 
-def test_two_processes_train_one_model_also_on_two_hosts_of_slurm(roads, tmp_path):
-    flags = ("--data", roads, "--epochs", 2, *TINY)
-    torchrun("train.py", *flags, "--out", tmp_path / "host")
-    printed = torchrun("train.py", *flags, "--out", tmp_path / "hosts", hosts=2, slurm=True)
+def torchrun(script, *flags):
+    """torchrun with two processes; returns what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += ["--master_addr", "127.0.0.1", "--master_port", free_port(), KIT / script, *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def start_ranks(script, *flags, hosts=1):
+    """Two processes with what torchrun sets, on one host or on two of SLURM."""
+    port, running = free_port(), []
+    for rank in range(2):
+        host = rank if hosts == 2 else 0
+        numbers = {"RANK": rank, "LOCAL_RANK": rank - host, "WORLD_SIZE": 2, "GROUP_RANK": host}
+        numbers |= {"LOCAL_WORLD_SIZE": 2 // hosts, "MASTER_ADDR": "127.0.0.1"}
+        numbers |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+        environment = {name: str(value) for name, value in numbers.items()}
+        environment |= slurm(host) if hosts == 2 else {}
+        running.append(Command(KIT / script, flags, env=environment))
+    return running
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def succeed_on_two_hosts(script, *flags):
+    """Returns what the two processes printed."""
+    running = start_ranks(script, *flags, hosts=2)
+    printed = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    return [stdout for stdout, _ in printed]
+
+
+def test_two_processes_train_one_model_also_on_two_hosts_of_slurm(frames, tmp_path):
+    flags = ("--data", frames, "--epochs", 2, *TINY)
+    rank = """
+import os
+from pytorch_lightning.utilities import rank_zero_only
+rank_zero_only.rank = int(os.environ["RANK"])  # was read when Lightning was loaded
+"""
+    script = write_patched(tmp_path, rank)
+    assert torchrun("train.py", *flags, "--out", tmp_path / "host").count("wrote") == 1
+    printed = succeed_on_two_hosts(script, *flags, "--out", tmp_path / "hosts")
+    assert ["wrote" in text for text in printed] == [True, False]  # the first process alone writes
     one, two = (pd.read_csv(tmp_path / out / "metrics.csv") for out in ("host", "hosts"))
     assert one.epoch.tolist() == [1, 2]
     one, two = one.drop(columns="seconds"), two.drop(columns="seconds")
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     for out in ("host", "hosts"):
-        assert read_metrics(tmp_path / out)["image"]["all"]["images"] == 3
-    assert sum("wrote" in text for text in printed) == 1  # the first process alone writes
+        assert read_metrics(tmp_path / out)["image"]["all"]["images"] == 2
 
 
 def test_two_processes_share_the_images(roads, trained, tmp_path):
     flags = ("--model", trained, "--data", roads / "training", "--save_probs", "true")
     flags = (*flags, "--submission", "kitti")
-    torchrun("infer.py", *flags, "--out", tmp_path / "two", hosts=2, slurm=True)
+    succeed_on_two_hosts("infer.py", *flags, "--out", tmp_path / "two")
     succeed("infer.py", *flags, "--out", tmp_path / "one")
     one, two = {}, {}
     for found, folder in ((one, tmp_path / "one"), (two, tmp_path / "two")):
@@ -508,12 +570,7 @@ def test_a_mistake_is_one_line_however_many_processes_find_it(roads, tmp_path, n
     """Both processes of a torchrun end with status 2, and say why in the same line."""
     script, flags, words = MISTAKES[name]
     flags = ("--data", roads, "--out", tmp_path / "out", *flags)
-    running = []
-    for rank in ("0", "1"):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29520"}
-        environment |= {"TORCHELASTIC_RUN_ID": "none"}
-        running.append(Command(KIT / script, flags, env=environment))
+    running = start_ranks(script, *flags)
     printed = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [2, 2], printed
     [line] = set("".join(stderr for _, stderr in printed).strip().splitlines())
@@ -537,24 +594,23 @@ def same_item(one, other):
 
 def prepared(folder, **settings):
     """Config, ModelConfig and samples of fold 0, as train.py makes them."""
-    collection = data.find_samples(str(folder), training=True)
-    samples = data.scan_dataset(collection.samples)
-    samples["fold"] = data.assign_folds(samples, 10, 0)
+    collection = samples.find_samples(str(folder), training=True)
+    table = samples.scan(collection.samples, collection.classes)
+    table["fold"] = samples.assign_folds(table, 10, 0)
     settings |= {"encoder": "resnet18", "encoder_weights": "none", "height": 64, "width": 192}
-    config = train.Config(**settings)
-    config, model_config = train.resolve(config, collection._replace(samples=samples), 0)
-    samples["pair"] = data.decode_samples(samples, model_config, 1 << 30)
-    return config, model_config, samples
+    collection = collection._replace(samples=table)
+    resolved = resolve.resolve(train.Config(**settings), collection, 0, train.RESOLUTIONS)
+    return *resolved, samples.decode_pairs(table, resolved[1], 1 << 30)
 
 
 def test_validation_items_are_read_once_and_stay_the_same(roads, tmp_path):
     """The kit's default loaders: validation items come from memory from the second epoch on."""
     folder = tmp_path / "data"
     shutil.copytree(roads / "training", folder / "training")
-    config, model_config, samples = prepared(folder)
-    _, loader = train.make_loaders(config, model_config, samples)
+    config, model_config, table = prepared(folder)
+    _, loader = train.make_loaders(config, model_config, table)
     assert isinstance(loader.dataset, loaders.Cached)
-    plain = train.SegmentationDataset(samples[samples.fold == 0], model_config, 0, None)
+    plain = train.SegmentationDataset(table[table.fold == 0], model_config, 0, None)
     expected = [plain[index] for index in range(len(plain))]
     for _ in range(2):
         items = []
@@ -570,8 +626,8 @@ def test_validation_items_are_read_once_and_stay_the_same(roads, tmp_path):
 def test_training_items_are_made_from_decoded_pairs(roads, tmp_path, augment):
     folder = tmp_path / "data"
     shutil.copytree(roads / "training", folder / "training")
-    config, model_config, samples = prepared(folder, augment=augment)
-    loader, _ = train.make_loaders(config, model_config, samples)
+    config, model_config, table = prepared(folder, augment=augment)
+    loader, _ = train.make_loaders(config, model_config, table)
     shutil.rmtree(folder)  # reading would fail
     for batch in loader:
         assert set(batch) == {"name", "image", "mask"}

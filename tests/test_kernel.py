@@ -2,53 +2,54 @@
 
 import ast
 import csv
-import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
+import types
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import cv2
+import kernel
 import nbformat
 import numpy as np
 import pytest
-from conftest import KIT, build_once
+from conftest import KIT, build_once, succeed
 from PIL import Image
+from requests.exceptions import ConnectionError, HTTPError
+from test_kaggle import contents_of, settings
 
-FILES = (
-    "train.py", "infer.py", "data.py", "tables.py", "losses.py", "loaders.py", "predict.py",
-    "evaluate.py", "class_metrics.py", "metrics.py", "visualize.py", "submissions.py",
-    "colours.py", "kitti.py", "class_folders.py", "layouts.py", "folders.py",
-    "rle.py", "callbacks.py", "resume.py", "masks.py", "labels.py", "images.py",
-    "classes.py", "trial.py", "model.py", "encoders.py", "utils.py",
+from kit import kaggle
+
+FILES = (  # in the order of their cells
+    "train.py", "kit/results/predict.py", "infer.py", "utils.py",
+    "kit/data/samples.py", "kit/data/folders.py", "kit/data/csvs.py", "kit/data/kitti.py",
+    "kit/data/masks.py", "kit/data/classes.py", "kit/data/rle.py", "kit/data/images.py",
+    "kit/network/model.py", "kit/network/encoders.py",
+    "kit/training/resolve.py", "kit/training/loaders.py", "kit/training/callbacks.py",
+    "kit/training/resume.py",
+    "kit/results/metrics.py", "kit/results/visualize.py", "kit/results/submissions.py",
+    "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
+OPEN = ("train.py", "kit/results/predict.py")
 ANSWER = {
     "ref": "/code/alice/road-segmentation-kit",
     "url": "https://www.kaggle.com/code/alice/road-segmentation-kit",
     "versionNumber": 3,
     "error": "",
 }
-
-
-def kernel(*flags, kit=KIT, env=None):
-    command = [sys.executable, str(kit / "kernel.py"), *map(str, flags)]
-    environment = os.environ | (env or {})
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+NOWHERE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"PIP_NO_INDEX": "1"}
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("build")
-    done = kernel("build", "--owner", "alice", "--out", out)
-    assert done.returncode == 0, done.stderr
+    kernel.build(out, "alice")
     return out
 
 
@@ -56,41 +57,81 @@ def cell(notebook, name):
     return next(cell for cell in notebook.cells if cell.id == name)
 
 
+def cell_id(file):
+    return file.removesuffix(".py").replace("/", "-")
+
+
+def read(built):
+    return nbformat.read(built / "kernel.ipynb", as_version=4)
+
+
 def sources(built):
     """{id: source} of the code cells."""
-    notebook = nbformat.read(built / "kernel.ipynb", as_version=4)
-    return {cell.id: cell.source for cell in notebook.cells if cell.cell_type == "code"}
+    return {cell.id: cell.source for cell in read(built).cells if cell.cell_type == "code"}
+
+
+def is_one_line(text):
+    return len(text.strip().splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------------
 #  build
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_cells_are_the_files(built):
-    notebook = nbformat.read(built / "kernel.ipynb", as_version=4)
+    notebook = read(built)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
     written = [one.source for one in notebook.cells if one.source.startswith("%%writefile")]
     assert written == [f"%%writefile {name}\n{(KIT / name).read_text()}" for name in FILES]
     names = [cell.id for cell in notebook.cells if cell.cell_type == "code"]
-    files = [Path(name).stem for name in FILES]
-    steps = ["look-data", "run-train", "scores", "run-infer", "look", "submission"]
-    assert names == ["settings", "scripts", "inputs", "setup", *files, *steps]
+    files = [cell_id(name) for name in FILES[1:]]
+    steps = ["setup", "look-data", "run-train", "scores", "run-infer", "look", "submission"]
+    assert names == ["settings", "train", "folders", *files, *steps]
     assert sorted(path.name for path in built.iterdir()) == ["kernel-metadata.json", "kernel.ipynb"]
 
 
-def test_only_the_training_script_is_open_and_every_other_file_is_introduced(built):
-    notebook = nbformat.read(built / "kernel.ipynb", as_version=4)
+def test_every_file_that_the_scripts_need_has_a_cell():
+    needed, pending = set(), ["train.py", "infer.py", "utils.py", "kit/kaggle.py"]
+    while pending:
+        file = pending.pop()
+        if file not in needed and (KIT / file).exists():
+            needed.add(file)
+            for node in ast.walk(ast.parse((KIT / file).read_text())):
+                if isinstance(node, ast.ImportFrom):
+                    modules = [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+                    pending += [f"{module.replace('.', '/')}.py" for module in modules]
+    assert needed == set(FILES)
+
+
+def test_what_forks_change_is_open_and_every_other_file_is_introduced(built):
+    notebook = read(built)
     folded = {cell.id for cell in notebook.cells if cell.metadata.get("_kg_hide-input")}
-    assert folded == {"scripts", "inputs", "setup", *(Path(name).stem for name in FILES[1:])}
+    assert folded == {cell_id(name) for name in FILES if name not in OPEN}
+    introduced = 0
     for before, after in zip(notebook.cells, notebook.cells[1:], strict=False):
-        if after.source.startswith("%%writefile") and after.id in folded:
-            docstring = ast.get_docstring(ast.parse(after.source.partition("\n")[2]))
-            assert before.source == f"**{after.id}.py**: {docstring.splitlines()[0]}"
+        if after.id in folded:
+            first, _, text = after.source.partition("\n")
+            docstring = ast.get_docstring(ast.parse(text))
+            assert before.source == f"**{first.split()[1]}**: {docstring.splitlines()[0]}"
+            introduced += 1
+    assert introduced == len(FILES) - len(OPEN)
+
+
+def test_the_notebooks_own_code_is_short(built):
+    own = sources(built)
+    lines = [
+        line
+        for name, source in own.items()
+        if name != "settings" and not source.startswith("%%writefile")
+        for line in source.splitlines()
+    ]
+    assert len(lines) <= 160
 
 
 def test_the_notebook_begins_with_three_lines_an_image_and_the_settings(built):
-    notebook = nbformat.read(built / "kernel.ipynb", as_version=4)
+    notebook = read(built)
     introduction = notebook.cells[0]
     lines = [line for line in introduction.source.splitlines() if line and line[0] not in "#!"]
     assert len(lines) == 3
@@ -105,32 +146,22 @@ def test_every_setting_says_what_it_is_for(built):
     assert lines[0] == "# Your competition"
     assert [line.split(" = ")[0] for line in lines[1:4]] == ["DATA", "SUBMISSION", "METRIC"]
     assert not lines[4]
-    settings = [line for line in lines if line and not line.startswith("# ")]
-    assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in settings)
+    own = [line for line in lines if line and not line.startswith("# ")]
+    assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in own)
     promised = (
         "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH TRAIN EPOCHS MAX_MINUTES "
         "SESSION_MINUTES BATCH_SIZE LR DICE AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME "
         "PREDICT MODELS THRESHOLD TTA"
     )
-    assert [line.split(" = ")[0] for line in settings] == promised.split()
+    assert [line.split(" = ")[0] for line in own] == promised.split()
 
 
 def test_equal_input_gives_equal_bytes(built, tmp_path):
-    assert kernel("build", "--owner", "alice", "--out", tmp_path).returncode == 0
+    command = [sys.executable, KIT / "tools" / "kernel.py", "build", "--owner", "alice"]
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    subprocess.run([*command, "--out", tmp_path], env=environment, check=True, timeout=120)
     for path in built.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
-
-
-def test_metadata_says_everything_and_takes_the_owner_from_the_login(tmp_path):
-    login = {"KAGGLE_USERNAME": "carol", "KAGGLE_KEY": "k", "KAGGLE_CONFIG_DIR": str(tmp_path)}
-    assert kernel("build", "--out", tmp_path, env=login).returncode == 0
-    metadata = json.loads((tmp_path / "kernel-metadata.json").read_text())
-    assert metadata["id"] == "carol/road-segmentation-kit"
-    assert (tmp_path / metadata["code_file"]).exists()
-    flags = {"is_private": True, "enable_gpu": True, "enable_tpu": False, "enable_internet": True}
-    assert {flag: metadata[flag] for flag in flags} == flags
-    assert metadata["machine_shape"] == "NvidiaTeslaT4"
-    assert metadata["dataset_sources"] == ["sakshaymahna/kittiroadsegmentation"]
 
 
 def test_the_cells_cannot_be_imported_by_accident():
@@ -143,22 +174,168 @@ def test_the_cells_cannot_be_imported_by_accident():
     assert not done.stdout
 
 
-def test_a_file_without_a_cell_is_noticed(fork):
-    (fork.kit / "extra.py").write_text('"""More."""\n')
-    assert fork.build().returncode == 0, "nothing imports it"
-    text = (
-        (fork.kit / "metrics.py")
-        .read_text()
-        .replace("import json\n", "import extra\nimport json\n")
-    )
-    (fork.kit / "metrics.py").write_text(text)
-    done = fork.build()
+# --------------------------------------------------------------------------------------------------
+#  The command line, with a stand-in for Kaggle's client
+# --------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """`answer` is what Kaggle says, `blob` a notebook there; `asked` what it was asked for."""
+
+    CONFIG_NAME_USER = "username"
+
+    def __init__(self):
+        self.user, self.asked, self.blob = "alice", [], ""
+        self.say()
+
+    def say(self, **changes):
+        """Change the answer to a push."""
+        answer = {"ref": ANSWER["ref"], "url": ANSWER["url"], "version_number": 3, "error": ""}
+        self.answer = types.SimpleNamespace(**answer | changes)
+
+    def get_config_value(self, name):
+        return {"username": self.user}[name]
+
+    def kernels_push(self, folder):
+        self.asked.append(folder)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def kernels_pull(self, name, folder):
+        self.asked.append(name)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        path = Path(folder, "road-fork.ipynb")
+        path.write_text(self.blob)
+        return str(path)
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """The stand-in for Kaggle's client, logged in."""
+    client = Client()
+    monkeypatch.setattr(kernel, "log_in", lambda: client)
+    return client
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`kernel.py` with flags; answers what it would print, and the exit status."""
+
+    def run(*flags):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["kernel.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        status = 0
+        try:
+            kernel.main()
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        return types.SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return run
+
+
+def test_metadata_says_everything_and_takes_the_owner_from_the_login(client, command, tmp_path):
+    client.user = "carol"
+    assert command("build", "--out", tmp_path).returncode == 0
+    metadata = json.loads((tmp_path / "kernel-metadata.json").read_text())
+    assert metadata["id"] == "carol/road-segmentation-kit"
+    assert (tmp_path / metadata["code_file"]).exists()
+    flags = {"is_private": True, "enable_gpu": True, "enable_tpu": False, "enable_internet": True}
+    assert {flag: metadata[flag] for flag in flags} == flags
+    assert metadata["machine_shape"] == "NvidiaTeslaT4"
+    assert metadata["dataset_sources"] == ["sakshaymahna/kittiroadsegmentation"]
+
+
+def test_a_notebook_is_built_without_a_login(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel, "log_in", lambda: None)
+    assert command("build", "--out", tmp_path / "build").returncode == 0
+    assert (tmp_path / "build" / "kernel.ipynb").exists()
+
+
+def test_the_next_steps_name_the_notebook_as_kaggle_answered(client, command, tmp_path):
+    client.say(ref="/code/alice/another-name")
+    done = command("push", "--out", tmp_path / "build")
+    assert done.returncode == 0
+    assert client.asked == [str(tmp_path / "build")]
+    assert "kernels status alice/another-name\n" in done.stdout
+    assert "-k alice/another-name -v 3" in done.stdout
+    assert "road-segmentation-kit" not in done.stdout.partition("next:")[2]
+
+
+@pytest.mark.parametrize(
+    "no",
+    [
+        {"error": "Maximum batch GPU session count of 2 reached."},
+        {"invalid_dataset_sources": ["sakshaymahna/kittiroadsegmentation"]},
+        {"invalid_competition_sources": ["titanic"]},
+        {"invalid_kernel_sources": ["alice/earlier"]},
+        {"invalid_model_sources": ["alice/model"]},
+        {"invalid_tags": ["nonsense"]},
+        {"status": "403 Client Error: Forbidden"},
+        {"status": "500 Server Error"},
+    ],
+    ids=lambda no: next(iter(no)) + str(no.get("status", ""))[:3],
+)
+def test_push_fails_when_kaggle_says_no(client, command, tmp_path, no):
+    client.say(**no)
+    if "status" in no:
+        client.answer = HTTPError(no["status"])
+    done = command("push", "--out", tmp_path / "build")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Kaggle rejects the push: ")
+    assert is_one_line(done.stderr)
+    assert "next:" not in done.stdout
+    [reason] = no.values()
+    assert str(reason[0] if isinstance(reason, list) else reason).rstrip(".") in done.stderr
+
+
+def test_a_quota_that_is_used_up_is_said_as_such(client, command, tmp_path):
+    client.say(error="Maximum weekly GPU quota of 30.00 hours reached.")
+    done = command("push", "--out", tmp_path / "build")
+    assert done.returncode == 1
+    assert "your GPU quota is used up" in done.stderr
+    assert "kernel-metadata.json" not in done.stderr
+
+
+def test_metadata_that_cannot_be_pushed_is_one_line(client, command, tmp_path):
+    client.answer = ValueError("Title must be at\nleast five characters")
+    done = command("push", "--out", tmp_path / "build")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: metrics.py imports extra.py")
+    assert done.stderr == "error: kernel-metadata.json: Title must be at least five characters\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(None, 0), (SystemExit(1), 0), (ConnectionError("no route"), 1)],
+    ids=["logged in", "no credentials", "no network"],
+)
+def test_the_client_logs_in_without_a_word(monkeypatch, capsys, end, status):
+    class KaggleApi(Client):
+        def authenticate(self):
+            print("a page of help")
+            if end:
+                raise end
+
+    for name in ("kaggle", "kaggle.api", "kaggle.api.kaggle_api_extended"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["kaggle.api.kaggle_api_extended"].KaggleApi = KaggleApi
+    if status:
+        with pytest.raises(SystemExit) as failure:
+            kernel.log_in()
+        assert failure.value.code == status
+        assert capsys.readouterr().err == "error: Kaggle cannot be reached: no route\n"
+    else:
+        assert (kernel.log_in() is None) == bool(end)
+    assert not capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
-#  push and pull: Kaggle's own client, and a server on loopback that answers as Kaggle does
+#  Kaggle's own client, and a server on loopback that answers as Kaggle does
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -194,10 +371,16 @@ def site(tmp_path):
     }
     yield Site
     server.shutdown()
+    server.server_close()
+
+
+def run_kernel(*flags, env):
+    line = [sys.executable, str(KIT / "tools" / "kernel.py"), *map(str, flags)]
+    return subprocess.run(line, env=os.environ | env, capture_output=True, text=True, timeout=120)
 
 
 def test_push_sends_the_notebook_and_says_what_comes_next(site, tmp_path):
-    done = kernel("push", "--out", tmp_path / "build", env=site.env)
+    done = run_kernel("push", "--out", tmp_path / "build", env=site.env)
     assert done.returncode == 0, done.stdout + done.stderr
     [(_, sent)] = [(path, body) for path, body in site.asked if path.endswith("SaveKernel")]
     assert json.loads(sent["text"]) == json.loads((tmp_path / "build/kernel.ipynb").read_text())
@@ -209,90 +392,56 @@ def test_push_sends_the_notebook_and_says_what_comes_next(site, tmp_path):
         assert words in done.stdout
 
 
-def test_the_next_steps_name_the_notebook_as_kaggle_answered(site, tmp_path):
-    site.answer = ANSWER | {"ref": "/code/alice/another-name"}
-    done = kernel("push", "--out", tmp_path / "build", env=site.env)
-    assert "kernels status alice/another-name\n" in done.stdout
-    assert "-k alice/another-name -v 3" in done.stdout
-    assert "road-segmentation-kit" not in done.stdout.partition("next:")[2]
+def test_pull_asks_for_the_notebook(site, built):
+    source = (built / "kernel.ipynb").read_text()
+    blob = {"source": source, "language": "python", "kernelType": "notebook", "slug": "road-fork"}
+    site.answer = {"blob": blob, "metadata": {"ref": "bob/road-fork"}}
+    done = run_kernel("pull", "https://www.kaggle.com/code/bob/road-fork", env=site.env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no file differs\n"
+    [(_, sent)] = [(path, body) for path, body in site.asked if path.endswith("GetKernel")]
+    assert (sent["userName"], sent["kernelSlug"]) == ("bob", "road-fork")
 
 
-@pytest.mark.parametrize(
-    "no",
-    [
-        {"error": "Maximum batch GPU session count of 2 reached."},
-        {"invalidDatasetSources": ["sakshaymahna/kittiroadsegmentation"]},
-        {"invalidCompetitionSources": ["titanic"]},
-        {"invalidKernelSources": ["alice/earlier"]},
-        {"invalidModelSources": ["alice/model"]},
-        {"invalidTags": ["nonsense"]},
-        {"status": 403},
-        {"status": 500},
-    ],
-    ids=lambda no: next(iter(no)) + str(no.get("status", "")),
-)
-def test_push_fails_when_kaggle_says_no(site, tmp_path, no):
-    site.status = no.get("status", 200)
-    site.answer = ANSWER | no
-    done = kernel("push", "--out", tmp_path / "build", env=site.env)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: Kaggle rejects the push: ")
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "next:" not in done.stdout
-    [reason] = no.values()
-    assert str(reason[0] if isinstance(reason, list) else reason).rstrip(".") in done.stderr
-
-
-def test_a_quota_that_is_used_up_is_said_as_such(site, tmp_path):
-    site.answer = ANSWER | {"error": "Maximum weekly GPU quota of 30.00 hours reached."}
-    done = kernel("push", "--out", tmp_path / "build", env=site.env)
-    assert done.returncode == 1
-    assert "your GPU quota is used up" in done.stderr
-    assert "kernel-metadata.json" not in done.stderr
-
-
-def test_metadata_that_cannot_be_pushed_is_one_line(fork, site):
-    path = fork.kit / "kernel-metadata.json"
-    path.write_text(path.read_text().replace("Road segmentation kit", "Kit"))
-    done = kernel("push", "--out", fork.kit / "build", kit=fork.kit, env=site.env)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: kernel-metadata.json: ")
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not site.asked
-
-
-def test_push_without_credentials_is_one_line(tmp_path):
+def test_push_without_credentials_is_one_line(command, monkeypatch, tmp_path):
     nobody = {"KAGGLE_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
     nobody |= dict.fromkeys(("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN"), "")
-    for action in (["push"], ["pull", "bob/road-fork"]):
-        done = kernel(*action, "--out", tmp_path / "build", env=nobody)
+    monkeypatch.setattr(kernel, "log_in", lambda: None)
+    for done in (
+        run_kernel("push", "--out", tmp_path / "build", env=nobody),
+        command("push", "--out", tmp_path / "build"),
+        command("pull", "bob/road-fork", "--out", tmp_path / "build"),
+    ):
         assert done.returncode == 2
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert is_one_line(done.stderr)
         assert "https://www.kaggle.com/settings/api" in done.stderr
         assert not (tmp_path / "build").exists()
 
 
+# --------------------------------------------------------------------------------------------------
+#  pull
+# --------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def fork(site, built, tmp_path):
+def fork(client, command, built, tmp_path, monkeypatch):
     """A copy of the kit and the notebook on the site: `pull(*flags)`, `save()` after a change."""
 
     class Fork:
         kit = tmp_path / "kit"
-        notebook = nbformat.read(built / "kernel.ipynb", as_version=4)
+        notebook = read(built)
 
         @staticmethod
-        def save(language="python", kind="notebook", text=""):
-            source = text or nbformat.writes(Fork.notebook)
-            blob = {"source": source, "language": language, "kernelType": kind, "slug": "road-fork"}
-            site.answer = {"blob": blob, "metadata": {"ref": "bob/road-fork"}}
+        def save(text=""):
+            client.blob = text or nbformat.writes(Fork.notebook)
 
         @staticmethod
         def pull(*flags, name="bob/road-fork"):
-            return kernel("pull", name, *flags, kit=Fork.kit, env=site.env)
+            return command("pull", name, *flags)
 
         @staticmethod
         def build():
-            return kernel("build", "--owner", "bob", "--out", Fork.kit / "build", kit=Fork.kit)
+            return command("build", "--owner", "bob", "--out", Fork.kit / "build")
 
         @staticmethod
         def drop_ids():
@@ -306,10 +455,33 @@ def fork(site, built, tmp_path):
             names = ("notebook.py", *FILES)
             return [n for n in names if (Fork.kit / n).read_bytes() != (KIT / n).read_bytes()]
 
-    (Fork.kit / "docs").mkdir(parents=True)
-    for name in ("kernel.py", "kernel-metadata.json", "notebook.py", "docs/demo.jpg", *FILES):
+    for name in ("kernel-metadata.json", "notebook.py", "docs/demo.jpg", *FILES):
+        (Fork.kit / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(KIT / name, Fork.kit / name)
+    monkeypatch.setattr(kernel, "HERE", Fork.kit)
     return Fork
+
+
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [
+        ("from kit import extra", "kit/extra.py"),
+        ("from kit.extra import more", "kit/extra.py"),
+        ("import kit.extra", "kit/extra.py"),
+        ("import extra", "extra.py"),
+    ],
+)
+def test_a_file_without_a_cell_is_noticed(fork, line, file):
+    (fork.kit / file).write_text('"""More."""\n\nmore = 1\n')
+    assert fork.build().returncode == 0, "nothing imports it"
+    text = (fork.kit / "kit/results/metrics.py").read_text()
+    assert "import json\n" in text
+    text = text.replace("import json\n", f"import json\n{line}\n")
+    (fork.kit / "kit/results/metrics.py").write_text(text)
+    done = fork.build()
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: kit/results/metrics.py imports {file}")
+    assert is_one_line(done.stderr)
 
 
 def test_pull_brings_back_what_was_changed_on_the_site(fork):
@@ -323,6 +495,7 @@ def test_pull_brings_back_what_was_changed_on_the_site(fork):
     assert re.search(r"^\+ +A\.HorizontalFlip\(p=0\.25\)", seen.stdout, re.MULTILINE)
     assert "NOT brought back" in seen.stdout
     assert "%%writefile ../stray.py" in seen.stdout
+    assert "nothing written; --yes writes without asking" in seen.stdout
     assert not fork.changed(), "asked first"
     assert fork.pull("--yes").returncode == 0
     assert (fork.kit / "train.py").read_text() == tweaked.source.partition("\n")[2]
@@ -333,11 +506,11 @@ def test_pull_brings_back_what_was_changed_on_the_site(fork):
 @pytest.mark.parametrize("ids", [True, False], ids=["with ids", "without ids"])
 def test_pull_names_every_cell_that_differs(fork, ids):
     """Settings, a step, a text, a file with a comment above its magic: each is brought back."""
-    settings, step = cell(fork.notebook, "settings"), cell(fork.notebook, "run-train")
-    settings.source = settings.source.replace("EPOCHS = 40", "EPOCHS = 80")
+    own, step = cell(fork.notebook, "settings"), cell(fork.notebook, "run-train")
+    own.source = own.source.replace("EPOCHS = 40", "EPOCHS = 80")
     step.source += "\n!nvidia-smi\n    # indented"
     cell(fork.notebook, "next").source += "\n- Sleep."
-    metrics = cell(fork.notebook, "metrics")
+    metrics = cell(fork.notebook, "kit-results-metrics")
     metrics.source = "# my measures\n\n" + metrics.source
     fork.notebook.cells.append(nbformat.v4.new_code_cell("print('appended')"))
     fork.notebook.cells.append(nbformat.v4.new_code_cell(""))
@@ -347,30 +520,30 @@ def test_pull_names_every_cell_that_differs(fork, ids):
     done = fork.pull("--yes")
     assert done.returncode == 0, done.stderr
     named = re.findall("^differs: (.*)$", done.stdout, re.MULTILINE)
-    assert named == ["the cell settings", "metrics.py", "the cell run-train", "the cell next"]
+    file = "kit/results/metrics.py"
+    assert named == ["the cell settings", file, "the cell run-train", "the cell next"]
     assert done.stdout.count("NOT brought back") == 1
     assert "print('appended')" in done.stdout
-    assert fork.changed() == ["notebook.py", "metrics.py"]
-    ours = (KIT / "metrics.py").read_text()
-    assert (fork.kit / "metrics.py").read_text() == f"# my measures\n{ours}"
+    assert fork.changed() == ["notebook.py", file]
+    assert (fork.kit / file).read_text() == f"# my measures\n{(KIT / file).read_text()}"
     text = (fork.kit / "notebook.py").read_text()
     ast.parse(text)
     assert "EPOCHS = 80" in text
     assert "\n# !nvidia-smi\n" in text
     assert fork.build().returncode == 0
     rebuilt = sources(fork.kit / "build")
-    assert rebuilt["settings"] == settings.source
+    assert rebuilt["settings"] == own.source
     assert rebuilt["run-train"] == step.source
 
 
 def test_pull_says_what_cannot_be_brought_back(fork):
-    cell(fork.notebook, "about-rle").source = "my own words"
+    cell(fork.notebook, "about-kit-data-rle").source = "my own words"
     fork.notebook.cells.remove(cell(fork.notebook, "scores"))
     fork.save()
     done = fork.pull("--yes")
     assert done.returncode == 0
     assert "NOT brought back: the cell scores" in done.stdout
-    assert "NOT brought back: the cell about-rle" in done.stdout
+    assert "NOT brought back: the cell about-kit-data-rle" in done.stdout
     assert "my own words" in done.stdout
     assert not fork.changed()
     cell(fork.notebook, "look").source += "\n# %% another\nprint(1)"
@@ -391,46 +564,91 @@ def test_pull_says_what_cannot_be_brought_back(fork):
         "/code/bob/road-fork",
     ],
 )
-def test_pull_takes_a_name_or_an_address(fork, site, name):
+def test_pull_takes_a_name_or_an_address(fork, client, name):
     fork.save()
     done = fork.pull(name=name)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "no file differs\n"
-    [(_, sent)] = [(path, body) for path, body in site.asked if path.endswith("GetKernel")]
-    assert (sent["userName"], sent["kernelSlug"]) == ("bob", "road-fork")
+    assert client.asked == ["bob/road-fork"]
 
 
-def test_what_cannot_be_pulled_is_one_line(fork, site):
+def test_what_cannot_be_pulled_is_one_line(fork, client):
     for name in ("road-fork", "https://example.com/code/bob/road-fork", ""):
         done = fork.pull(name=name)
-        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
-    fork.save(kind="script", text="print(1)\n")
+        assert (done.returncode, is_one_line(done.stderr)) == (2, True)
+        assert done.stderr.startswith("error: ")
+    fork.save(text="print(1)\n")
     done = fork.pull()
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1)
+    assert (done.returncode, is_one_line(done.stderr)) == (1, True)
     assert "script" in done.stderr
-    site.status = 404
+    client.answer = HTTPError("404 Client Error: Not Found")
     done = fork.pull()
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1)
+    assert (done.returncode, is_one_line(done.stderr)) == (1, True)
+    assert "404" in done.stderr
     assert not fork.changed()
 
 
+@pytest.mark.parametrize(("answer", "writes"), [("y", True), ("Y", True), ("", False)])
+def test_pull_asks_on_a_terminal(monkeypatch, answer, writes):
+    questions = []
+    terminal = types.SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr("builtins.input", lambda text: questions.append(text) or answer)
+    assert kernel.confirmed("write a?", yes=False) == writes
+    assert questions == ["write a? [y/N] "]
+
+
+EARLIER = {
+    "train.py": "import data\n\nprint('earlier')\n",
+    "infer.py": '"""Predict."""\n',
+    "data.py": "import masks\n",
+    "masks.py": '"""Masks."""\n\nTEXT = """\n%%writefile\n"""\n',
+    "losses.py": "def dice():\n    return 1\n",
+    "utils.py": "\n\nx = 1\n",
+}
+
+
+def test_a_notebook_of_an_earlier_version_is_kept_apart(fork, tmp_path):
+    """In a folder of its own, and nothing outside of it is touched."""
+    cells = [nbformat.v4.new_markdown_cell("# Image segmentation kit")]
+    cells.append(nbformat.v4.new_code_cell('# Yours\nDATA = "auto"\nTRAIN = True\nEPOCHS = 80'))
+    texts = EARLIER | {"../stray.py": "print(1)\n", str(tmp_path / "absolute.py"): "print(1)\n"}
+    for name, text in texts.items():
+        source = f"%%writefile {name}\n{text}"
+        cells.append(nbformat.v4.new_code_cell(source.removesuffix("\n")))
+    cells.append(nbformat.v4.new_code_cell('run("train.py")'))
+    fork.notebook = nbformat.v4.new_notebook(cells=cells)
+    fork.save()
+    folder = fork.kit / "build" / "road-fork"
+    seen = fork.pull()
+    assert seen.returncode == 0, seen.stderr
+    assert "bob/road-fork was built by another version of the kit: its 7 files" in seen.stdout
+    assert "nothing written; --yes writes without asking" in seen.stdout
+    assert not folder.exists()
+    assert not fork.changed()
+    done = fork.pull("--yes")
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {folder}" in done.stdout
+    assert "differs" not in done.stdout
+    written = {path.name: path.read_text() for path in folder.iterdir()}
+    own = '# Yours\nDATA = "auto"\nTRAIN = True\nEPOCHS = 80\n'
+    assert written == EARLIER | {"settings.py": own}
+    assert not fork.changed(), "the kit's own files are left alone"
+    assert not list(tmp_path.rglob("stray.py"))
+    assert not (tmp_path / "absolute.py").exists()
+
+
 # --------------------------------------------------------------------------------------------------
-#  the set-up, in an IPython of its own
+#  The notebook run as Kaggle runs it: in an empty folder next to the input
+# --------------------------------------------------------------------------------------------------
 
-SHELL = """
-import json, sys
-from IPython.core.interactiveshell import InteractiveShell
-shell = InteractiveShell.instance(colors="NoColor")
-for source in json.loads(sys.argv[1]):
-    if not shell.run_cell(source, store_history=True).success:
-        sys.exit(1)
-"""
-NOWHERE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"PIP_NO_INDEX": "1"}
+SMALL = {"EPOCHS": 2, "ENCODER": "timm-mobilenetv3_small_minimal_100", "ENCODER_WEIGHTS": "none"}
+SMALL |= {"HEIGHT": 64, "WIDTH": 192}
 
 
-def with_settings(source, settings):
+def with_settings(source, changes):
     """The settings cell with some lines changed, and others appended."""
-    for name, value in settings.items():
+    for name, value in changes.items():
         line = f"{name} = {value!r}"
         pattern = rf"^{name} = .*$"
         known = re.search(pattern, source, re.MULTILINE)
@@ -438,472 +656,27 @@ def with_settings(source, settings):
     return source
 
 
-@pytest.fixture
-def session(built, tmp_path):
-    """A Kaggle session without a network: call it with code that runs after the set-up."""
-    (tmp_path / "input").mkdir()
-    (tmp_path / "working").mkdir()
-    (tmp_path / "bin").mkdir()
-    own = sources(built)
-    root = tmp_path
-
-    class Session:
-        input, working = root / "input", root / "working"
-
-        def start(self, code, before="", env=None, **settings):
-            cells = [with_settings(own["settings"], settings)]
-            cells += [own["scripts"], before or "0", own["inputs"], own["setup"], code]
-            path = f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"
-            environment = os.environ | NOWHERE | {"TMPDIR": str(root), "PATH": path} | (env or {})
-            environment |= {"IPYTHONDIR": str(root / "ipython"), "PYTHONPATH": ""}
-            return subprocess.Popen(
-                [sys.executable, "-c", SHELL, json.dumps(cells)],
-                cwd=self.working,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-
-        def __call__(self, code, status=0, **options):
-            process = self.start(code, **options)
-            output, errors = process.communicate(timeout=120)
-            assert process.returncode == status, output + errors
-            return output
-
-        def fails(self, code, **options):
-            """The last line of a session that must fail."""
-            output = self(code, status=1, **options)
-            assert "Traceback" not in output
-            return output.strip().splitlines()[-1]
-
-        def attach(self, *names, content=""):
-            for name in names:
-                path = self.input / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(content)
-            return path
-
-        def saved(self, name, words="encoder_weights min_pixels"):
-            """A file as torch saves it."""
-            path = self.attach(name)
-            with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("archive/data.pkl", words)
-            return path
-
-        def gpus(self, *names):
-            """An nvidia-smi that knows these."""
-            tool = root / "bin" / "nvidia-smi"
-            tool.write_text("#!/bin/sh\n" + "".join(f"echo '{name}'\n" for name in names))
-            tool.chmod(0o755)
-
-    return Session()
-
-
-def write_scripts(folder, body="print(sys.argv[1:])", field=""):
-    """Small stand-ins for the two scripts."""
-    for name, title in (("train.py", "Config"), ("infer.py", "Options")):
-        text = f"import sys, time, signal, os\nclass {title}:\n    data: str\n    out: str\n"
-        fields = "    epochs: int\n    resume: str\n" if name == "train.py" else "    model: list\n"
-        (folder / name).write_text(f"{text}{fields}    tta: bool\n{field}\n{body}\n")
-
-
-def test_the_set_up_shows_what_there_is(session):
-    session.attach("competitions/tgs-salt/train/images/a.png", "datasets/bob/wheels/x.whl")
-    session.attach("old-mount/one.txt")
-    session.attach(*(f"notebooks/carol/earlier/{number}.txt" for number in range(7)))
-    session.gpus("Tesla T4", "Tesla T4")
-    printed = session("0")
-    for line in (
-        "  competitions/tgs-salt: train",
-        "  datasets/bob/wheels: x.whl",
-        "  notebooks/carol/earlier: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, ... (7 in all)",
-        "  old-mount: one.txt",
-        "GPU: Tesla T4, Tesla T4; internet: off",
-    ):
-        assert line in printed.splitlines()
-    assert "NO GPU" not in printed
-    assert "weights" not in printed
-    (session.working.parent / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
-    printed = session("0", env={"KAGGLE_KERNEL_RUN_TYPE": "Batch"})
-    assert "GPU: none" in printed
-    assert "*** NO GPU" in printed
-
-
-def test_the_walk_is_fast_enough(session):
-    for folder in range(30):
-        (session.input / f"images{folder}").mkdir()
-        for number in range(300):
-            (session.input / f"images{folder}" / f"{number}.png").touch()
-    code = "start = time.perf_counter(); walk(); print(len(files), time.perf_counter() - start)"
-    count, seconds = session(code).splitlines()[-1].split()
-    assert int(count) == 9000
-    assert float(seconds) < 0.5
-
-
-def test_a_script_gets_each_setting_that_it_has_a_field_for(session):
-    names = "metric arch encoder encoder_weights height width max_minutes session_minutes seed lr"
-    names += (
-        " batch_size dice augment masks classes folds fold devices threshold submission pos_weight"
-    )
-    fields = "".join(f"    {name}: str\n" for name in names.split())
-    write_scripts(session.working, field=fields)
-    code = "print(flags('train.py', data='X')); print(flags('infer.py', model=['a', 'b']))"
-    train, infer = map(ast.literal_eval, session(code, POS_WEIGHT=2.0, TTA=False).splitlines()[-2:])
-    for words in (train, infer):
-        assert words[words.index("--pos_weight") + 1] == 2.0
-        assert words[words.index("--tta") + 1] == "false"
-        assert "--train" not in words
-    assert train[:2] == ["--data", "X"]
-    assert train.count("--data") == 1
-    assert infer[:3] == ["--model", "a", "b"]
-    assert "--epochs" in train
-    assert "--epochs" not in infer
-    last = session.fails("flags('train.py')", POS_WEIHGT=2.0)
-    assert last.startswith("error: POS_WEIHGT: ")
-    assert last.endswith("did you mean POS_WEIGHT?")
-    assert "function loss" in session.fails("flags('train.py')", LOSS="focal")
-    assert session.fails("flags('train.py')", OUT="elsewhere").startswith("error: OUT: ")
-
-
-def test_settings_are_those_of_the_cell_as_it_was_last_run(session):
-    """A line that was mistyped, and one that was deleted, do not survive in the session."""
-    write_scripts(session.working)
-    code = """
-def cell(*lines):
-    get_ipython().run_cell("\\n".join(lines), store_history=True)
-cell("DATA = 'a'", "TRAIN = True", "EPOCHS = 3", "EPOSCH = 5")
-cell("DATA = 'b'", "WIDTH, TRAIN = 5, False", "EPOCHS: int = 4")
-cell("TRAIN = DATA = (")
-print("SETTINGS", sorted(settings().items()))
-"""
-    lines = session(code).splitlines()
-    assert lines[-1] == "SETTINGS [('DATA', 'b'), ('EPOCHS', 4), ('TRAIN', False), ('WIDTH', 5)]"
-
-
-def test_a_failing_script_ends_the_cell_with_its_own_message(session):
-    printed = "print('hello'); print('error: --resume x: gone; or --unknown', file=sys.stderr)"
-    write_scripts(session.working, f"{printed}; sys.exit(2)")
-    last = session.fails("run('train.py')")
-    assert last == "error: RESUME x: gone; or --unknown", "in the notebook's words"
-    output = session("run('train.py', '--out', 'a b')", status=1)
-    assert "$ python train.py --out 'a b'\nhello\n" in output
-    write_scripts(session.working, "print('--data', os.environ['KIT_NOTEBOOK'])")
-    assert session("run('train.py')").splitlines()[-1] == "DATA 1"
-    write_scripts(session.working, "os.kill(os.getpid(), 9)")
-    assert session.fails("run('train.py')") == "error: it ended with status -9, see above"
-
-
-PATIENT = """
-from pathlib import Path
-def interrupted(*_):
-    Path('signals').write_text(Path('signals').read_text() + 'x')
-Path('signals').write_text('')
-signal.signal(signal.SIGINT, interrupted)
-print('ready', flush=True)
-time.sleep(2) or time.sleep(2)
-print('exported', flush=True)
-"""
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize("group", [True, False], ids=["the group", "the kernel"])
-def test_a_stop_reaches_the_script_once_and_waits_for_it(session, group):
-    """Jupyter signals the kernel's whole group; subprocess.run would kill the script soon after."""
-    write_scripts(session.working, PATIENT)
-    process = session.start("run('train.py')\nprint('not reached')")
-    wait_for(lambda: (session.working / "signals").exists())
-    time.sleep(0.5)
-    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert output.strip().splitlines()[-2:] == ["exported", "error: stopped"]
-    assert (session.working / "signals").read_text() == "x"
-    assert "not reached" not in output
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux's PR_SET_PDEATHSIG")
-def test_a_kernel_that_is_killed_leaves_no_training_behind(session):
-    body = "open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
-    write_scripts(session.working, body)
-    process = session.start("run('train.py')")
-    wait_for(lambda: (session.working / "pid").exists() and (session.working / "pid").read_text())
-    number = int((session.working / "pid").read_text())
-    process.kill()
-    process.communicate(timeout=60)
-    state = Path(f"/proc/{number}/stat")
-    wait_for(lambda: not state.exists() or state.read_text().split()[2] == "Z", 10)
-
-
-@pytest.mark.parametrize(
-    ("mount", "name"),
-    [
-        ("competitions/tgs-salt", "tgs-salt"),
-        ("tgs-salt", "tgs-salt"),
-        ("Competitions/TGS-Salt", "tgs-salt"),
-        ("competitions/tgs-salt", "TGS-salt"),
-        ("competitions/tgs-salt", "/kaggle/input/tgs-salt"),
-        ("competitions/tgs-salt/train", "tgs-salt/train"),
-        ("datasets/bob/my-images", "my-images"),
-        ("datasets/bob/my-images", "bob/my-images"),
-        ("datasets/bob/my-images/deep/er/data_road", "data_road"),
-        ("notebooks/bob/prepared", "prepared"),
-        ("models/bob/road-net/pytorch/default/1", "road-net"),
-    ],
-)
-def test_data_takes_a_bare_slug(session, mount, name):
-    session.attach(f"{mount}/image.png")
-    printed = session("print(data_folder())", DATA=name)
-    folder = session.input / mount
-    while name != "tgs-salt/train" and folder.name.lower() != Path(name).name.lower():
-        folder = folder.parent
-    assert printed.splitlines()[-1] == str(folder)
-
-
-def test_a_slug_that_is_not_attached_or_not_clear_is_an_error(session):
-    session.attach("datasets/bob/images/a.png", "datasets/carol/images/a.png")
-    output = session("data_folder()", status=1, DATA="tgs-salt")
-    assert "  datasets/bob/images: a.png" in output
-    assert output.strip().splitlines()[-1].startswith("error: DATA: tgs-salt is not attached")
-    last = session.fails("data_folder()", DATA="images")
-    assert "bob/images" in last
-    assert "carol/images" in last
-
-
-KITTI = "datasets/sakshaymahna/kittiroadsegmentation/training/image_2/um_000000.png"
-
-
-@pytest.mark.parametrize(
-    ("attached", "taken"),
-    [
-        ([KITTI, "competitions/salt/train/a.png"], "competitions/salt"),
-        ([KITTI, "salt/train/a.png", "salt/sample_submission.csv"], "salt"),
-        (["competitions/salt/a.png", "datasets/bob/sample_submission.csv"], "competitions/salt"),
-        ([KITTI], None),
-        (["competitions/salt/a.png", "competitions/nuclei/b.png"], None),
-        (["salt/sampleSubmission.csv", "nuclei/stage_2_sample_submission.csv"], None),
-    ],
-)
-def test_auto_with_a_submission_takes_the_only_competition(session, attached, taken):
-    session.attach(*attached)
-    if taken:
-        lines = session("print(data_folder())", SUBMISSION="rle").splitlines()
-        assert lines[-1] == str(session.input / taken)
-        assert "SUBMISSION is rle" in lines[-2]
-    else:
-        output = session("data_folder()", status=1, SUBMISSION="rle")
-        last = output.strip().splitlines()[-1]
-        assert last.startswith("error: DATA: ")
-        several = len(attached) > 1
-        assert ("salt" in last and "nuclei" in last) if several else "no competition" in last
-        assert f"  {attached[0].split('/')[0]}" in output, "what is attached is listed"
-
-
-def test_without_a_submission_auto_is_kitti_and_the_competition_is_named(session):
-    session.attach(KITTI, "competitions/salt/train/a.png")
-    lines = session("print(data_folder())").splitlines()
-    assert lines[-1] == "auto"
-    assert "salt" in lines[-2]
-
-
-def test_zips_of_a_competition_are_unpacked_outside_the_working_folder(session):
-    mount = session.attach("competitions/salt/train.csv", content="id,rle\n").parent
-    session.attach("competitions/salt/more/a.txt", "competitions/salt/done/b.txt")
-    contents = {
-        "train.zip": ["train/a.png", "train/b.png"],  # with its own folder
-        "test.zip": ["images/c.png", "d.png"],
-        "sample_submission.csv.zip": ["sample_submission.csv"],
-        "done.zip": ["other.txt"],  # its folder is there already
-    }
-    for name, members in contents.items():
-        with zipfile.ZipFile(mount / name, "w") as archive:
-            for member in members:
-                info = zipfile.ZipInfo(member, (2020, 1, 2, 3, 4, 6))
-                archive.writestr(info, member)
-    before = contents_of(session.input)
-    code = "print(data_folder()); folder = data_folder(); print(folder)"
-    first, second = session(code, DATA="salt").splitlines()[-3::2]
-    folder = Path(first)
-    assert first == second
-    assert session.working not in folder.parents
-    assert not list(session.working.iterdir())
-    for name in ("train/a.png", "train/b.png", "test/images/c.png", "test/d.png"):
-        assert (folder / name).read_text() == name.removeprefix("test/")
-    assert time.localtime((folder / "train/a.png").stat().st_mtime)[:4] == (2020, 1, 2, 3)
-    assert (folder / "sample_submission.csv").is_file()
-    assert (folder / "train.csv").read_text() == "id,rle\n"
-    assert (folder / "more" / "a.txt").exists()
-    assert (folder / "done" / "b.txt").exists()
-    assert contents_of(session.input) == before
-
-
-WITHOUT_SMP = """
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name: None if "segmentation_models" in name else find(name)
-"""
-
-
-def make_wheel(folder, version):
-    """An installable stand-in for the library."""
-    info = f"segmentation_models_pytorch-{version}.dist-info"
-    about = f"Metadata-Version: 2.1\nName: segmentation-models-pytorch\nVersion: {version}\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"segmentation_models_pytorch-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("segmentation_models_pytorch/__init__.py", f"version = '{version}'\n")
-        wheel.writestr(f"{info}/METADATA", about + "Requires-Dist: torch<1\n")  # --no-deps
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
-    return path
-
-
-def test_the_newest_attached_wheel_is_installed(session, tmp_path):
-    target = {"PIP_TARGET": str(tmp_path / "site")}
-    make_wheel(session.input / "datasets" / "bob" / "wheels" / "deep", "0.10.0")
-    make_wheel(session.input / "z-old", "0.9.1")
-    make_wheel(session.input / "z-older", "0.5.0")
-    printed = session("0", before=WITHOUT_SMP, env=target)
-    assert "0.10.0-py3-none-any.whl" in printed
-    installed = tmp_path / "site" / "segmentation_models_pytorch" / "__init__.py"
-    assert "0.10.0" in installed.read_text()
-    assert "pip" not in session("0"), "it is there"
-
-
-def test_without_internet_and_wheel_there_is_one_sentence(session):
-    make_wheel(session.input / "too-old", "0.5.0")
-    last = session.fails("0", before=WITHOUT_SMP)
-    assert "turn the internet on" in last
-    assert "wheel, 0.6 or newer" in last
-
-
-def test_a_source_archive_is_taken_too(session):
-    session.attach("smp/segmentation_models_pytorch-0.7.0.tar.gz", "smp/other-9.tar.gz")
-    code = "def run(*words): print('RUN', *words)"
-    printed = session("install_smp()", before=f"{WITHOUT_SMP}\n{code}")
-    [command] = {line for line in printed.splitlines() if line.startswith("RUN")}
-    assert command.endswith("smp/segmentation_models_pytorch-0.7.0.tar.gz")
-    assert "--no-index" in command
-    assert "--no-deps" in command
-
-
-def test_encoder_weights_come_from_what_is_attached(session):
-    code = "print(encoder_weights(), os.environ.get('HF_HUB_CACHE'))"
-    session.attach("cache/hub/models--smp-hub--resnet50.imagenet/snapshots/1/model.safetensors")
-    assert session(code).splitlines()[-1] == "imagenet None", "another encoder's"
-    folder = session.input / "models/bob/hub/pytorch/1/models--smp-hub--resnet34.imagenet"
-    folder.mkdir(parents=True)
-    assert session(code).splitlines()[-1] == f"imagenet {folder.parent}"
-    for name in ("se_resnet34-1.pth", "resnet34-1.txt", "xresnet34.pth"):
-        session.attach(f"weights/{name}")
-    assert session(code).splitlines()[-1] == f"imagenet {folder.parent}"
-    file = session.attach("models/torch/nets/resnet34/weights/1/resnet34-b627a593.pth")
-    assert session(code).splitlines()[-1] == f"{file} None", "a file comes before a cache"
-    assert session(code, ENCODER_WEIGHTS="none").splitlines()[-1] == "none None"
-    lite = session.attach("lite/tf_efficientnet_lite0-0aa007d2.pth")
-    printed = session(code, ENCODER="timm-tf_efficientnet_lite0")
-    assert printed.splitlines()[-1] == f"{lite} None"
-
-
-def test_foreign_models_are_skipped_by_name(session):
-    code = "print(model_files())"
-    assert "no model.pt of this kit" in session.fails(code, TRAIN=False)
-    foreign = session.attach("datasets/bob/yolo/model.pt", content="foreign")
-    other = session.saved("datasets/bob/other/model.pt", "state_dict encoder_weights")
-    assert "no model.pt of this kit" in session.fails(code, TRAIN=False)
-    own = session.saved("notebooks/alice/kit/out/fold0/model.pt")
-    session.saved("notebooks/alice/kit/out-1/fold0/model.pt")  # set aside: a run started over
-    lines = session(code, TRAIN=False).splitlines()
-    assert lines[-1] == f"[{own!r}]"
-    skipped = [line.split()[1] for line in lines if line.startswith("skipped")]
-    assert skipped == [str(foreign), str(other)]
-    assert session(code, TRAIN=True).splitlines()[-1] == "['out']"
-    named = session(code, TRAIN=False, MODELS=["yolo/model.pt", "kit"]).splitlines()[-1]
-    assert named == f"[{foreign!r}, {session.input / 'notebooks/alice/kit'!r}]"
-
-
-RUN = ("model.pt", "config.json", "metrics.csv", "metrics.json", "curves.png", "validation.jpg")
-
-
-def test_only_the_kits_own_files_of_an_earlier_version_are_copied(session):
-    code = "copy_earlier_version()"
-    for name in ("folds-ckpt/last.ckpt", "datasets/bob/images/last.ckpt"):
-        session.attach(name, content="foreign")
-    session.saved("datasets/bob/lightning/last.ckpt", "pytorch-lightning_version encoder_weights")
-    assert "copied" not in session(code)
-    assert not (session.working / "out").exists()
-    run = "notebooks/alice/kit/out"
-    session.saved(f"{run}/last.ckpt")
-    session.saved(f"{run}-1/last.ckpt")  # set aside by a run that started over
-    session.attach(*(f"{run}/{name}" for name in RUN), f"{run}/huge.bin", f"{run}/sub/model.pt")
-    printed = session(code)
-    assert f"copied {session.input / run} to out/: resumed if it fits" in printed
-    assert {path.name for path in (session.working / "out").rglob("*")} == {*RUN, "last.ckpt"}
-    assert [path.name for path in session.working.iterdir()] == ["out"]
-
-
-def test_of_several_versions_the_newest_is_copied(session):
-    for number in (1, 2, 3):
-        session.saved(f"notebooks/alice/kit-{number}/out/fold0/last.ckpt")
-        session.saved(f"notebooks/alice/kit-{number}/out/fold1/last.ckpt")
-    for path in session.input.rglob("last.ckpt"):
-        os.utime(path, (10**9, 10**9))
-    printed = session("copy_earlier_version()")
-    assert f"copied {session.input}/notebooks/alice/kit-3/out to out/ (the newest of 3" in printed
-    assert sorted(path.name for path in (session.working / "out").iterdir()) == ["fold0", "fold1"]
-    shutil.rmtree(session.working / "out")
-    os.utime(session.input / "notebooks/alice/kit-2/out/fold1/last.ckpt", (2 * 10**9, 2 * 10**9))
-    assert "kit-2/out to out/" in session("copy_earlier_version()")
-
-
-def test_no_more_processes_than_gpus(session):
-    assert session("print(processes())").splitlines()[-1] == "1"
-    session.gpus("Tesla T4")
-    lines = session("print(processes())", DEVICES=2).splitlines()
-    assert lines[-2:] == ["DEVICES: 1 instead of 2; GPUs of this session: 1", "1"]
-    session.gpus("Tesla T4", "Tesla T4")
-    assert session("print(processes())", DEVICES=2).splitlines()[-1] == "2"
-
-
-# --------------------------------------------------------------------------------------------------
-#  the notebook run as Kaggle runs it: in an empty folder next to the input
-
-SMALL = {"EPOCHS": 2, "ENCODER": "timm-mobilenetv3_small_minimal_100", "ENCODER_WEIGHTS": "none"}
-SMALL |= {"HEIGHT": 64, "WIDTH": 192}
-
-
-def execute(built, working, env=None, leave_out=(), more=(), **settings):
+def execute(built, working, env=None, leave_out=(), body="", **changes):
     """Run the notebook in `working` with some settings changed; returns it with its outputs.
 
-    `leave_out`: ids of cells; `more`: (id, source) of code cells at the end.
+    `leave_out`: ids of cells; `body`: what both scripts do in this test, instead of their work.
     """
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(built / "kernel.ipynb", as_version=4)
+    notebook = read(built)
     own = cell(notebook, "settings")
-    own.source = with_settings(own.source, settings)
+    own.source = with_settings(own.source, changes)
+    for script in ("train", "infer") if body else ():
+        head, _, _ = cell(notebook, script).source.partition('\nif __name__ == "__main__"')
+        cell(notebook, script).source = f"{head}\n\nimport sys\n\n{body}"
     notebook.cells = [one for one in notebook.cells if one.id not in leave_out]
-    notebook.cells += [nbformat.v4.new_code_cell(source, id=name) for name, source in more]
     working.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": "", "TMPDIR": str(working.parent)} | (env or {})
+    environment["IPYTHONDIR"] = str(working.parent / "ipython")
     environment.pop("PYTEST_CURRENT_TEST", None)  # with it ipykernel hides a process's output
     resources = {"metadata": {"path": str(working)}}
     NotebookClient(notebook, timeout=600, resources=resources).execute(env=environment)
     return notebook
-
-
-def contents_of(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def outputs(notebook, name):
@@ -962,91 +735,31 @@ def test_the_notebook_runs_in_an_empty_folder(first_version):
     assert "MaxF" in pooled
 
 
-def test_an_attached_version_is_resumed_and_an_edit_starts_over(
-    first_version, built, roads, tmp_path
-):
-    """The older mount, one folder deeper; the first version attached as its own source.
+def attach(first_version, folder):
+    """The first version's out/, attached as the notebook's own source."""
+    attached = folder / "input" / "notebooks" / "alice" / "road-segmentation-kit" / "out"
+    return shutil.copytree(first_version[0] / "working" / "out", attached)
 
-    In the same session the loss is edited then, and both cells are run again.
-    """
+
+def test_an_attached_version_is_resumed(first_version, roads, tmp_path, monkeypatch, capsys):
+    """By its own files, with the older mount, one folder deeper."""
     shutil.copytree(roads, tmp_path / "input" / "kittiroadsegmentation" / "data_road")
-    attached = tmp_path / "input" / "notebooks" / "alice" / "road-segmentation-kit"
-    shutil.copytree(first_version[0] / "working" / "out", attached / "out")
-    own = sources(built)
-    [line] = re.findall(r"^    return bce \+ .*$", own["train"], re.MULTILINE)
-    edited = own["train"].replace(line, f"{line} + 0.1")
-    later = ("look-data", "scores", "run-infer", "look", "submission")
-    notebook = execute(
-        built,
-        tmp_path / "working",
-        leave_out=later,
-        more=[("edited", edited), ("run-edited", own["run-train"])],
-        **SMALL | {"EPOCHS": 3},
-    )
-    printed = outputs(notebook, "run-train")
-    assert f"copied {attached / 'out'} to out/" in printed
+    attached = attach(first_version, tmp_path)
+    results = shutil.ignore_patterns("out", "predictions", "data_check", "__pycache__")
+    working = tmp_path / "working"
+    shutil.copytree(first_version[0] / "working", working, ignore=results)
+    monkeypatch.chdir(working)
+    monkeypatch.setattr(kaggle, "MOUNTS", ("../input",))
+    monkeypatch.setattr(kaggle, "is_online", lambda: False)
+    session = kaggle.Session()
+    session.copy_earlier_version()
+    assert f"copied {attached} to out/" in capsys.readouterr().out
+    own = settings(**SMALL | {"EPOCHS": 3})
+    flags = kaggle.flags("train.py", own, data=session.data_folder("auto", "none"), out="out")
+    printed = succeed("train.py", *flags, kit=working, cwd=working, env={"KIT_NOTEBOOK": "1"})
     assert re.search(r"out/last\.ckpt.* after epoch 2", printed)
-    printed = outputs(notebook, "run-edited")
-    assert "train.py differs: loss" in printed
-    assert "epoch 1 of 3" in printed
-    assert "RESUME out-1/last.ckpt" in printed, "in the notebook's words"
-    for folder in ("out", "out-1"):
-        assert (tmp_path / "working" / folder / "model.pt").exists()
-
-
-def test_without_training_the_attached_models_predict_on_both_gpus(
-    first_version, built, roads, tmp_path
-):
-    """Two processes, no word about encoder weights, and nothing of an earlier prediction."""
-    shutil.copytree(roads, tmp_path / "input" / "kittiroadsegmentation")
-    for name in ("one", "two"):
-        shutil.copytree(first_version[0] / "working" / "out", tmp_path / "input" / name / "out")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho Tesla T4\necho Tesla T4\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    stale = tmp_path / "working" / "predictions" / "masks" / "stale.png"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    (tmp_path / "working" / "submission.csv").touch()
-    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    notebook = execute(built, tmp_path / "working", env, TRAIN=False, DEVICES=2)
-    printed = outputs(notebook, "run-infer")
-    assert "torch.distributed.run --nproc_per_node 2 infer.py" in printed
-    for name in ("one", "two"):
-        assert str(tmp_path / "input" / name / "out" / "model.pt") in printed
-    steps = ("setup", "run-train", "run-infer")
-    assert not any("weights" in outputs(notebook, step) for step in steps)
-    places = [root / "working" / "predictions" / "masks" for root in (tmp_path, first_version[0])]
-    masks = [{path.name: cv2.imread(str(path), 0) for path in place.iterdir()} for place in places]
-    assert masks[0].keys() == masks[1].keys()
-    for name, mask in masks[0].items():  # batches of another size are rounded differently
-        differs = (mask != masks[1][name]).mean()
-        assert differs < 1e-3, f"twice the same model is that model, but for {name}: {differs}"
-    assert not (tmp_path / "working" / "out").exists()
-    assert not (tmp_path / "working" / "submission.csv").exists()
-
-
-def test_a_step_that_fails_fails_the_notebook(built, roads, tmp_path):
-    from nbclient.exceptions import CellExecutionError
-
-    shutil.copytree(roads, tmp_path / "input" / "kittiroadsegmentation")
-    settings = {"ENCODER": "resnet99", "ENCODER_WEIGHTS": "none"}
-    with pytest.raises(CellExecutionError) as failure:
-        execute(built, tmp_path / "working", leave_out=["look-data"], **settings)
-    last = str(failure.value).strip().splitlines()[-1]
-    assert last.startswith("error: ENCODER resnet99")
-    assert "CalledProcessError" not in str(failure.value)
-    assert "Traceback" not in str(failure.value)
-
-
-def test_data_that_cannot_be_trained_on_is_one_line_before_the_training(session, built):
-    for name in FILES:
-        shutil.copy(KIT / name, session.working)
-    Image.new("RGB", (8, 8)).save(session.attach("datasets/bob/cells/images/a.png"))
-    Image.new("RGB", (8, 8)).save(session.attach("datasets/bob/cells/images/b.png"))
-    Image.new("L", (8, 8)).save(session.attach("datasets/bob/cells/masks/a.png"))
-    last = session.fails(sources(built)["look-data"], DATA="cells")
-    assert last.startswith("error: DATA ")
-    assert "name them with MASKS" in last
+    assert "epoch 3 of 3" in printed
+    assert not (working / "out-1").exists()
 
 
 def write_competition(folder):
@@ -1069,29 +782,108 @@ def write_competition(folder):
             csv.writer(file).writerows(tables[name])
 
 
-def test_a_competition_next_to_kitti_from_the_settings_to_its_submission(built, roads, tmp_path):
-    """Taken by itself, with the reason; few files; the head of submission.csv is shown."""
+def test_a_competition_next_to_kitti_from_the_settings_to_its_submission(
+    first_version, built, roads, tmp_path
+):
+    """Taken by itself, with the reason; few files; the head of submission.csv is shown.
+
+    An attached version that was trained on other data is not resumed, and kept.
+    """
     shutil.copytree(roads, tmp_path / "input" / "datasets" / "sakshaymahna" / "kitti")
     write_competition(tmp_path / "input" / "competitions" / "discs")
-    small = {
-        "ENCODER": "timm-mobilenetv3_small_minimal_100",
-        "ENCODER_WEIGHTS": "none",
-        "EPOCHS": 1,
-    }
-    notebook = execute(built, tmp_path / "working", SUBMISSION="rle", **small)
-    for step in ("look-data", "run-train", "run-infer"):
+    attached = attach(first_version, tmp_path)
+    working, changes = tmp_path / "working", SMALL | {"EPOCHS": 1, "HEIGHT": 0, "WIDTH": 0}
+    notebook = execute(built, working, leave_out=["look-data"], SUBMISSION="rle", **changes)
+    for step in ("run-train", "run-infer"):
         assert "DATA: discs, because SUBMISSION is rle" in outputs(notebook, step)
-    assert "12 pairs" in outputs(notebook, "look-data")
-    rows = list(csv.reader((tmp_path / "working" / "submission.csv").open()))
+    printed = outputs(notebook, "run-train")
+    assert "12 pairs" in printed
+    assert f"copied {attached} to out/" in printed
+    assert "12 images were added: train0" in printed
+    assert "epoch 1 of 1" in printed
+    assert "RESUME out-1/last.ckpt" in printed, "in the notebook's words"
+    for folder in ("out", "out-1"):
+        assert (working / folder / "model.pt").exists()
+    rows = list(csv.reader((working / "submission.csv").open()))
     assert [row[0] for row in rows] == ["id", "test0", "test1", "test2"]
     [head] = tables(notebook, "submission")
     assert "rle_mask" in head
     assert "test2" in head
-    left = {path.name for path in (tmp_path / "working" / "predictions").rglob("[!.]*")}
+    left = {path.name for path in (working / "predictions").rglob("[!.]*")}
     assert left == {"masks.zip", "comparisons.zip", "submission.csv"}
-    with zipfile.ZipFile(tmp_path / "working" / "predictions" / "masks.zip") as archive:
+    with zipfile.ZipFile(working / "predictions" / "masks.zip") as archive:
         assert sorted(archive.namelist()) == ["test0.png", "test1.png", "test2.png"]
     assert "Dice" in tables(notebook, "scores")[0]
+
+
+# --------------------------------------------------------------------------------------------------
+#  The notebook's steps, with scripts that only say what they were given
+# --------------------------------------------------------------------------------------------------
+
+
+def test_each_step_passes_on_what_the_settings_say(built, tmp_path):
+    write_competition(tmp_path / "input" / "competitions" / "discs")
+    shown = tmp_path / "working" / "data_check"
+    shown.mkdir(parents=True)
+    for name in ("examples.jpg", "augmented.jpg"):
+        shutil.copy(KIT / "docs" / "demo.jpg", shown / name)
+    own = {"SUBMISSION": "rle", "SEED": 7, "ENCODER_WEIGHTS": "none", "MASKS": "labels"}
+    notebook = execute(built, tmp_path / "working", NOWHERE, body="print('WORKS')", **own)
+    data = tmp_path / "input" / "competitions" / "discs"
+    flags = "--encoder_weights none --epochs 40 --session_minutes 660 --masks labels --seed 7"
+    own_flags = "--submission rle --batch_size 0 --tta true"
+    for step, line in {
+        "look-data": f"train.py --data {data} --out data_check --check true {flags}",
+        "run-train": f"train.py --data {data} {flags}",
+        "run-infer": f"infer.py --model out --data {data} {own_flags}",
+    }.items():
+        printed = outputs(notebook, step).splitlines()
+        assert printed[0].startswith("DATA: discs, because SUBMISSION is rle")
+        assert printed[1:3] == [f"$ python {line}", "WORKS"]
+    assert "internet: off" in outputs(notebook, "setup")
+    assert len(images(notebook, "look-data")) == 2
+
+
+def test_without_training_the_attached_models_predict_on_both_gpus(built, tmp_path):
+    """Two processes, no word about encoder weights, and nothing of an earlier prediction."""
+    working = tmp_path / "working"
+    (tmp_path / "input" / "kittiroadsegmentation").mkdir(parents=True)
+    for name in ("one", "two"):
+        (tmp_path / "input" / name / "out").mkdir(parents=True)
+        with zipfile.ZipFile(tmp_path / "input" / name / "out" / "model.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", "encoder_weights min_pixels")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho Tesla T4\necho Tesla T4\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (working / "predictions" / "masks").mkdir(parents=True)
+    (working / "predictions" / "masks" / "stale.png").touch()
+    (working / "submission.csv").touch()
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"} | NOWHERE
+    notebook = execute(built, working, env, body="print('WORKS')", TRAIN=False, DEVICES=2)
+    printed = outputs(notebook, "run-infer")
+    assert "torch.distributed.run --nproc_per_node 2 infer.py" in printed
+    assert printed.count("WORKS") == 2
+    for name in ("one", "two"):
+        assert str(tmp_path / "input" / name / "out" / "model.pt") in printed
+    steps = ("setup", "run-train", "run-infer")
+    assert not any("weights" in outputs(notebook, step) for step in steps)
+    assert not outputs(notebook, "run-train")
+    assert not (working / "out").exists()
+    assert not (working / "predictions").exists()
+    assert not (working / "submission.csv").exists()
+
+
+def test_a_step_that_fails_fails_the_notebook(built, tmp_path):
+    from nbclient.exceptions import CellExecutionError
+
+    (tmp_path / "input").mkdir()
+    message = "error: --encoder resnet99: unknown; did you mean resnet50?"
+    body = f"print({message!r}, file=sys.stderr)\nsys.exit(2)"
+    with pytest.raises(CellExecutionError) as failure:
+        execute(built, tmp_path / "working", NOWHERE, ["look-data"], body, ENCODER_WEIGHTS="none")
+    last = str(failure.value).strip().splitlines()[-1]
+    assert last == "error: ENCODER resnet99: unknown; did you mean resnet50?"
+    assert "CalledProcessError" not in str(failure.value)
+    assert "Traceback" not in str(failure.value)
 
 
 @pytest.mark.skipif("KAGGLE_IMAGE" not in os.environ, reason="make kaggle-test: needs its own venv")
@@ -1108,9 +900,9 @@ def test_the_image_without_internet(built, roads, tmp_path):
     state = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     torch.save(state, tmp_path / "input" / "weights" / "resnet18-made.pth")
     take_smp_away()
-    settings = SMALL | {"ENCODER": "resnet18", "ENCODER_WEIGHTS": "imagenet"}
+    changes = SMALL | {"ENCODER": "resnet18", "ENCODER_WEIGHTS": "imagenet"}
     left_out = ["look-data"]
-    notebook = execute(built, tmp_path / "working", NOWHERE, left_out, **settings)
+    notebook = execute(built, tmp_path / "working", NOWHERE, left_out, **changes)
     assert "installed from" in outputs(notebook, "setup")
     assert "resnet18-made.pth" in outputs(notebook, "run-train")
     assert (tmp_path / "working" / "predictions" / "masks").exists()

@@ -25,15 +25,15 @@ from commands import Command
 from conftest import KIT, TINY, build_once, run, succeed
 from PIL import Image
 
-import callbacks
-import data
-import images
-import metrics
-import model
-import predict
-from model import ModelConfig
+from kit.config import IGNORE, Classes, ModelConfig
+from kit.data import images
+from kit.data import samples as data
+from kit.data.folders import MARKER
+from kit.errors import UserError
+from kit.network import model
+from kit.results import metrics, predict
+from kit.training import callbacks
 from train import Config, schedule
-from utils import UserError
 
 
 def read_json(path):
@@ -42,18 +42,19 @@ def read_json(path):
 
 def names(folder):
     """The names in a folder, without that of the file that marks it as written by the kit."""
-    return {path.name for path in folder.iterdir()} - {images.MARKER}
+    return {path.name for path in folder.iterdir()} - {MARKER}
 
 
 def read_files(folder):
     """{path in the folder: bytes}, without the marker."""
-    paths = [path for path in folder.rglob("*.*") if path.name != images.MARKER]
+    paths = [path for path in folder.rglob("*.*") if path.name != MARKER]
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def validation_samples(folder, masks="auto"):
     """The samples of fold 0."""
-    samples = data.scan_dataset(data.find_samples(str(folder), masks, training=True).samples)
+    found = data.find_samples(str(folder), masks=masks, training=True)
+    samples = data.scan(found.samples, found.classes)
     fold = data.assign_folds(samples, Config.folds, Config.seed)
     return samples[fold == Config.fold]
 
@@ -152,13 +153,14 @@ def test_batch_norm_is_reestimated_on_many_images_at_once(roads, tmp_path):
     flags = ("--augment", 0, "--grow", "false", "--epochs", 2, "--batch_size", 2, "--ema", 0)
     succeed("train.py", "--data", roads, "--out", tmp_path, *TINY[:-2], *flags)
     trained = model.load_model(tmp_path / "model.pt", "cpu")
-    samples = data.scan_dataset(data.find_samples(str(roads), training=True).samples)
+    samples = data.scan(data.find_samples(str(roads), training=True).samples, Classes())
     samples = samples[data.assign_folds(samples, Config.folds, Config.seed) != Config.fold]
     pixels = [images.read_image(row.image) for row in samples.itertuples()]
-    inputs = torch.stack([images.preprocess(image, trained.config) for image in pixels])
+    resized = [images.resize_image(image, trained.config) for image in pixels]
+    inputs = torch.stack(list(map(images.to_tensor, resized)))
     inputs = images.normalise(inputs, trained.config)
     alone, together = (
-        predict.to_probabilities(network(inputs), trained.config.temperature)
+        predict.to_probabilities(network(inputs), trained.config)
         for network in (trained.network, trained.network.train())
     )
     assert (alone - together).abs().mean() < 0.02
@@ -191,7 +193,7 @@ def test_session_minutes_end_a_session_in_time_and_the_same_command_resumes(road
         reached = len(rows)
         ends.append(reached)
         assert read_json(tmp_path / "metrics.json")["image"]["all"]["images"] == 3
-        assert model.load_model(tmp_path / "model.pt", "cpu").config.threshold > 0
+        assert model.load_model(tmp_path / "model.pt", "cpu").config.thresholds[0] > 0
     rates = np.array([5e-4 * schedule((5 * epoch - 1) / (5 * 500 - 1)) for epoch in rows.epoch])
     missing, last = rates - rows.lr, rows.epoch.isin(ends)  # the time ends within an epoch
     assert missing[~last].abs().max() < 1e-9, "of 500 epochs, in both sessions"
@@ -218,7 +220,7 @@ def test_all_folds_score_every_pair_by_the_model_that_did_not_see_it(roads, tmp_
     assert report["image"]["all"]["images"] == 24
     assert report["image"]["um_road"]["images"] == 8
     models = [model.load_model(tmp_path / f"fold{fold}" / "model.pt", "cpu") for fold in (0, 1)]
-    assert {trained.config.threshold for trained in models} == {report["threshold"]}
+    assert {trained.config.thresholds for trained in models} == {(report["threshold"],)}
     assert [trained.settings["fold"] for trained in models] == [0, 1]
     predicting = ("--data", roads / "testing", "--out", tmp_path / "p")
     assert "2 model(s)" in succeed("infer.py", "--model", tmp_path, *predicting)
@@ -252,7 +254,7 @@ def test_a_killed_training_resumes_where_it_was(roads, tmp_path):
 @pytest.mark.parametrize("training", [True, False])
 def test_masks_that_are_nowhere_are_refused(roads, training):
     with pytest.raises(UserError, match="--masks nowhere: "):
-        data.find_samples(str(roads), "nowhere", training=training)
+        data.find_samples(str(roads), masks="nowhere", training=training)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,10 +265,10 @@ def test_masks_that_are_nowhere_are_refused(roads, training):
 def test_the_model_file_holds_built_in_types_alone(trained):
     content = torch.load(trained / "model.pt", weights_only=True)
     assert set(content) == {"format", "model", "config", "state_dict", "metrics"}
-    assert content["format"] == 2
+    assert content["format"] == 3
     report = read_json(trained / "metrics.json")
     assert content["metrics"] == {view: report[view] for view in ("image", "bev")}
-    assert content["model"]["threshold"] == report["threshold"]
+    assert content["model"]["thresholds"] == (report["threshold"],)
 
 
 def test_a_model_file_of_format_1_is_refused_in_one_line(trained, roads, tmp_path):
@@ -279,17 +281,19 @@ def test_a_model_file_of_format_1_is_refused_in_one_line(trained, roads, tmp_pat
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
     assert f"{tmp_path / 'model.pt'}: " in line
-    assert "format 2" in line
+    assert "format 3" in line
     assert "train again" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_new_defaults_change_no_prediction(trained, roads, tmp_path):
     """model.pt holds all that inference needs; defaults may change, train.py may be missing."""
-    for path in KIT.glob("*.py"):
-        if path.name not in ("train.py", "callbacks.py"):
-            shutil.copy(path, tmp_path)
-    changed = (KIT / "model.py").read_text()
+    for path in (KIT / "infer.py", KIT / "train.py", *(KIT / "kit").rglob("*.py")):
+        missing = path.name == "train.py" or path.parent.name == "training"
+        copy = tmp_path / path.relative_to(KIT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text("raise ImportError" if missing else path.read_text())
+    changed = (KIT / "kit/config.py").read_text()
     defaults = {
         'encoder: str = "resnet34"': 'encoder: str = "resnet50"',
         'arch: str = "Unet"': 'arch: str = "FPN"',
@@ -298,12 +302,13 @@ def test_new_defaults_change_no_prediction(trained, roads, tmp_path):
         "top: float = 0.0": "top: float = 0.5",
         "tta: bool = True": "tta: bool = False",
         "temperature: float = 3.0": "temperature: float = 1.0",
-        "threshold: float = 0.5": "threshold: float = 0.9",
+        "thresholds: tuple[float, ...] = (0.5,)": "thresholds: tuple[float, ...] = (0.9,)",
+        "areas: tuple[int, ...] = (0,)": "areas: tuple[int, ...] = (99,)",
     }
     for old, new in defaults.items():
         assert old in changed
         changed = changed.replace(old, new)
-    (tmp_path / "model.py").write_text(changed)
+    (tmp_path / "kit/config.py").write_text(changed)
     flags = ("--model", trained, "--data", roads / "testing", "--save_probs", "true")
     for kit, out in ((KIT, "before"), (tmp_path, "after")):
         succeed("infer.py", *flags, "--out", tmp_path / out, kit=kit)
@@ -379,13 +384,15 @@ def test_bev_scores_are_those_of_the_submitted_maps(trained, validation_folder, 
     assert set(maps) == {row.mask.path.name for row in samples.itertuples()}
 
     def check(samples, out):
-        evaluation = metrics.Evaluation()
+        evaluation = metrics.Evaluation(Classes())
         for row in samples.itertuples():
-            truth = row.mask.read(images.read_header(row.image).size)
+            [truth] = row.mask.read(images.read_header(row.image).size)
             for view in row.views:
-                warped = view.warp(truth, images.IGNORE)
+                warped = view.warp(truth, IGNORE)
                 counts = metrics.pixel_counts(maps[row.mask.path.name], warped)
-                evaluation.add_counts("bev", row.category, counts)
+                for category in ("all", row.category):
+                    sums = metrics.Sums(counts[None], np.zeros((3, 1)))
+                    evaluation.add_sums("bev", category, sums)
         report = read_json(out / "metrics.json")
         assert report["bev"] == evaluation.report()["bev"]
         assert report["bev"]["all"]["images"] == sum(map(len, samples.views))
@@ -529,7 +536,7 @@ def test_memory_that_runs_out_halves_the_batch(roads, trained, capsys):
     for a, (*_, b) in zip(plain, small, strict=True):
         assert np.abs(a.astype(int) - b).max() <= 1
     assert capsys.readouterr().out.count("out of memory") == 2  # with 7, then 4
-    with pytest.raises(UserError, match="memory cannot hold one image of 64x192"):
+    with pytest.raises(UserError, match="memory: cannot hold one image of 64x192"):
         list(predict.predict([loaded._replace(network=Small(0))], samples))
 
 

@@ -6,9 +6,10 @@ import pytest
 from conftest import KIT, run
 from test_reading import grey, pair, save
 
-import data
-import rle
-from utils import UserError
+from kit.config import Classes
+from kit.data.rle import rle_encode
+from kit.data.samples import assign_folds, find_samples, scan
+from kit.errors import UserError
 
 COUNT = 6
 
@@ -38,16 +39,16 @@ def write(folder, table):
 
 def read(folder, table, training=True):
     """The samples; each mask must be its image's."""
-    samples = data.find_samples(write(folder, table), training=training).samples
+    samples = find_samples(write(folder, table), training=training).samples
     for row in samples.itertuples():
         number = 2 * int(row.image.stem[-1]) + int(row.image.parent.name[-1])
-        assert ((row.mask.read((44, 60)) == 1) == pair(number)[1]).all(), row.image
+        assert np.array_equal(row.mask.read((44, 60)), pair(number)[1][None]), row.image
     return samples
 
 
 def refused(folder, table, *words, training=True):
     with pytest.raises(UserError) as error:
-        data.find_samples(write(folder, table), training=training)
+        find_samples(write(folder, table), training=training)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -61,19 +62,19 @@ def test_the_manifest_in_the_documentation_is_read(tmp_path, monkeypatch):
         day = f"case{number % 2}_day{number // 2}"
         name = "slice_0001_60_44_1.50_1.50.png"
         save(root / "train" / day.split("_")[0] / day / "scans" / name, pair(number)[0])
-        runs = rle.rle_encode(pair(number)[1], "rows")
+        runs = rle_encode(pair(number)[1], "rows")
         lines += [f"{day}_slice_0001,stomach,{runs}", f"{day}_slice_0001,large_bowel,"]
     (root / "train.csv").write_text("\n".join(lines))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     code = (KIT / "docs" / "data.md").read_text().split("```python\n")[1].split("```")[0]
     exec(code, {})
-    collection = data.find_samples("pairs.csv", training=True)
+    collection = find_samples("pairs.csv", training=True)
     assert collection.rle == "rows"
     assert sorted(collection.samples.group) == ["case0"] * 3 + ["case1"] * 3
     for row in collection.samples.itertuples():
         number = int(row.id[4]) + 2 * int(row.id[9])
-        assert ((row.mask.read((44, 60)) == 1) == pair(number)[1]).all(), row.id
+        assert np.array_equal(row.mask.read((44, 60)), pair(number)[1][None]), row.id
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -89,9 +90,9 @@ def test_paths_of_another_system_and_upper_case_columns(folder):
 
 
 def test_masks_may_be_rle_or_empty(folder):
-    runs = [rle.rle_encode(pair(number)[1]) for number in range(COUNT)]
+    runs = [rle_encode(pair(number)[1]) for number in range(COUNT)]
     read(folder, rows().assign(mask=runs))
-    samples = data.find_samples(
+    samples = find_samples(
         write(folder, rows().assign(mask=["", "-1", *runs[2:]])), training=True
     ).samples
     assert [mask.read((44, 60)).any() for mask in samples["mask"]] == [False] * 2 + [True] * 4
@@ -102,7 +103,7 @@ def test_several_rows_are_objects_of_one_image(folder):
     for number in range(COUNT):
         mask = pair(number)[1]
         left = mask & (np.arange(60) < 30)
-        halves += [rle.rle_encode(left), rle.rle_encode(mask & ~left)]
+        halves += [rle_encode(left), rle_encode(mask & ~left)]
     table = rows().loc[np.repeat(range(COUNT), 2)].assign(mask=halves)
     assert len(read(folder, table)) == COUNT
 
@@ -114,18 +115,18 @@ def test_the_optional_columns_are_what_their_names_say(folder):
     assert samples.id.tolist() == names
     assert samples.group.tolist() == list("aabbcc")
     assert samples.category.tolist() == list("xyxyxy")
-    assert data.assign_folds(data.scan_dataset(samples), 10, 0).tolist() == [0, 0, 1, 1, 2, 2]
+    assert assign_folds(scan(samples, Classes()), 10, 0).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_other_columns_can_be_groups(folder):
-    samples = data.scan_dataset(read(folder, rows(patient=list("aaabbb"))))
-    fold = data.assign_folds(samples, 2, 0, "patient")
+    samples = scan(read(folder, rows(patient=list("aaabbb"))), Classes())
+    fold = assign_folds(samples, 2, 0, "patient")
     assert len(set(fold[:3])) == len(set(fold[3:])) == 1
 
 
 def test_prediction_needs_no_masks(folder):
     for table in (rows().drop(columns="mask"), rows().assign(mask="")):
-        samples = data.find_samples(write(folder, table)).samples
+        samples = find_samples(write(folder, table)).samples
         assert samples["mask"].isna().all()
 
 
@@ -151,7 +152,7 @@ def test_a_faulty_manifest_is_refused_in_a_line(folder, change, words):
 
 def test_a_manifest_names_its_own_masks(folder):
     with pytest.raises(UserError, match="--masks drawn: pairs.csv names the masks itself"):
-        data.find_samples(write(folder, rows()), "drawn", training=True)
+        find_samples(write(folder, rows()), masks="drawn", training=True)
 
 
 def check(folder, out):

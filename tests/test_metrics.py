@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import images
-import metrics
-import predict
-from images import IGNORE
-from kitti import BirdsEyeView, bev_cells, read_calibration
-from model import ModelConfig, TrainedModel, build_network
-from utils import UserError
+from kit.config import IGNORE, Classes, ModelConfig
+from kit.data import images
+from kit.data.kitti import BirdsEyeView, bev_cells, read_calibration
+from kit.errors import UserError
+from kit.network.model import TrainedModel, build_network
+from kit.results import metrics, predict
 
 
 def by_definition(probability, truth):
@@ -74,9 +73,9 @@ def test_counts_pool_over_images():
         np.hstack([p for p, _ in pairs]), np.hstack([t for _, t in pairs])
     )
     assert (pooled == joined).all()
-    evaluation = metrics.Evaluation()
+    evaluation = metrics.Evaluation(Classes())
     for category, (p, t) in zip(("um_road", "uu_road"), pairs, strict=True):
-        evaluation.add(Sample(category), p, p >= 128, t)
+        evaluation.add(Sample(category), p[None], p[None] >= 128, t[None])
     report = evaluation.report()["image"]
     assert report["all"]["images"] == 2
     assert report["uu_road"]["images"] == 1
@@ -86,18 +85,20 @@ def test_counts_pool_over_images():
 def test_an_evaluation_of_parts_merges_into_the_whole(tmp_path):
     """Each process of infer.py fills one of its own."""
     categories = ("um_road", "uu_road", "", "um_road")
-    whole, parts = metrics.Evaluation(), [metrics.Evaluation() for _ in range(3)]
+    whole, *parts = (metrics.Evaluation(Classes()) for _ in range(4))
     for index, (p, t) in enumerate(random_pairs((5, 30, 8, 9))):
         for evaluation in (whole, parts[index % 2]):  # the third has no image
-            evaluation.add(Sample(categories[index]), p, p >= 128, t)
+            evaluation.add(Sample(categories[index]), p[None], p[None] >= 128, t[None])
     for part in parts[1:]:
         parts[0].merge(part)
     assert parts[0].report() == whole.report()
-    assert sorted(parts[0].masks) == sorted(whole.masks)
+    hits = [sorted(map(np.ndarray.tolist, one.image_hits)) for one in (parts[0], whole)]
+    assert hits[0] == hits[1]
+    assert parts[0].mean() == whole.mean()
     written = []
     for name, evaluation in (("parts", parts[0]), ("whole", whole)):
         (tmp_path / name).mkdir()
-        evaluation.write(tmp_path / name, 0.5)
+        evaluation.write(tmp_path / name, (0.5,))
         written.append(json.loads((tmp_path / name / "metrics.json").read_text()))
         assert (tmp_path / name / "pr_curve.png").stat().st_size > 5000
     assert written[0] == written[1]
@@ -108,22 +109,24 @@ def test_an_evaluation_of_parts_merges_into_the_whole(tmp_path):
 
 
 def test_every_threshold_takes_its_own_level_in():
-    levels = np.arange(256)[None]
+    levels = np.arange(256)[None, None]
     for k in range(256):
         mean = float(np.mean([k / 255] * 3))  # of three models: may be a rounding error above
         for threshold in (k / 255, mean):
-            assert (predict.postprocess(levels, threshold, 0) == (levels >= k)).all()
+            config = ModelConfig(thresholds=(threshold,))
+            assert (predict.postprocess(levels, config) == (levels >= k)).all()
 
 
 def test_postprocess_applies_the_threshold_before_the_minimum_area():
-    probability = np.zeros((9, 9), np.uint8)
-    probability[1:4, 1:4] = 60  # one component of 9 pixels, of which 4 reach 0.4
-    probability[2:4, 2:4] = 120
-    probability[6, 6:9] = 250  # 3 pixels
-    for min_pixels, pixels in ((0, 7), (3, 7), (4, 4), (5, 0)):
-        mask = predict.postprocess(probability, 0.4, min_pixels)
-        assert (mask.dtype, mask.sum()) == (bool, pixels), min_pixels
-    assert predict.postprocess(probability, 0.2, 9).sum() == 9
+    probability = np.zeros((1, 9, 9), np.uint8)
+    probability[0, 1:4, 1:4] = 60  # one component of 9 pixels, of which 4 reach 0.4
+    probability[0, 2:4, 2:4] = 120
+    probability[0, 6, 6:9] = 250  # 3 pixels
+    for area, pixels in ((0, 7), (3, 7), (4, 4), (5, 0)):
+        mask = predict.postprocess(probability, ModelConfig(thresholds=(0.4,), areas=(area,)))
+        assert (mask.shape, mask.dtype, mask.sum()) == ((1, 9, 9), bool, pixels), area
+    config = ModelConfig(thresholds=(0.2,), areas=(9,))
+    assert predict.postprocess(probability, config).sum() == 9
 
 
 @pytest.mark.parametrize(("probability", "truth", "expected"), [
@@ -228,8 +231,9 @@ def test_an_evaluation_scores_each_view_of_an_image(calibration):
     rng = np.random.default_rng(0)
     probability = rng.integers(0, 256, SIZE, np.uint8)
     truth = rng.choice(np.uint8([0, 1, 255]), SIZE)
-    view, evaluation = BirdsEyeView(calibration), metrics.Evaluation()
-    evaluation.add(Sample("um_road", (view,)), probability, probability >= 128, truth)
+    view, evaluation = BirdsEyeView(calibration), metrics.Evaluation(Classes())
+    sample, planes = Sample("um_road", (view,)), probability[None]
+    evaluation.add(sample, planes, planes >= 128, truth[None])
     counts = metrics.pixel_counts(view.warp(probability), view.warp(truth, IGNORE))
     report = evaluation.report()
     assert report["bev"]["um_road"] == metrics.scores(counts.numpy()) | {"images": 1}
@@ -276,26 +280,31 @@ def test_the_temperature_divides_the_logits(arch):
             logits = network(images.normalise(pixels, config))
         trained = TrainedModel(network, config, {}, {})
         probabilities = predict.predict_inputs(trained, pixels, tta=False)
-        assert (probabilities - (logits[:, 0] / temperature).sigmoid()).abs().max() < 1e-6
+        assert (probabilities - (logits / temperature).sigmoid()).abs().max() < 1e-6
     for name, value in network.state_dict().items():
         assert torch.equal(value, weights[name]), "the weights are unchanged"
 
 
 def test_the_temperature_softens_and_keeps_the_mask_at_one_half():
     logits = torch.linspace(-9, 9, 1800).reshape(2, 1, 30, 30)  # none is 0
-    sharp, soft = (predict.to_probabilities(logits, value) for value in (1.0, 3.0))
-    assert sharp.shape == soft.shape == (2, 30, 30)
+    configs = [ModelConfig(temperature=value) for value in (1.0, 3.0)]
+    sharp, soft = (predict.to_probabilities(logits, config) for config in configs)
+    assert sharp.shape == soft.shape == (2, 1, 30, 30)
     assert ((sharp >= 0.5) == (soft >= 0.5)).all()
     assert ((soft - 0.5).abs() < (sharp - 0.5).abs()).all()
-    sure = logits[:, 0] > 4
-    levels = [len(predict.to_8bit(one[sure]).unique()) for one in (sharp, soft)]
+    sure = logits > 4
+    levels = [
+        len(predict.to_prediction(one, config)[sure].unique())
+        for one, config in zip((sharp, soft), configs, strict=True)
+    ]
     assert levels[1] > 4 * levels[0], "8 bits tell nearly sure from sure"
-    half = predict.to_probabilities(logits.half(), 3.0)
+    half = predict.to_probabilities(logits.half(), configs[1])
     assert half.dtype == torch.float32
 
 
 def test_by_default_8_bits_tell_missed_foreground_from_background():
     """A missed road has logits about -9, background lower ones: the precision at full recall."""
     logits = torch.tensor([-9.0, -10.0, -12.0, -14.0, -16.0]).reshape(1, 1, 1, 5)
-    found = predict.to_8bit(predict.to_probabilities(logits, ModelConfig().temperature)).int()
+    [probabilities] = predict.to_probabilities(logits, ModelConfig())
+    found = predict.to_prediction(probabilities, ModelConfig()).int()
     assert (found[0, 0].diff() < 0).all(), found

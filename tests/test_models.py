@@ -4,6 +4,7 @@ import argparse
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import timm
@@ -12,21 +13,28 @@ from conftest import succeed
 from PIL import Image
 from safetensors.torch import save_file
 
-import encoders
-import model
-import trial
-from model import ModelConfig
-from utils import UserError
+from kit.config import ModelConfig
+from kit.errors import UserError
+from kit.network import encoders, model
+from kit.training import resolve
+from train import Config
 
 AUTO, GIVEN = (True, True), (False, False)
 
 
-def settle(arch, encoder, size, free=AUTO, batch_size=4, images=9, processes=1):
-    """What the trial step makes of a network: height, width, progressive resizing."""
+def attempt(config, free=GIVEN, batch_size=4, images=9, processes=1, **settings):
+    """What the trial step makes of the settings, and of those of the model."""
+    resolved = Config(grow=True, batch_size=batch_size, devices=processes, **settings)
+    samples = pd.DataFrame(index=range(images))
+    return resolve.try_network(resolved, config, samples, free, [0.5, 0.75])
+
+
+def settle(arch, encoder, size, free=AUTO, **numbers):
+    """Height, width, and whether progressive resizing stays on."""
     config = ModelConfig(arch=arch, encoder=encoder, height=size[0], width=size[1])
-    numbers = batch_size, images, processes
-    tried = trial.try_network(config, free, [0.5, 0.75], *numbers)
-    return tried.config.height, tried.config.width, tried.resizes
+    resolved, config = attempt(config, free, **numbers)
+    assert (resolved.height, resolved.width) == (config.height, config.width)
+    return config.height, config.width, resolved.grow
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,7 +57,7 @@ def settle(arch, encoder, size, free=AUTO, batch_size=4, images=9, processes=1):
 def test_automatic_size_is_one_that_the_network_takes(arch, encoder, expected, capsys):
     assert settle(arch, encoder, (96, 320)) == expected
     printed = capsys.readouterr().out
-    assert ("progressive resizing is off" in printed) is not expected[2]
+    assert ("--grow: " in printed) is not expected[2]
     assert (f"takes {expected[0]}x{expected[1]}" in printed) is (expected[:2] != (96, 320))
 
 
@@ -58,7 +66,9 @@ def test_the_decoder_of_unet_is_lighter_next_to_a_light_encoder():
 
     def decoder(given, **names):
         config = ModelConfig(height=64, width=64, decoder_channels=given, **names)
-        return trial.try_network(config, GIVEN, [], 2, 9, 1).config.decoder_channels
+        resolved, config = attempt(config)
+        assert resolved.decoder_channels == config.decoder_channels
+        return config.decoder_channels
 
     light = "timm-tf_efficientnet_lite0"
     assert decoder("auto", encoder=light) == "128,64,32,16,16"
@@ -111,17 +121,18 @@ def test_two_small_images_simply_work(tmp_path):
 
 
 def test_full_memory_leaves_no_batch_that_the_network_refuses():
-    network = model.build_network(ModelConfig(arch="DeepLabV3", encoder="resnet18"))
-    trial.check_batch(network, ModelConfig(height=64, width=64), 2)
-    with pytest.raises(UserError, match="memory cannot hold 2 images"):
-        trial.check_batch(network, ModelConfig(height=64, width=64), 1)
+    config = ModelConfig(arch="DeepLabV3", encoder="resnet18", height=64, width=64)
+    network = model.build_network(config)
+    resolve.check_batch(network, config, 2)
+    with pytest.raises(UserError, match="memory: cannot hold 2 images.*smaller --height"):
+        resolve.check_batch(network, config, 1)
 
 
 def test_the_trial_step_changes_nothing():
     network = model.build_network(ModelConfig(encoder="resnet18")).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state = torch.get_rng_state()
-    assert trial.trial_step(network, 2, (64, 64), backward=True) == []
+    assert resolve.trial_step(network, 2, (64, 64), backward=True) == []
     assert torch.equal(torch.get_rng_state(), state)
     assert not network.training
     assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
@@ -141,7 +152,7 @@ class Numbers(torch.nn.Module):
 
 
 def test_a_network_that_wants_numbers_gets_them():
-    unused = trial.trial_step(Numbers(), 4, (8, 8), backward=True)
+    unused = resolve.trial_step(Numbers(), 4, (8, 8), backward=True)
     assert unused == ["unused.weight", "unused.bias"]
 
 
@@ -158,7 +169,7 @@ def test_what_gets_no_gradient_is_frozen(arch, encoder, frozen):
     """Several processes would wait for its gradient."""
     config = ModelConfig(arch=arch, encoder=encoder, height=64, width=64)
     network = model.build_network(config)
-    trial.freeze_unused(network, config)
+    resolve.freeze_unused(network, config)
     still = {name for name, weight in network.named_parameters() if not weight.requires_grad}
     assert (frozen in still) if frozen else not still
     network(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -227,8 +238,8 @@ def test_depthwise_convolutions_that_bf16_makes_slow_train_in_float32(monkeypatc
         ("Unet", "tu-convnextt_tiny", "tu-convnext_tiny"),
         ("Unet", "tu-convnext_tiny.fb_in1", r"tu-convnext_tiny\.fb_in1k"),
         ("Unet", "timm-nothing", "--encoder timm-nothing: unknown"),
-        ("Unet", "tu-vit_tiny_patch16_224", "do not fit together.*goes with DPT; Unet takes"),
-        ("DPT", "resnet18", "resnet18 goes with Unet, .*DPT takes the ViTs of timm"),
+        ("Unet", "tu-vit_tiny_patch16_224", "do not fit together.*Unet takes resnet34"),
+        ("DPT", "resnet18", "do not fit together.*DPT takes the ViTs of timm"),
     ],
 )
 def test_names_that_do_not_fit(arch, encoder, words):
@@ -302,7 +313,7 @@ def test_weights_fit_the_encoder_as_the_architecture_builds_it(tmp_path, arch, e
 def test_a_model_of_the_kit_gives_its_encoder(tmp_path):
     config = ModelConfig(encoder="resnet18")
     first = model.build_network(config)
-    model.save_model(tmp_path / "model.pt", first, config, {}, {})
+    model.save_model(tmp_path / "model.pt", model.TrainedModel(first, config, {}, {}))
     second = model.build_network(config, str(tmp_path / "model.pt"))
     key = "encoder.layer4.1.conv2.weight"
     assert torch.equal(first.state_dict()[key], second.state_dict()[key])

@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import data
-import folders
-import images
-import visualize
-from classes import Classes
-from model import ModelConfig
-from utils import UserError
+from kit.config import Classes, ModelConfig
+from kit.data import images
+from kit.data.folders import list_files
+from kit.data.samples import (
+    assign_folds,
+    decode_pairs,
+    describe,
+    find_samples,
+    read_sample,
+    scan,
+)
+from kit.errors import UserError
+from kit.results.visualize import comparison
 
 COUNT = 8
 
@@ -49,10 +55,10 @@ def write(root, image="images/p{:02d}.png", mask="masks/p{:02d}.png", convert=gr
 
 def read(root, training=True, **options):
     """The samples; each mask must be the ellipse of the number in its image's name."""
-    samples = data.find_samples(str(root), training=training, **options).samples
+    samples = find_samples(str(root), training=training, **options).samples
     for row in samples.itertuples():
         number = int(re.findall(r"\d+", row.image.relative_to(root).as_posix())[-1])
-        assert ((row.mask.read((44, 60)) == 1) == pair(number)[1]).all(), row.image
+        assert np.array_equal(row.mask.read((44, 60)) == 1, [pair(number)[1]]), row.image
     assert samples.id.is_unique
     return samples
 
@@ -60,7 +66,7 @@ def read(root, training=True, **options):
 def asked(root, *words, training=True, **options):
     """The one line of the refusal, which holds the words."""
     with pytest.raises(UserError) as error:
-        data.find_samples(str(root), training=training, **options)
+        find_samples(str(root), training=training, **options)
     line = str(error.value)
     assert "\n" not in line
     for word in words:
@@ -111,10 +117,10 @@ def test_a_full_mask_with_a_palette_of_its_own_is_not_empty(tmp_path):
     write(tmp_path, convert=VALUES["a coloured palette"])
     full = palette(np.zeros((44, 60)), [(128, 0, 0)])
     save(tmp_path / "masks" / "p03.png", full)
-    asked(tmp_path, "--foreground #800000", training=False, wanted=Classes())
-    found = data.find_samples(str(tmp_path), training=True, foreground="#800000")
+    asked(tmp_path, "--foreground #800000", training=False, classes=Classes())
+    found = find_samples(str(tmp_path), training=True, foreground="#800000")
     assert (found.samples["mask"][3].read((44, 60)) == 1).all()
-    assert ((found.samples["mask"][2].read((44, 60)) == 1) == pair(2)[1]).all()
+    assert np.array_equal(found.samples["mask"][2].read((44, 60)) == 1, [pair(2)[1]])
 
 
 def test_two_colours_in_any_order_of_the_palette_are_foreground_and_black(tmp_path):
@@ -137,8 +143,8 @@ def test_jpeg_and_soft_levels_are_cut_at_half_and_it_is_said(tmp_path, capsys):
     read(tmp_path / "b")
     assert "foreground is above 0.5" in capsys.readouterr().out
     root = write(tmp_path / "c", convert=blurred)
-    samples = data.find_samples(str(root), training=True).samples
-    mask = samples["mask"][3].read((44, 60))
+    samples = find_samples(str(root), training=True).samples
+    [mask] = samples["mask"][3].read((44, 60))
     assert (mask == (np.asarray(Image.open(root / "masks/p03.png")) > 127)).all()
     assert "foreground is above 127.5" in capsys.readouterr().out
 
@@ -150,7 +156,7 @@ def test_255_is_ignored_in_every_file_where_one_file_has_a_1(tmp_path):
         values[:4] = 255
         save(tmp_path / f"images/{number}.png", pixels)
         save(tmp_path / f"masks/{number}.png", values)
-    masks = data.find_samples(str(tmp_path), training=True).samples["mask"]
+    masks = find_samples(str(tmp_path), training=True).samples["mask"]
     assert [sorted(set(mask.read((44, 60)).flat)) for mask in masks] == 2 * [[0, 255], [0, 1, 255]]
 
 
@@ -180,9 +186,9 @@ LABEL_MAPS = {
 @pytest.mark.parametrize("kind", LABEL_MAPS)
 def test_a_label_map_is_never_thresholded(tmp_path, kind):
     write(tmp_path, convert=LABEL_MAPS[kind])
-    classes = data.find_samples(str(tmp_path), training=True).classes
+    classes = find_samples(str(tmp_path), training=True).classes
     assert classes.exclusive
-    one = {"training": False, "wanted": Classes()}  # as for a model of one class
+    one = {"training": False, "classes": Classes()}  # as for a model of one class
     line = asked(tmp_path, "label map", "pixels, 8 images", "--foreground", **one)
     example = re.search(r"--foreground ([^\s,]+)", line)[1]
     assert example in classes.values
@@ -197,7 +203,7 @@ def test_255_next_to_grey_levels_is_asked_about(tmp_path, levels):
     write(tmp_path, convert=labels(*levels))
     line = asked(tmp_path, "is 255 a class, or ignored?", "--classes FILE")
     remedy = re.search(r"--foreground (\S+)", line)[1]
-    mask = data.find_samples(str(tmp_path), training=True, foreground=remedy).samples["mask"][0]
+    mask = find_samples(str(tmp_path), training=True, foreground=remedy).samples["mask"][0]
     assert set(np.unique(mask.read((44, 60)))) == {0, 1}
 
 
@@ -215,8 +221,8 @@ def test_foreground_takes_lists_and_ranges(tmp_path):
         ("15,20", (1, 1, 255)),
         ("20-255", (0, 1, 1)),
     ):
-        mask = data.find_samples(str(tmp_path), foreground=foreground).samples["mask"][0]
-        pixels = mask.read((44, 60))
+        mask = find_samples(str(tmp_path), foreground=foreground).samples["mask"][0]
+        [pixels] = mask.read((44, 60))
         assert (pixels[22, 30], pixels[0, 0], pixels[1, 0]) == expected
 
 
@@ -224,7 +230,7 @@ def test_foreground_takes_lists_and_ranges(tmp_path):
 def test_masks_that_are_all_alike_are_refused_for_training_alone(tmp_path, value, word):
     write(tmp_path, convert=lambda mask: np.full(mask.shape, value, np.uint8))
     asked(tmp_path, f"all 8 masks are {word}", "--masks")
-    mask = data.find_samples(str(tmp_path)).samples["mask"][0].read((44, 60))
+    mask = find_samples(str(tmp_path)).samples["mask"][0].read((44, 60))
     assert (mask == (value > 0)).all()
 
 
@@ -292,9 +298,9 @@ def test_a_folder_for_each_patient_is_a_group(tmp_path):
     for patient in range(4):
         folder = f"scans/patient_{patient}"
         write(tmp_path, folder + "/s{:02d}.tif", folder + "/s{:02d}_mask.tif", numbers=range(3))
-    samples = data.scan_dataset(read(tmp_path))
+    samples = scan(read(tmp_path), Classes())
     assert samples.groupby("group").size().tolist() == [3] * 4
-    samples["fold"] = data.assign_folds(samples, 4, 0)
+    samples["fold"] = assign_folds(samples, 4, 0)
     assert (samples.groupby("group").fold.nunique() == 1).all()
 
 
@@ -306,7 +312,7 @@ def test_a_given_split_is_the_fold_and_test_images_are_left_out(tmp_path, capsys
     for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
         write(tmp_path, pattern.format(split), mask.format(split), numbers=numbers)
     samples = read(tmp_path)
-    assert sorted(data.assign_folds(samples, 10, 0)) == [0, 0, *[1] * 6]
+    assert sorted(assign_folds(samples, 10, 0)) == [0, 0, *[1] * 6]
     assert "2 images in val validate" in capsys.readouterr().out
     assert len(read(tmp_path, training=False)) == 3
 
@@ -315,7 +321,7 @@ def test_test_images_never_get_training_masks(tmp_path):
     write(tmp_path, "train/image/{}.png", "train/label/{}.png")
     for number in range(3):
         save(tmp_path / f"test/{number}.png", pair(9)[0])
-    samples = data.find_samples(str(tmp_path)).samples
+    samples = find_samples(str(tmp_path)).samples
     assert len(samples) == 3
     assert samples["mask"].isna().all()
 
@@ -338,7 +344,7 @@ def test_two_candidates_are_asked_about_and_both_flags_work(tmp_path, kind, caps
     names = re.search(r": (\S+) and (\S+) fit", asked(tmp_path, "--masks"))
     for name in names.groups():
         read(tmp_path, masks=name)
-    assert data.find_samples(str(tmp_path)).samples["mask"].isna().all()
+    assert find_samples(str(tmp_path)).samples["mask"].isna().all()
     assert "fit the images" in capsys.readouterr().out
 
 
@@ -359,9 +365,10 @@ def test_masks_are_no_images_to_predict(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_refusal_names_what_is_there_and_the_closest_candidate(tmp_path):
+def test_a_refusal_names_what_is_there_and_the_flag(tmp_path):
     write(tmp_path, "a/{:02d}.png", "b/{:02d}.png")
-    asked(tmp_path, "a/ (00.png, 01.png, 02.png, ... (8 files))", "--masks b")
+    shown = (f"{folder}/ (00.png, 01.png, 02.png, ... (8 files))" for folder in "ab")
+    asked(tmp_path, "name them with --masks", *shown)
     read(tmp_path, masks="b")
 
 
@@ -388,7 +395,7 @@ def test_a_zip_is_named_with_the_command_that_unpacks_it(tmp_path):
 
 def panels(image, mask):
     """The prediction and the ground truth panel of a prediction without an error."""
-    drawn = visualize.comparison(image, grey(mask, 1), mask, "")
+    drawn = comparison(image, grey(mask, 1)[None], mask[None], "", Classes())
     across = 2 if image.shape[1] >= image.shape[0] else 4
     height, width = drawn.shape[0] // (4 // across), (drawn.shape[1] - 6 * (across - 1)) // across
     places = [(0, 1), (1, 0)] if across == 2 else [(0, 1), (0, 2)]
@@ -414,7 +421,8 @@ def test_prediction_and_ground_truth_are_drawn_alike_and_lines_survive(size):
 
 def test_a_strip_makes_no_endless_comparison():
     for size in ((70000, 24), (24, 70000)):
-        drawn = visualize.comparison(np.zeros((*size, 3), np.uint8), None, np.zeros(size, bool), "")
+        mask = np.zeros((1, *size), bool)
+        drawn = comparison(np.zeros((*size, 3), np.uint8), None, mask, "", Classes())
         assert images.encode_image(drawn, ".jpg")
 
 
@@ -423,7 +431,7 @@ def test_files_that_start_with_a_dot_are_no_files(tmp_path):
     (tmp_path / "images/._p00.png").write_bytes(b"Mac OS X")
     (tmp_path / ".cache").mkdir()
     save(tmp_path / ".cache/masks/p00.png", grey(pair(0)[1]))
-    assert len(folders.list_files(tmp_path)) == 2 * COUNT
+    assert len(list_files(tmp_path)) == 2 * COUNT
     read(tmp_path)
 
 
@@ -449,10 +457,11 @@ def test_a_doubt_of_the_training_folder_is_one_of_the_test_folder(tmp_path, caps
     masks = ["training/1st_manual/{}_manual1.gif", "training/mask/{}_training_mask.gif"]
     write(tmp_path, "training/images/{}_training.tif", masks, numbers=range(21, 29))
     write(tmp_path, "test/images/{}_test.tif", "test/mask/{}_test_mask.gif", numbers=range(1, 5))
-    samples = data.find_samples(str(tmp_path)).samples
+    samples = find_samples(str(tmp_path)).samples
     assert len(samples) == 4
     assert samples["mask"].isna().all()
-    assert "no scores, 1st_manual and mask fit the images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"no scores: --data {tmp_path}: 1st_manual and mask fit the images" in printed
     assert len(read(tmp_path, masks="1st_manual")) == 8
 
 
@@ -543,9 +552,9 @@ def test_a_mask_of_the_stored_size_is_turned_with_its_image(tmp_path, orientatio
         save(file, Image.fromarray(image), exif=exif)
         assert images.read_header(file) == ((60, 44), orientation, False)
         save(tmp_path / "masks" / f"{number}.png", grey(mask))
-    samples = data.scan_dataset(data.find_samples(str(tmp_path), training=True).samples)
+    samples = scan(find_samples(str(tmp_path), training=True).samples, Classes())
     for row in samples.itertuples():
-        pixels, mask = data.read_sample(row)
+        pixels, [mask] = read_sample(row)
         assert pixels.shape == (60, 44, 3)
         assert ((pixels[..., 0] > 120) == (mask == 1)).all()
 
@@ -555,8 +564,9 @@ def test_turns_that_no_size_tells_are_said(tmp_path):
     exif[0x0112] = 3
     write(tmp_path)
     save(tmp_path / "images" / "p00.png", Image.fromarray(pair(0)[0]), exif=exif)
-    collection = data.find_samples(str(tmp_path), training=True)
-    line = data.describe(collection, data.scan_dataset(collection.samples))
+    collection = find_samples(str(tmp_path), training=True)
+    scanned = scan(collection.samples, collection.classes)
+    line = describe(collection._replace(samples=scanned))
     assert "1 images are turned by EXIF, their masks are taken as upright: see examples.jpg" in line
 
 
@@ -565,8 +575,8 @@ def test_images_without_a_mask_are_empty_when_that_is_said(tmp_path):
     for number in range(0, COUNT, 2):
         (tmp_path / "masks" / f"p{number:02d}.png").unlink()
     asked(tmp_path, "4 of 8 images have no mask", "--missing empty")
-    samples = data.find_samples(str(tmp_path), training=True, missing="empty").samples
-    shares = data.scan_dataset(samples).share
+    samples = find_samples(str(tmp_path), training=True, missing="empty").samples
+    shares = scan(samples, Classes()).share
     assert [share > 0 for share in shares] == [False, True] * 4
 
 
@@ -576,7 +586,7 @@ def test_a_csv_of_masks_without_foreground_or_background_is_refused(tmp_path, fu
     for number in range(COUNT):
         save(tmp_path / "train" / f"p{number:02d}.png", pair(number)[0])
     (tmp_path / "train.csv").write_text("\n".join(["id,rle_mask", *lines]))
-    collection = data.find_samples(str(tmp_path), training=True)
-    samples = data.scan_dataset(collection.samples)
+    collection = find_samples(str(tmp_path), training=True)
+    samples = scan(collection.samples, Classes())
     with pytest.raises(UserError, match=f"all 8 masks are {'full' if full else 'empty'}"):
-        data.decode_samples(samples, ModelConfig(), 0)
+        decode_pairs(samples, ModelConfig(), 0)

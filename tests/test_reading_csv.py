@@ -10,9 +10,11 @@ import torch
 from conftest import run, succeed
 from PIL import Image
 
-import data
-import rle
-from utils import UserError
+from kit.config import Classes
+from kit.data import rle
+from kit.data.samples import find_samples
+from kit.errors import UserError
+from kit.results.submissions import RleSubmission, find_sample_submission
 
 ORDERS = ("columns", "rows", "columns from 0", "rows from 0", "relative")
 EMPTY = ("", "-", "-1", "1 0", "0 0", "NaN", "null")
@@ -65,17 +67,17 @@ def write_csv(path, rows, encoding="utf-8", delimiter=","):
 
 def read(root, masks, **options):
     """The collection of a folder, whose masks must be these."""
-    collection = data.find_samples(str(root), training=True, **options)
+    collection = find_samples(str(root), training=True, **options)
     assert collection.samples.id.tolist() == sorted(masks)
     for row in collection.samples.itertuples():
         mask = masks[row.id]
-        assert (row.mask.read(mask.shape) == mask).all(), row.id
+        assert np.array_equal(row.mask.read(mask.shape), mask[None]), row.id
     return collection
 
 
 def refused(root, *words, **options):
     with pytest.raises(UserError) as error:
-        data.find_samples(str(root), **({"training": True} | options))
+        find_samples(str(root), **({"training": True} | options))
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
@@ -124,10 +126,10 @@ def test_the_order_can_be_named(tmp_path):
     for order in ("rows", "columns from 0", "relative"):
         rows = [(stem, plain_encode(mask, order)) for stem, mask in masks.items()]
         write_csv(tmp_path / "train.csv", [("id", "rle"), *rows])
-        assert read(tmp_path, masks, runs=order.split()[0]).rle == order
+        assert read(tmp_path, masks, rle=order.split()[0]).rle == order
     rows = [(stem, plain_encode(mask)) for stem, mask in masks.items()]
     write_csv(tmp_path / "train.csv", [("id", "rle"), *rows])
-    refused(tmp_path, "--rle relative", "train.csv", "absolute", runs="relative")
+    refused(tmp_path, "--rle relative", "train.csv", "absolute", rle="relative")
 
 
 def test_unsorted_runs_are_asked_about(tmp_path):
@@ -139,15 +141,15 @@ def test_unsorted_runs_are_asked_about(tmp_path):
         rows.append((stem, " ".join(f"{start} {length}" for start, length in reversed(pairs))))
     write_csv(tmp_path / "train.csv", [("id", "rle"), *rows])
     refused(tmp_path, "train.csv", "--rle")
-    assert read(tmp_path, masks, runs="columns").rle == "columns"
+    assert read(tmp_path, masks, rle="columns").rle == "columns"
 
 
 def test_masks_in_files_keep_the_order_of_the_flag(tmp_path):
     for stem, mask in write_images(tmp_path / "images").items():
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "masks" / f"{stem}.png")
-    assert data.find_samples(str(tmp_path), training=True).rle == "columns"
-    assert data.find_samples(str(tmp_path), training=True, runs="rows").rle == "rows"
+    assert find_samples(str(tmp_path), training=True).rle == "columns"
+    assert find_samples(str(tmp_path), training=True, rle="rows").rle == "rows"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,15 +217,15 @@ def test_a_csv_that_nobody_named_stops_nothing(tmp_path, capsys):
     (tmp_path / "photos" / "broken.csv").write_bytes(b'a,"b\nc\x00')
     (tmp_path / "._train.csv").write_bytes(b"\x00\x05\x16\x07id,rle\nx,1 2\n")
     write_csv(tmp_path / "sizes.csv", [("name", "size"), ("p00", "60x44")])
-    assert set(data.find_samples(str(tmp_path / "photos")).samples["mask"]) == {None}
+    assert set(find_samples(str(tmp_path / "photos")).samples["mask"]) == {None}
     assert not capsys.readouterr().out
     for rows in (["other,1 2"], [b"p\xff,1 2"], ["p00,1 2", "other,1 2"], ["p00,1 2,3"]):
         lines = [row if isinstance(row, bytes) else row.encode() for row in rows]
         (tmp_path / "train.csv").write_bytes(b"\n".join([b"id,rle", *lines]))
-        assert set(data.find_samples(str(tmp_path / "photos")).samples["mask"]) == {None}
+        assert set(find_samples(str(tmp_path / "photos")).samples["mask"]) == {None}
         assert "no scores: " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"train\.csv"):
-        data.find_samples(str(tmp_path / "photos"), str(tmp_path / "train.csv"))
+        find_samples(str(tmp_path / "photos"), masks=str(tmp_path / "train.csv"))
     for stem, mask in masks.items():
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(mask).save(tmp_path / "masks" / f"{stem}.png")
@@ -255,10 +257,10 @@ def test_numbers_of_classes_are_no_ids_of_images_that_are_numbered(tmp_path):
     masks = write_images(tmp_path / "train", name="{}.png")
     rows = [(f"{stem}.png", label, plain_encode(masks[stem])) for stem in masks for label in (1, 3)]
     write_csv(tmp_path / "train.csv", [("ImageId", "ClassId", "EncodedPixels"), *rows])
-    collection = data.find_samples(str(tmp_path), training=True)
+    collection = find_samples(str(tmp_path), training=True)
     assert collection.classes.names == ("1", "3")
     for row in collection.samples.itertuples():
-        assert (row.mask.read((44, 60)) == masks[row.id][..., None]).all(), row.id
+        assert np.array_equal(row.mask.read((44, 60)), 2 * [masks[row.id]]), row.id
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -271,13 +273,13 @@ def test_several_classes_are_found_and_one_alone_is_none(tmp_path, name):
     ]
     header = ("id", name, "rle") if len(rows[0]) == 3 else ("Image_Label", "rle")
     write_csv(tmp_path / "train.csv", [header, *rows])
-    found = data.find_samples(str(tmp_path), training=True)
+    found = find_samples(str(tmp_path), training=True)
     assert [value[-1] for value in found.classes.values] == ["1", "3"]
     assert not found.classes.exclusive
     for number, row in enumerate(found.samples.itertuples()):
         pixels = row.mask.read((44, 60))
-        assert (pixels[..., 1] == masks[row.id]).all()
-        assert (pixels[..., 0] == masks[row.id] * (number < 5)).all()
+        assert (pixels[1] == masks[row.id]).all()
+        assert (pixels[0] == masks[row.id] * (number < 5)).all()
     if len(rows[0]) == 3:  # one class alone
         write_csv(tmp_path / "train.csv", [header, *rows[5:]])
         read(tmp_path, masks)
@@ -296,11 +298,11 @@ def submission_of(root, name, rows, order="columns"):
     if rows:
         write_csv(root / name, rows)
     samples = pd.DataFrame({"id": STEMS})
-    found = rle.find_sample_submission(root / "test", STEMS)
-    submission = rle.RleSubmission(samples, found, "error", order)
-    mask = np.zeros((4, 6), bool)
+    found = find_sample_submission(root / "test", STEMS)
+    submission = RleSubmission(samples, Classes(), found, "error", order)
+    mask = np.zeros((1, 4, 6), bool)
     for row in samples.itertuples():
-        mask[1, 2:] = row.id == "t00"
+        mask[0, 1, 2:] = row.id == "t00"
         submission.add(row, mask, mask)
     submission.write(root)
     with (root / "submission.csv").open() as file:
@@ -380,7 +382,7 @@ def test_the_order_of_training_is_that_of_the_submission(tmp_path):
     assert "train_masks.csv: RLE rows (" in printed
     content = torch.load(out / "model.pt", weights_only=True)
     assert content["model"]["rle"] == content["config"]["rle"] == "rows"
-    assert content["model"]["threshold"] == 0.5, "two validation images"
+    assert content["model"]["thresholds"] == (0.5,), "two validation images"
     write_images(tmp_path / "test", 2)
     flags = ("--model", out, "--data", tmp_path, "--submission", "rle", "--threshold", 0)
     for more, expected in (((), "rows"), (("--rle", "columns"), "columns")):

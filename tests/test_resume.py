@@ -4,39 +4,41 @@ import dataclasses
 import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 import zipfile
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import KIT, run, succeed
+from conftest import KIT, build_once, run, succeed
 from PIL import Image
 
-import callbacks
-import images
-import model
-import predict
-import resume
+import infer
 import train
+from kit.cli import parse
+from kit.data import samples
+from kit.data.folders import list_images
+from kit.errors import UserError
+from kit.network import model
+from kit.results import predict
+from kit.training import callbacks, loaders, resolve, resume
 from train import Config
-from utils import UserError
 
 SMALL = (
     "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none",
     "--height", 32, "--width", 96, "--batch_size", 2, "--grow", "false",
 )  # fmt: skip
+DEFAULTS = dataclasses.asdict(Config())
 
 
 @pytest.fixture
-def kit(tmp_path):
-    """A fork: a copy of the kit to edit."""
-    folder = tmp_path / "kit"
-    folder.mkdir()
+def fork(tmp_path):
+    """A copy of the kit to edit."""
+    folder = tmp_path / "fork"
+    shutil.copytree(KIT / "kit", folder / "kit", ignore=shutil.ignore_patterns("__pycache__"))
     for path in KIT.glob("*.py"):
         shutil.copy(path, folder)
     return folder
@@ -48,135 +50,188 @@ def edit(file, old, new):
     file.write_text(text.replace(old, new))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """8 small images with masks."""
-    root = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for number in range(8):
-        mask = np.zeros((48, 64), np.uint8)
-        mask[20 + number :, 16:48] = 255
-        for folder, pixels in (
-            ("images", rng.integers(0, 255, (48, 64, 3), np.uint8)),
-            ("masks", mask),
-        ):
-            (root / folder).mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(root / folder / f"p{number}.png")
-    return root
+
+    def build(root):
+        rng = np.random.default_rng(0)
+        for number in range(8):
+            mask = np.zeros((48, 64), np.uint8)
+            mask[20 + number :, 16:48] = 255
+            image = rng.integers(0, 255, (48, 64, 3), np.uint8)
+            for folder, pixels in (("images", image), ("masks", mask)):
+                (root / folder).mkdir(exist_ok=True)
+                Image.fromarray(pixels).save(root / folder / f"p{number}.png")
+
+    return build_once(tmp_path_factory, "pairs_of_a_run", build)
+
+
+@pytest.fixture(scope="session")
+def trained(pairs, tmp_path_factory):
+    """The --out of a run of one epoch."""
+
+    def build(out):
+        succeed("train.py", "--data", pairs, "--out", out, "--epochs", 1, *SMALL)
+
+    return build_once(tmp_path_factory, "a_run", build)
+
+
+def configure(data, *flags):
+    """The settings of a command, one epoch with SMALL unless the flags say otherwise."""
+    words = ("--data", data, "--epochs", 1, *SMALL, *flags)
+    return parse(Config, "", [str(word) for word in words])
+
+
+def load(config):
+    """The samples of a command."""
+    names = ("masks", "target", "foreground", "rle", "missing", "classes", "window", "folds")
+    names = (*names, "seed", "group")
+    return samples.load(config.data, **{name: getattr(config, name) for name in names})[0]
+
+
+def identify(data, *flags):
+    """The identity of the run that a command makes."""
+    config = configure(data, *flags)
+    collection = load(config)
+    resolved, _ = resolve.resolve(config, collection, config.fold, train.RESOLUTIONS)
+    return resume.identify(dataclasses.asdict(resolved), collection.samples)
+
+
+def decide(now, out, choice="auto"):
+    """What --resume means for a run in a folder."""
+    return resume.decide(now, str(choice), out, out, DEFAULTS)
 
 
 # --------------------------------------------------------------------------------------------------
-#  A forker's day
+#  A forker's day: what `resume.decide` says to the checkpoint of one run
 # --------------------------------------------------------------------------------------------------
 
 
-def test_an_edit_is_trained_and_nothing_is_overwritten(kit, pairs, tmp_path):
-    """Run again; edit a comment, the loss, a mask; change a setting; add an image."""
-    data, out = shutil.copytree(pairs, tmp_path / "data"), tmp_path / "out"
-    flags = ("--data", data, "--out", out, "--epochs", 1, *SMALL)
-    succeed("train.py", *flags, kit=kit)
-    first = (out / "model.pt").read_bytes()
-    again = succeed("train.py", *flags, kit=kit)
-    assert again.count("NOTHING WAS TRAINED") == 2
-    assert again.strip().splitlines()[-1].startswith("NOTHING WAS TRAINED")
-    edit(kit / "train.py", "# Progressive resizing: until", "# A comment: until")
-    edit(kit / "visualize.py", "BAR_WIDTH = 310", "BAR_WIDTH = 300")
-    assert "NOTHING WAS TRAINED" in succeed("train.py", *flags, kit=kit)
-    assert not (tmp_path / "out-1").exists()
+@pytest.fixture(scope="session")
+def same(pairs):
+    """The identity of the same command again."""
+    return identify(pairs)
 
-    edit(kit / "train.py", "return bce + ", "return 2 * bce + ")
-    edited = succeed("train.py", *flags, kit=kit)
-    assert "STARTING OVER: train.py differs: loss." in edited
-    assert f"kept in {tmp_path / 'out-1'}" in edited
-    assert "epoch 1 of 1" in edited
-    kept = torch.load(tmp_path / "out-1" / "model.pt", weights_only=True)["state_dict"]
-    before = tmp_path / "before.pt"
-    before.write_bytes(first)
-    expected = torch.load(before, weights_only=True)["state_dict"]
-    assert all(torch.equal(kept[key], value) for key, value in expected.items())
-    assert any((torch_new(out)[key] != value).any() for key, value in expected.items())
 
+def test_the_same_command_goes_on_with_its_run(same, trained):
+    """Settings, code and samples have the same digests in another process."""
+    assert decide(same, trained) == (
+        trained / "last.ckpt",
+        resume.read_state(trained / "last.ckpt"),
+        [],
+    )
+    assert decide(same, trained, "none") == (None, {}, ["--resume none"])
+
+
+def test_other_code_starts_over_and_a_file_resumes_although(same, trained, fork, capsys):
+    edit(fork / "train.py", "A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.4)")
+    now = same._replace(code=resume.code_digests(fork))
+    assert decide(now, trained) == (None, {}, ["train.py differs: augmentation"])
+    assert not capsys.readouterr().out
+    decision = decide(now, trained, trained / "last.ckpt")
+    assert (decision.checkpoint, decision.reasons) == (trained / "last.ckpt", [])
+    assert "resumes although train.py differs: augmentation" in capsys.readouterr().out
+
+
+def test_other_data_starts_over(pairs, trained, tmp_path):
+    data = shutil.copytree(pairs, tmp_path / "data")
+    assert decide(identify(data), trained).checkpoint, "a copy"
     mask = np.asarray(Image.open(data / "masks" / "p3.png")).copy()
     mask[:4] = 255
     Image.fromarray(mask).save(data / "masks" / "p3.png")
-    edited = succeed("train.py", *flags, kit=kit)
-    assert "STARTING OVER: 1 masks differ: p3." in edited
-    assert (tmp_path / "out-2" / "model.pt").exists()
-
-    refused = run("train.py", *flags, "--lr", 1e-3, "--tiles", "true", kit=kit)
-    assert refused.returncode == 2
-    assert "take --tiles=False --lr=0.0005, choose" in refused.stderr
-    as_there = ("--tiles=False", "--lr=0.0005")
-    assert "NOTHING WAS TRAINED" in succeed("train.py", *flags, *as_there, kit=kit)
-    started = succeed("train.py", *flags, "--lr", 1e-3, kit=kit, env={"KIT_NOTEBOOK": "1"})
-    assert "STARTING OVER: settings differ: lr" in started
+    assert decide(identify(data), trained) == (None, {}, ["1 masks differ: p3"])
+    shutil.copy(pairs / "masks" / "p3.png", data / "masks")
     for folder in ("images", "masks"):
         shutil.copy(data / folder / "p0.png", data / folder / "new.png")
-    added = succeed("train.py", *flags, "--lr", 1e-3, kit=kit)
-    assert "1 images were added: new" in added
-    assert {path.name for path in tmp_path.glob("out*")} == {
-        "out",
-        *(f"out-{n}" for n in range(1, 5)),
-    }
+    assert decide(identify(data), trained) == (None, {}, ["1 images were added: new"])
 
 
-def torch_new(out):
+def test_other_settings_are_refused_with_those_of_the_run(pairs, trained, monkeypatch):
+    now = identify(pairs, "--lr", 1e-3, "--tiles", "true")
+    for choice in ("auto", trained / "last.ckpt"):
+        with pytest.raises(UserError, match="take --tiles=False --lr=0.0005, choose") as refused:
+            decide(now, trained, choice)
+        assert "\n" not in str(refused.value)
+    as_there = identify(pairs, "--lr", 1e-3, "--tiles", "true", "--tiles=False", "--lr=0.0005")
+    assert decide(as_there, trained).checkpoint
+    monkeypatch.setenv("KIT_NOTEBOOK", "1")
+    reasons = decide(identify(pairs, "--lr", 1e-3), trained).reasons
+    assert reasons == ["settings differ: lr"]
+    with pytest.raises(UserError, match="--lr"):
+        decide(now, trained, trained / "last.ckpt")
+
+
+# --------------------------------------------------------------------------------------------------
+#  A forker's day: whole runs
+# --------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_is_trained_and_nothing_is_overwritten(fork, pairs, trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "out")
+    flags = ("--data", pairs, "--out", out, "--epochs", 1, *SMALL)
+    edit(fork / "train.py", "# Progressive resizing: until", "# A comment: until")
+    edit(fork / "kit" / "results" / "visualize.py", "BAR_WIDTH = 310", "BAR_WIDTH = 300")
+    again = succeed("train.py", *flags, kit=fork)
+    assert again.count("NOTHING WAS TRAINED") == 2
+    assert again.strip().splitlines()[-1].startswith("NOTHING WAS TRAINED")
+    assert not (tmp_path / "out-1").exists()
+
+    edit(fork / "train.py", "return pixels + ", "return 2 * pixels + ")
+    edited = succeed("train.py", *flags, kit=fork)
+    assert "STARTING OVER: train.py differs: loss." in edited
+    assert f"kept in {tmp_path / 'out-1'}" in edited
+    assert "epoch 1 of 1" in edited
+    first, kept, new = map(weights, (trained, tmp_path / "out-1", out))
+    assert all(torch.equal(kept[key], value) for key, value in first.items())
+    assert any((new[key] != value).any() for key, value in first.items())
+    assert {path.name for path in tmp_path.glob("out*")} == {"out", "out-1"}
+
+
+def weights(out):
     return torch.load(out / "model.pt", weights_only=True)["state_dict"]
 
 
-def test_a_file_resumes_although_the_code_differs(kit, pairs, tmp_path):
-    flags = ("--data", pairs, "--out", tmp_path / "out", *SMALL)
-    succeed("train.py", *flags, "--epochs", 1, kit=kit)
-    edit(kit / "train.py", "A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.4)")
-    file = tmp_path / "out" / "last.ckpt"
-    printed = succeed("train.py", *flags, "--epochs", 2, "--resume", file, kit=kit)
+def test_a_file_resumes_in_another_folder_although_the_code_differs(fork, pairs, trained, tmp_path):
+    edit(fork / "train.py", "A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.4)")
+    file, other = trained / "last.ckpt", shutil.copytree(trained, tmp_path / "other")
+    flags = ("--data", pairs, "--out", other, *SMALL, "--epochs", 3, "--resume", file)
+    printed = succeed("train.py", *flags, kit=fork)
     assert "resumes although train.py differs: augmentation" in printed
-    assert pd.read_csv(tmp_path / "out" / "metrics.csv").epoch.tolist() == [1, 2]
-    assert "epoch 1 of" not in printed
-    elsewhere = ("--data", pairs, "--out", tmp_path / "other", *SMALL, "--epochs", 1)
-    succeed("train.py", *elsewhere, kit=kit)
-    printed = succeed("train.py", *elsewhere, "--epochs", 3, "--resume", file, kit=kit)
     assert f"kept in {tmp_path / 'other-1'}" in printed
-    assert pd.read_csv(tmp_path / "other" / "metrics.csv").epoch.tolist() == [1, 2, 3]
+    assert "epoch 1 of" not in printed
+    assert pd.read_csv(other / "metrics.csv").epoch.tolist() == [1, 2, 3]
     assert (tmp_path / "other-1" / "model.pt").exists()
 
 
-def test_folds_of_another_split_are_not_averaged_in(pairs, tmp_path):
+def test_folds_of_another_split_are_not_averaged_in(pairs, trained, tmp_path, capsys):
     out = tmp_path / "out"
-    flags = ("--data", pairs, "--out", out, "--epochs", 1, *SMALL)
-    succeed("train.py", *flags, "--fold", "all", "--folds", 3, "--resume", "none")
-    printed = succeed("train.py", *flags, "--fold", "all", "--folds", 2, "--resume", "none")
+    for fold in range(3):
+        shutil.copytree(trained, out / f"fold{fold}")
+    flags = ("--data", pairs, "--out", out, "--epochs", 1, *SMALL, "--folds", 2)
+    printed = succeed("train.py", *flags, "--fold", "all", "--resume", "none")
     assert f"kept in {tmp_path / 'out-1'}" in printed
     assert sorted(path.name for path in out.glob("fold*")) == ["fold0", "fold1"]
-    single = succeed("train.py", *flags, "--folds", 2)
-    assert "STARTING OVER: folds differ" in single
+    clock, single = callbacks.Clock(1, 0, 0.0), identify(pairs, "--folds", 2)
+    callback = callbacks.TrainingCallback(out, out, clock, single.settings, None)
+    callback.identity = single
+    callback.find_checkpoint("auto", DEFAULTS)
+    callback.prepare_out()
+    assert "STARTING OVER: folds differ" in capsys.readouterr().out
     assert not list(out.glob("fold*"))
     shutil.copytree(tmp_path / "out-1" / "fold2", tmp_path / "out-2" / "fold2")
-    mixed = run("infer.py", "--model", tmp_path / "out-2", "--data", pairs, "--out", tmp_path / "p")
-    assert mixed.returncode == 2
-    assert "models of different splits" in mixed.stderr
+    with pytest.raises(UserError, match="models of different splits"):
+        predict.load_models([str(tmp_path / "out-2")], "cpu")
 
 
 def test_a_second_training_into_one_folder_is_refused(pairs, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; sys.path.insert(0, {str(KIT)!r}); import resume, pathlib, time\n"
-            f"resume.lock_folder(pathlib.Path({str(out)!r})); print('held', flush=True)\n"
-            "time.sleep(300)",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    resume.lock_folder(out)
     try:
-        assert holder.stdout.readline() == "held\n"
         done = run("train.py", "--data", pairs, "--out", out, "--epochs", 1, *SMALL)
     finally:
-        holder.kill()
-        holder.wait()
+        os.close(resume.LOCKS.pop(out.stat().st_ino))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         f"error: --out {out}: another training writes there now; wait for it, "
@@ -192,40 +247,76 @@ def test_a_second_training_into_one_folder_is_refused(pairs, tmp_path):
 
 def test_comments_docstrings_and_layout_are_no_code(tmp_path):
     file = tmp_path / "train.py"
-    file.write_text('import a\nX = 1\n\ndef f(x):\n    """One."""\n    return x + 1\n')
-    before = resume.code_digests([file])
-    assert set(before) == {"train.py: X", "train.py: f"}
+    file.write_text('import a\nX = 1\n\ndef make_loaders(x):\n    """One."""\n    return x + X\n')
+    before = resume.code_digests(tmp_path)
+    assert set(before) == {"train.py: X", "train.py: make_loaders"}
     file.write_text(
-        'import b\nX = (1)  # why\n\n\ndef f(x):\n    """Two.\n\n    More."""\n    return (\n'
-        "        x + 1\n    )\n"
+        "import b\nX = (1)  # why\n\n\ndef make_loaders(x: int) -> int:\n"
+        '    """Two.\n\n    More."""\n    return (\n        x + X\n    )\n'
     )
-    assert resume.code_digests([file]) == before
-    file.write_text("X = 2\n\ndef f(x):\n    return x - 1\n\ndef main():\n    pass\n")
-    after = resume.code_digests([file])
+    assert resume.code_digests(tmp_path) == before
+    file.write_text("X = 2\n\ndef make_loaders(x):\n    return x - X\n\ndef main():\n    pass\n")
+    after = resume.code_digests(tmp_path)
     assert set(after) == set(before)
     assert all(after[key] != before[key] for key in before)
 
 
-def test_the_layouts_own_file_counts(roads):
-    import data
+def test_all_that_weights_follow_from_is_there():
+    """A definition that is renamed or moved must not drop out of the identity unseen."""
+    assert set(resume.WEIGHTS_FOLLOW_FROM) <= set(resume.code_digests(KIT))
 
-    samples = data.scan_dataset(data.find_samples(str(roads), training=True).samples)
-    identity = resume.identify({}, samples.assign(fold=0))
-    files = {key.split(": ")[0] for key in identity.code}
-    names = {
-        "train",
-        "data",
-        "images",
-        "model",
-        "encoders",
-        "callbacks",
-        "losses",
-        "loaders",
-        "trial",
-        "kitti",
-    }
-    assert files == {f"{name}.py" for name in names}
-    assert not any("Config" in key and "train" in key for key in identity.code)
+
+def test_code_is_what_a_training_step_reaches(same):
+    """Reading masks is no part of it: their digests show what it gives."""
+    names = {"train", "kit/config", "kit/files", "kit/data/images", "kit/data/samples"}
+    names |= {f"kit/network/{name}" for name in ("model", "encoders")}
+    names |= {f"kit/training/{name}" for name in ("callbacks", "loaders", "resolve")}
+    assert {key.split(": ")[0] for key in same.code} == {f"{name}.py" for name in names}
+    assert not any("Config" in key for key in same.code)
+
+
+WORDS = [  # printed lines, messages of errors, docstrings, pictures, scores
+    ("kit/data/images.py", 'print(f"images: {', 'print(f"pictures: {'),
+    ("train.py", 'print(f"--session_minutes: over', 'print(f"--session_minutes: done'),
+    ("kit/training/callbacks.py", "the weights so far are kept: try", "take"),
+    ("kit/network/encoders.py", '"no such file"', '"is not there"'),
+    ("kit/network/encoders.py", "(much weaker)", "(weaker)"),
+    ("kit/errors.py", 'f"; {self.remedy}"', 'f". {self.remedy}"'),
+    ("train.py", '"""BCE plus Dice; of', '"""Dice plus BCE; of'),
+    ("kit/training/callbacks.py", " · validation loss", " · loss of validation"),
+    ("kit/results/visualize.py", "BAR_WIDTH = 310", "BAR_WIDTH = 300"),
+    ("kit/results/visualize.py", "def stack(", "def stacked("),
+    ("train.py", 'self.log("val_loss", value', 'self.log("val_loss", 2 * value'),
+    ("train.py", "    seed: int = 0", "    pos_weight: float = 1.0\n    seed: int = 1"),
+]
+
+
+def test_an_edit_of_what_is_said_or_shown_is_no_edit_of_the_code(same, fork):
+    for file, old, new in WORDS:
+        edit(fork / file, old, new)
+    assert resume.code_digests(fork) == same.code
+
+
+STEPS = {
+    "train.py: loss": ("return pixels + ", "return 2 * pixels + "),
+    "train.py: augmentation": ("A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.4)"),
+    "train.py: schedule": ("0.1 + progress / 0.05", "0.1 + progress / 0.06"),
+    "train.py: class_weights": ("np.maximum(share, 1e-3)", "np.maximum(share, 1e-2)"),
+    "kit/data/images.py: resize_image": ("cv2.INTER_AREA if smaller", "cv2.INTER_CUBIC if smaller"),
+    "kit/network/encoders.py: STATISTICS": ('"inception": HALF', '"inception": IMAGENET'),
+    "kit/network/model.py: reestimate_batch_norm": ("norm.momentum = None", "norm.momentum = 0.1"),
+    "kit/training/callbacks.py: TrainingCallback.on_train_batch_start": (
+        "torch.manual_seed(seed)", "torch.manual_seed(seed + 1)",
+    ),
+}  # fmt: skip
+
+
+def test_an_edit_of_what_a_training_step_does_is_one_of_the_code(same, fork):
+    for key, (old, new) in STEPS.items():
+        edit(fork / key.split(": ")[0], old, new)
+    edited = resume.code_digests(fork)
+    assert {key for key in edited if edited[key] != same.code.get(key)} == set(STEPS)
+    assert edited.keys() == same.code.keys()
 
 
 def test_differences_are_named():
@@ -261,21 +352,16 @@ def test_folders_are_set_aside_under_the_first_free_name(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_mistyped_argument_of_an_augmentation_is_an_error(kit, pairs, tmp_path):
-    edit(kit / "train.py", "A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(prob=0.5)")
-    done = run(
-        "train.py", "--data", pairs, "--out", tmp_path / "out", "--epochs", 1, *SMALL, kit=kit
-    )
-    assert done.returncode == 2
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: augmentation in train.py: ")
-    assert "prob" in line
+def test_a_mistyped_argument_of_an_augmentation_is_an_error(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "augmentation", lambda _: A.Compose([A.HorizontalFlip(prob=0.5)]))
+    with pytest.raises(UserError, match="^augmentation in train.py: .*prob") as refused:
+        train.train(configure(pairs, "--out", tmp_path / "out"))
+    assert "\n" not in str(refused.value)
 
 
 def test_filters_of_warnings_are_as_before():
     before = list(warnings.filters)
-    config = Config(height=32, width=32, tiles=False)
-    images.strict_augmentation(lambda: train.augmentation(config))
+    loaders.strictly(train.augmentation, Config(height=32, width=32, tiles=False))
     assert list(warnings.filters) == before
 
 
@@ -292,24 +378,23 @@ def test_a_gpu_without_kernels_is_named(monkeypatch):
 
 def test_more_gpus_than_there_are_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert model.resolve_devices(2, "cuda") == 1
+    assert resolve.resolve_devices(2, "cuda") == 1
     assert "--devices 2: there is only 1" in capsys.readouterr().out
-    assert model.resolve_devices(2, "cpu") == 2
+    assert resolve.resolve_devices(2, "cpu") == 2
 
 
 def test_shared_memory_that_runs_out_names_the_flag():
-    def fit(parts):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is ...")
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is ...")
+    with pytest.raises(UserError, match="--workers 0"), callbacks.clear_loader_errors():
+        raise error
+    with pytest.raises(RuntimeError, match="other"), callbacks.clear_loader_errors():
+        raise RuntimeError("other")
 
-    with pytest.raises(UserError, match="--workers 0"):
-        callbacks.with_gradient_accumulation(fit, 4, "cuda")
 
-
-def test_more_processes_than_images_is_one_line(pairs, tmp_path):
-    flags = ("--data", pairs, "--out", tmp_path / "out", "--epochs", 1, "--devices", 8, *SMALL)
-    done = run("train.py", *flags)
-    assert done.returncode == 2
-    assert "8 processes, but 7 training images" in done.stderr.strip().splitlines()[-1]
+def test_more_processes_than_images_is_one_line(pairs):
+    with pytest.raises(UserError, match="8 processes, but 7 training images") as refused:
+        identify(pairs, "--devices", 8)
+    assert "\n" not in str(refused.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,21 +402,16 @@ def test_more_processes_than_images_is_one_line(pairs, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(pairs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("small") / "out"
-    succeed("train.py", "--data", pairs, "--out", out, "--epochs", 1, *SMALL)
-    return out
+def predict_with(trained, data, out, **options):
+    """Infer as the command does."""
+    return infer.infer(infer.Options([str(trained)], data=str(data), out=str(out), **options))
 
 
-def submit(trained, data, out, *flags, **options):
-    return run(
-        "infer.py", "--model", trained, "--data", data, "--out", out, "--submission", "rle",
-        *flags, **options,
-    )  # fmt: skip
+def submit(trained, data, out, **options):
+    return predict_with(trained, data, out, submission="rle", **options)
 
 
-def test_a_sample_without_rows_gives_a_header(trained, pairs, tmp_path):
+def test_a_sample_without_rows_gives_a_header(trained, pairs, tmp_path, capsys):
     """As on Kaggle before the hidden images are there; training images are never predicted."""
     data = tmp_path / "data"
     shutil.copytree(pairs / "images", data / "train")
@@ -339,13 +419,12 @@ def test_a_sample_without_rows_gives_a_header(trained, pairs, tmp_path):
     for name in ("missing", "empty"):
         if name == "empty":
             (data / "test").mkdir()
-        done = submit(trained, data, tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        assert "no test images" in done.stdout
+        submit(trained, data, tmp_path / name)
+        assert "no test images" in capsys.readouterr().out
         assert (tmp_path / name / "submission.csv").read_text() == "ImageId,EncodedPixels\n"
         assert not list((tmp_path / name / "masks").iterdir())
-    flags = ("--model", trained, "--data", data, "--out", tmp_path / "png", "--submission", "png")
-    assert "no test images" in succeed("infer.py", *flags)
+    predict_with(trained, data, tmp_path / "png", submission="png")
+    assert "no test images" in capsys.readouterr().out
     with zipfile.ZipFile(tmp_path / "png" / "submission.zip") as archive:
         assert archive.namelist() == []
 
@@ -357,8 +436,7 @@ def test_test_images_are_found_in_any_folder_for_a_submission(trained, pairs, tm
     if place != "CITY":
         shutil.copytree(pairs / "images", data / "Train" / "CITY")
     for kind, file in (("rle", "submission.csv"), ("png", "submission.zip")):
-        flags = ("--data", data, "--out", tmp_path / kind, "--submission", kind)
-        succeed("infer.py", "--model", trained, *flags)
+        predict_with(trained, data, tmp_path / kind, submission=kind)
         assert (tmp_path / kind / file).exists()
         assert len(list((tmp_path / kind / "masks").glob("*.png"))) == 8
 
@@ -367,37 +445,37 @@ def test_training_images_are_never_submitted(trained, pairs, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pairs / "images", data / "train_images")
     shutil.copytree(pairs / "images", data / "Test")
-    done = submit(trained, data, tmp_path / "out")
-    assert done.returncode == 2
-    assert "8 training images would be submitted: p0.png" in done.stderr
-    assert "name the folder of the test images" in done.stderr
-    assert submit(trained, data / "Test", tmp_path / "out").returncode == 0
+    words = "8 training images would be submitted: p0.png.*name the folder of the test images"
+    with pytest.raises(UserError, match=words):
+        submit(trained, data, tmp_path / "out")
+    assert submit(trained, data / "Test", tmp_path / "out")
 
 
 def test_an_unreadable_image_leaves_no_zip_of_label_maps_behind(trained, pairs, tmp_path):
     shutil.copytree(pairs / "images", tmp_path / "data" / "test")
     (tmp_path / "data" / "test" / "p1.png").write_bytes(b"damaged")
-    flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--submission", "png")
-    done = run("infer.py", "--model", trained, *flags)
-    assert done.returncode == 2
-    assert "1 of 8 could not be used" in done.stderr
+    with pytest.raises(UserError, match="1 of 8 could not be used"):
+        predict_with(trained, tmp_path / "data", tmp_path / "out", submission="png")
     assert not (tmp_path / "out" / "submission.zip").exists()
 
 
-def test_what_is_missing_or_damaged_does_not_cost_the_submission(trained, pairs, tmp_path):
+def test_what_is_missing_or_damaged_does_not_cost_the_submission(
+    trained, pairs, tmp_path, monkeypatch, capsys
+):
     data = tmp_path / "data"
     shutil.copytree(pairs / "images", data / "test")
     (data / "test" / "p1.png").write_bytes(b"damaged")
     rows = ["ImageId,EncodedPixels", *(f"p{n},1 1" for n in range(7)), "hidden,1 1"]
     (data / "sample_submission.csv").write_text("\n".join(rows) + "\n")
-    refused = submit(trained, data, tmp_path / "a")
-    assert refused.returncode == 2
-    assert "hidden" in refused.stderr
-    for flags, env in ((("--on_missing", "empty"), {}), ((), {"KAGGLE_IS_COMPETITION_RERUN": "1"})):
-        done = submit(trained, data, tmp_path / "b", *flags, env=env)
-        assert done.returncode == 0, done.stderr
-        assert "p1.png" in done.stdout
-        assert "1 images are not asked for and left out: p7" in done.stdout
+    with pytest.raises(UserError, match="hidden"):
+        submit(trained, data, tmp_path / "a")
+    for options, rerun in (({"on_missing": "empty"}, ""), ({}, "1")):
+        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", rerun)
+        capsys.readouterr()
+        submit(trained, data, tmp_path / "b", **options)
+        printed = capsys.readouterr().out
+        assert "p1.png" in printed
+        assert "1 images are not asked for and left out: p7" in printed
         lines = (tmp_path / "b" / "submission.csv").read_text().splitlines()
         assert [line.split(",")[0] for line in lines[1:]] == [
             *(f"p{n}" for n in range(7)),
@@ -406,32 +484,26 @@ def test_what_is_missing_or_damaged_does_not_cost_the_submission(trained, pairs,
         assert {"p1,", "hidden,"} <= set(lines)
 
 
-def test_a_submission_without_a_sample_says_so(trained, pairs, tmp_path):
-    done = submit(trained, pairs / "images", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "sample submission: none found" in done.stdout
+def test_a_submission_without_a_sample_says_so(trained, pairs, tmp_path, capsys):
+    submit(trained, pairs / "images", tmp_path / "out")
+    assert "sample submission: none found" in capsys.readouterr().out
 
 
 def test_predictions_are_never_ground_truth(trained, pairs, tmp_path):
     data = shutil.copytree(pairs / "images", tmp_path / "data" / "images").parent
     for out in (data, data / "images"):
-        done = run("infer.py", "--model", trained, "--data", data, "--out", out)
-        assert done.returncode == 2
-        assert "would be read as ground truth" in done.stderr
+        with pytest.raises(UserError, match="would be read as ground truth"):
+            predict_with(trained, data, out)
         assert not list(data.rglob("*.jpg"))
-    succeed("infer.py", "--model", trained, "--data", data, "--out", tmp_path / "out")
+    predict_with(trained, data, tmp_path / "out")
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 8
-    for own in ("masks", "comparisons"):
-        assert images.list_images(tmp_path / "out" / own) == {}
-    done = run(
-        "train.py", "--data", data, "--masks", tmp_path / "out" / "masks", "--out",
-        tmp_path / "trained", "--epochs", 1, *SMALL,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "8 of 8 images have no mask" in done.stderr
+    for folder in ("masks", "comparisons"):
+        assert list_images(tmp_path / "out" / folder) == {}
+    with pytest.raises(UserError, match="8 of 8 images have no mask"):
+        load(configure(data, "--masks", tmp_path / "out" / "masks"))
 
 
-def test_pictures_of_the_kit_are_never_data(trained, tmp_path):
+def test_pictures_of_the_kit_are_never_data(trained, tmp_path, capsys):
     """With --out below the data, and with the data below --out."""
     rng = np.random.default_rng(0)
     for number in range(6):
@@ -441,31 +513,34 @@ def test_pictures_of_the_kit_are_never_data(trained, tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{number}.jpg")
         Image.fromarray(mask).save(tmp_path / "data" / f"{number}_mask.png")
-    data = ("--data", tmp_path / "data")
+    data = tmp_path / "data"
+
+    def check(out):
+        train.train(configure(data, "--out", out, "--check", "true"))
+        return capsys.readouterr().out
+
     for _ in range(2):
-        for out in (tmp_path / "data" / "out", tmp_path):
-            assert "6 pairs" in succeed("train.py", *data, "--out", out, "--check", "true")
-    succeed("infer.py", "--model", trained, *data, "--out", tmp_path / "data" / "p")
-    assert "6 pairs" in succeed("train.py", *data, "--out", tmp_path / "t", "--check", "true")
+        for out in (data / "out", tmp_path):
+            assert "6 pairs" in check(out)
+    predict_with(trained, data, data / "p")
+    assert "6 pairs" in check(tmp_path / "t")
     (tmp_path / "other" / "images").mkdir(parents=True)
-    shutil.copy(tmp_path / "data" / "1.jpg", tmp_path / "other" / "images")
-    data = ("--data", tmp_path / "other")
+    shutil.copy(data / "1.jpg", tmp_path / "other" / "images")
     for _ in range(2):  # masks/ is next to other/
-        printed = succeed("infer.py", "--model", trained, *data, "--out", tmp_path)
-        assert "1 images, 0 with ground truth" in printed
+        predict_with(trained, tmp_path / "other", tmp_path)
+        assert "1 images, 0 with ground truth" in capsys.readouterr().out
 
 
 def test_a_fold_that_the_session_cut_short_is_the_last_one(pairs, tmp_path, monkeypatch, capsys):
     trained = []
 
-    def train_fold(config, model_config, samples, root, clock):
+    def train_fold(config, model_config, run, opener):
         trained.append(config.fold)
-        clock.reserve = 700  # the end takes long: it was cut short although minutes are left
+        run.clock.reserve = 700  # the end takes long: it was cut short although minutes are left
         return []
 
     monkeypatch.setattr(train, "train_fold", train_fold)
-    settings = {"encoder": "resnet18", "encoder_weights": "none", "height": 32, "width": 32}
-    config = Config(data=str(pairs), out=str(tmp_path), fold="all", folds=3, **settings)
+    config = configure(pairs, "--out", tmp_path, "--fold", "all", "--folds", 3)
     train.train(dataclasses.replace(config, session_minutes=10))
     assert trained == [0]
     assert "--session_minutes: over after fold 0" in capsys.readouterr().out
@@ -473,37 +548,36 @@ def test_a_fold_that_the_session_cut_short_is_the_last_one(pairs, tmp_path, monk
     assert trained == [0, 0, 1, 2]
 
 
-def test_a_finished_run_is_tuned_anew_for_another_metric(pairs, tmp_path):
-    flags = ("--data", pairs, "--out", tmp_path / "out", "--epochs", 1, *SMALL)
-    succeed("train.py", *flags)
-    before = torch_new(tmp_path / "out").items()
+def test_a_finished_run_is_tuned_anew_for_another_metric(pairs, trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "out")
+    flags = ("--data", pairs, "--out", out, "--epochs", 1, *SMALL)
     printed = succeed("train.py", *flags, "--metric", "iou", "--min_pixels", 7)
     assert "NOTHING WAS TRAINED" in printed
     assert "minimum component area 7 pixels" in printed
-    after = torch_new(tmp_path / "out")
-    assert all(torch.equal(value, after[key]) for key, value in before)
+    after = weights(out)
+    assert all(torch.equal(value, after[key]) for key, value in weights(trained).items())
     assert not (tmp_path / "out-1").exists()
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_all_folds_start_over_with_the_first_one(pairs, first):
     """A manifest may count its folds from 1."""
-    collection = train.data.find_samples(str(pairs), training=True)
-    samples = train.data.scan_dataset(collection.samples)
-    samples["fold"] = [first + number % 3 for number in range(len(samples))]
-    collection = collection._replace(samples=samples)
-    config = Config(encoder="resnet18", encoder_weights="none", fold="all", resume="none")
-    wanted = [train.resolve(config, collection, first + n)[0].resume for n in range(3)]
-    assert wanted == ["none", "auto", "auto"]
-    one = dataclasses.replace(config, fold=first + 1)
-    assert train.resolve(one, collection, first + 1)[0].resume == "none"
+    config = configure(pairs, "--fold", "all", "--resume", "none")
+    collection = load(config)
+    table = collection.samples.assign(fold=[first + number % 3 for number in range(8)])
+    collection = collection._replace(samples=table)
+
+    def wanted(config, fold):
+        return resolve.resolve(config, collection, fold, train.RESOLUTIONS)[0].resume
+
+    assert [wanted(config, first + n) for n in range(3)] == ["none", "auto", "auto"]
+    assert wanted(dataclasses.replace(config, fold=first + 1), first + 1) == "none"
 
 
 def test_memory_that_runs_out_first_keeps_the_run_that_is_resumed(tmp_path):
     """--resume OTHER/last.ckpt, and the first batch does not fit: it is tried again from there."""
-    samples = pd.DataFrame()
     clock = callbacks.Clock(3, 0, 0.0)
-    run = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 1e-3}, samples)
+    run = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 1e-3}, pd.DataFrame())
     assert run.restart() is None
     assert clock.started == 0
     run.checkpoint = tmp_path / "other" / "last.ckpt"
@@ -513,9 +587,10 @@ def test_memory_that_runs_out_first_keeps_the_run_that_is_resumed(tmp_path):
     assert run.restart() == tmp_path / "last.ckpt"
 
 
-def test_the_models_used_are_named(trained, pairs, tmp_path):
-    printed = succeed("infer.py", "--model", trained, "--data", pairs, "--out", tmp_path / "out")
-    assert re.search(rf"^model: {re.escape(str(trained / 'model.pt'))}$", printed, re.MULTILINE)
+def test_the_models_used_are_named(trained, pairs, tmp_path, capsys):
+    predict_with(trained, pairs, tmp_path / "out")
+    line = rf"^model: {re.escape(str(trained / 'model.pt'))}$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
     assert os.environ.get("KIT_NOTEBOOK") is None
     assert (
         predict.load_models([str(trained)], "cpu")[0].settings["encoder"]

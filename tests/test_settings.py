@@ -9,16 +9,15 @@ from typing import Literal
 import pytest
 import torch
 
-import callbacks
-import evaluate
 import infer
-import model
-import resume
 import train
-import utils
-from model import ModelConfig
-from resume import Identity
-from utils import UserError
+from kit import cli
+from kit.config import ModelConfig
+from kit.errors import UserError, first_five, one_line_errors
+from kit.network import model
+from kit.results import metrics
+from kit.training import callbacks, resume
+from kit.training.resume import Identity
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Settings:
 
 
 def parse(*argv):
-    return utils.parse(Settings, "A test.", list(argv))
+    return cli.parse(Settings, "A test.", list(argv))
 
 
 def refused(*argv):
@@ -187,7 +186,7 @@ def test_a_comment_is_the_help_and_may_be_absent(capsys):
 @pytest.mark.parametrize("settings", [train.Config, infer.Options, ModelConfig])
 def test_every_setting_of_the_kit_has_its_comment(settings):
     """ruff may move a value, and the comment behind it, to a line of its own."""
-    helps = utils.field_help(settings)
+    helps = cli.field_help(settings)
     assert list(helps) == [one.name for one in dataclasses.fields(settings)]
     without = {name for name, comment in helps.items() if not comment.text}
     assert without <= {"precision"}
@@ -203,27 +202,27 @@ def test_limits_are_where_a_number_could_do_harm():
         (infer.Options, "min_pixels", 0),
         (infer.Options, "batch_size", 0),
     ):
-        assert utils.field_help(settings)[name].low == low
+        assert cli.field_help(settings)[name].low == low
         with pytest.raises(UserError, match=f"--{name}"):
-            utils.parse(settings, "", [f"--{name}", str(low - 1)])
+            cli.parse(settings, "", [f"--{name}", str(low - 1)])
 
 
 def test_a_long_list_names_the_first_five_and_the_count():
     files = [f"p{number}.png" for number in range(84)]
-    text = utils.first_five(files)
+    text = first_five(files)
     assert all(name in text for name in files[:5])
     assert "p5.png" not in text
     assert "84" in text
-    assert utils.first_five(files[:5]) == "p0.png, p1.png, p2.png, p3.png, p4.png"
-    assert utils.first_five(files[:2], " | ") == "p0.png | p1.png"
+    assert first_five(files[:5]) == "p0.png, p1.png, p2.png, p3.png, p4.png"
+    assert first_five(files[:2], " | ") == "p0.png | p1.png"
 
 
 def test_only_a_users_mistake_loses_its_traceback(capsys):
-    with pytest.raises(SystemExit) as done, utils.one_line_errors():
-        raise UserError("--data x: not found; name a folder")
+    with pytest.raises(SystemExit) as done, one_line_errors():
+        raise UserError("--data x", "not found", "name a folder")
     assert done.value.code == 2
     assert capsys.readouterr().err == "error: --data x: not found; name a folder\n"
-    with pytest.raises(ZeroDivisionError), utils.one_line_errors():
+    with pytest.raises(ZeroDivisionError), one_line_errors():
         print(1 / 0)
 
 
@@ -240,9 +239,11 @@ WRONG = [
     {"width": None},
     {"arch": 3},
     {"arch": None},
-    {"classes": 0},
-    {"classes": 1.5},
-    {"classes": True},
+    {"class_names": ()},
+    {"class_names": (1,)},
+    {"class_values": (1.5,)},
+    {"class_values": ("1", "2")},
+    {"exclusive": 1},
     {"mean": (0.5, 0.5)},
     {"mean": (0.5, 0.5, "0.5")},
     {"mean": (0.5, 0.5, float("nan"))},
@@ -259,18 +260,29 @@ WRONG = [
     {"precision": "8"},
     {"temperature": 0.0},
     {"temperature": float("inf")},
-    {"threshold": 1.5},
-    {"threshold": float("nan")},
-    {"threshold": True},
-    {"min_pixels": -1},
-    {"min_pixels": 2.5},
+    {"thresholds": (1.5,)},
+    {"thresholds": (float("nan"),)},
+    {"thresholds": (True,)},
+    {"thresholds": (0.5, 0.5)},
+    {"areas": (-1,)},
+    {"areas": (2.5,)},
+    {"areas": ()},
 ]
+
+
+MANY_PLANES = {
+    "class_names": tuple(f"class {number}" for number in range(1000)),
+    "class_values": tuple(map(str, range(1000))),
+    "thresholds": (0.5,) * 1000,
+    "areas": (0,) * 1000,
+}
 
 
 @pytest.mark.parametrize("values", WRONG, ids=str)
 def test_a_model_config_refuses_wrong_types_and_ranges(values):
     (name,) = values
-    with pytest.raises((ValueError, UserError), match=name):
+    words = "thresholds and minimum areas" if name in ("thresholds", "areas") else name
+    with pytest.raises((ValueError, UserError), match=f"{name}|{words}"):
         ModelConfig(**values)
 
 
@@ -278,10 +290,12 @@ def test_a_model_config_takes_what_is_possible():
     assert ModelConfig() == ModelConfig(**dataclasses.asdict(ModelConfig()))
     for values in (
         {"height": 1, "width": 16384},
-        {"top": 0, "threshold": 0, "temperature": 100},
+        {"top": 0, "thresholds": (0,), "temperature": 100},
         {"mean": (0, 0.5, 1), "std": (1, 1, 1)},  # whole numbers
-        {"threshold": 1, "min_pixels": 10**9},
-        {"classes": 1000, "tiles": True, "tta": False, "precision": "bf16-mixed"},
+        {"thresholds": (1,), "areas": (10**9,)},
+        {"tiles": True, "tta": False, "precision": "bf16-mixed"},
+        MANY_PLANES,
+        MANY_PLANES | {"exclusive": True, "thresholds": (), "areas": ()},
     ):
         config = ModelConfig(**values)
         assert {name: getattr(config, name) for name in values} == values
@@ -298,9 +312,10 @@ def network():
 def save(path, network, settings=None, **changes):
     """Write a model.pt whose ModelConfig is changed; None takes a key away. Returns its path."""
     config = ModelConfig(encoder="resnet18", height=64, width=96)
-    model.save_model(path, network, config, settings or {}, {"all": {"MaxF": 90.0}})
+    scores = {"all": {"MaxF": 90.0}}
+    model.save_model(path, model.TrainedModel(network, config, settings or {}, scores))
     content = torch.load(path, weights_only=True)
-    assert content["format"] == 2
+    assert content["format"] == 3
     content["model"] |= {name: value for name, value in changes.items() if value is not None}
     for name in [name for name, value in changes.items() if value is None]:
         del content["model"][name]
@@ -330,15 +345,16 @@ def test_a_model_with_a_forks_setting_loads(network, tmp_path):
     path = save(tmp_path / "model.pt", network, settings)
     trained = model.load_model(path, "cpu")
     assert trained.settings == settings
-    evaluate.export(trained, tmp_path, {"threshold": 0.25, "min_pixels": 9})
+    tuned = dataclasses.replace(trained.config, thresholds=(0.25,), areas=(9,))
+    metrics.export(trained._replace(config=tuned), tmp_path)
     again = model.load_model(path, "cpu")
     assert again.settings == settings
-    assert (again.config.threshold, again.config.min_pixels) == (0.25, 9)
+    assert (again.config.thresholds, again.config.areas) == ((0.25,), (9,))
     assert json.loads((tmp_path / "config.json").read_text())["pos_weight"] == 2.0
 
 
 @pytest.mark.parametrize(
-    "changes", [{"height": "64"}, {"threshold": 7.0}, {"tta": 1}, {"unheard_of": 1}], ids=str
+    "changes", [{"height": "64"}, {"thresholds": (7.0,)}, {"tta": 1}, {"unheard_of": 1}], ids=str
 )
 def test_a_damaged_model_file_is_refused_in_one_line(network, tmp_path, changes):
     path = save(tmp_path / "model.pt", network, **changes)
@@ -347,12 +363,14 @@ def test_a_damaged_model_file_is_refused_in_one_line(network, tmp_path, changes)
     assert "\n" not in str(caught.value)
 
 
-def test_format_1_is_refused_with_the_remedy(network, tmp_path):
-    """The file of the kit's earlier version, with `config` for inference too."""
-    config = {"arch": "Unet", "encoder": "resnet18", "height": 64, "width": 96, "tiles": "false"}
-    content = {"format": 1, "config": config, "state_dict": network.state_dict(), "threshold": 0.5}
-    torch.save(content | {"metrics": {}}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="format 2.*1.*train again") as caught:
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_earlier_format_is_refused_with_the_remedy(network, tmp_path, number):
+    """The files of the kit's earlier versions, the first with `config` for inference too."""
+    config = {"arch": "Unet", "encoder": "resnet18", "height": 64, "width": 96, "classes": 1}
+    settings = {"model" if number == 2 else "config": config | {"threshold": 0.5}}
+    content = {"format": number, "state_dict": network.state_dict(), "metrics": {}}
+    torch.save(content | settings, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"format 3.*has {number}.*train again") as caught:
         model.load_model(tmp_path / "model.pt", "cpu")
     assert "\n" not in str(caught.value)
 
