@@ -86,8 +86,7 @@ def request_of_model(classes: Classes) -> ClassRequest:
         ListedClass(name, value, value if value.startswith("#") else "")
         for name, value in zip(classes.names, classes.values, strict=True)
     )
-    listed = tuple(listed) if classes.several else ()
-    return ClassRequest(not classes.several, listed, where="the model", model=classes)
+    return ClassRequest(not classes.several, tuple(listed), where="the model", model=classes)
 
 
 def read_classes(path: Path) -> tuple[ListedClass, ...]:

@@ -292,8 +292,10 @@ class Evaluation:
         self.classes, self.empty_score = classes, empty_score
         self.sums: dict[tuple[str, str], Sums] = {}  # {(view, category): of its images}
         self.image_hits: list[np.ndarray] = []  # of each image, (3, K)
-        # after each epoch; the first one decides
-        self.logged = ("mIoU", "mDice", "accuracy") if classes.several else ("MaxF", "AP", "IoU50")
+        # after each epoch, the first one decides; and in the summary
+        self.logged, self.shown = ("MaxF", "AP", "IoU50"), ("MaxF", "AP", "IoU")
+        if classes.several:
+            self.logged = self.shown = ("mIoU", "mDice", "accuracy")
 
     def count(self, prediction: torch.Tensor, ground_truth: torch.Tensor) -> None:
         """Add an image without a mask: planes count at the threshold 0.5."""
@@ -345,11 +347,10 @@ class Evaluation:
         report: dict[str, dict[str, dict[str, Any]]] = {}
         for (view, category), sums in self.sums.items():
             measures = {} if self.classes.exclusive else scores(sums.counts.sum(0).numpy())
-            if self.classes.several:
-                block = self.class_report(view, category)
-                measures |= {name: block[name] for name in self.logged}
+            block = self.class_report(view, category)
+            measures |= {name: block[name] for name in self.logged if name in block}
             report.setdefault(view, {})[category] = measures | {"images": sums.images}
-        for view, blocks in report.items() if self.classes.several else ():
+        for view, blocks in report.items():
             for name, curve in self.curves(view).items():
                 blocks.setdefault(name, scores(curve) | {"images": blocks["all"]["images"]})
         return report
@@ -423,10 +424,9 @@ class Evaluation:
 
     def summary(self) -> str:
         """The pooled measures in one line for people."""
-        shown = self.logged if self.classes.several else ("MaxF", "AP", "IoU")
         texts = []
         for view, measures in self.report().items():
-            values = "  ".join(f"{name} {measures['all'][name]:.2f} %" for name in shown)
+            values = "  ".join(f"{name} {measures['all'][name]:.2f} %" for name in self.shown)
             title = "" if view == "image" else f"{view}: "
             texts.append(f"{title}{values}  ({measures['all']['images']} images)")
         dice = self.mean()["Dice"]

@@ -116,10 +116,15 @@ def comparison(
         kinds = [(name, colour) for name, colour, _ in errors]
         panels.append(panel(paint(greyed(small), errors, 0.6), "errors", kinds))
     drawn = grid(panels, min(columns, len(panels)))
+    return add_legend(drawn, classes, {name for name, *_ in layers})
+
+
+def add_legend(drawn: np.ndarray, classes: Classes, names: Iterable[str]) -> np.ndarray:
+    """Several classes get a legend below the panels; `names`: of those that occur."""
     if not classes.several:
         return drawn
-    occurring = {name: colour for name, colour, _ in layers}
-    entries = [(name, occurring[name]) for name in classes.names if name in occurring]
+    colours = map(tuple, class_colours(classes.names).tolist())
+    entries = [pair for pair in zip(classes.names, colours, strict=True) if pair[0] in names]
     return np.vstack([drawn, legend_rows(entries, drawn.shape[1])])
 
 
@@ -220,12 +225,7 @@ def examples(rows: list[tuple[Any, np.ndarray, np.ndarray]], classes: Classes) -
         drawn = paint(image, mask_layers(mask, classes))
         title = f"{row.id[:24]}  {row.width}x{row.height}  {100 * row.share:.1f} %"
         panels.append(panel(tint(drawn, ignored_pixels(mask), BLACK, 0.7), title))
-    drawn = grid(panels, 3)
-    if not classes.several:
-        return drawn
-    colours = map(tuple, class_colours(classes.names).tolist())
-    entries = list(zip(classes.names, colours, strict=True))
-    return np.vstack([drawn, legend_rows(entries, drawn.shape[1])])
+    return add_legend(grid(panels, 3), classes, classes.names)
 
 
 def augmentations(dataset: Any, classes: Classes, images: int = 4, draws: int = 4) -> np.ndarray:
