@@ -166,7 +166,7 @@ def make_submission(options: Options, samples: pd.DataFrame, config: ModelConfig
     if options.submission == "none":
         return None
     sample = options.sample_submission
-    if sample == "auto":
+    if sample == "auto" and options.submission != "png":
         folder = Path(samples.image[0]).parent if len(samples) else Path(options.data)
         sample = submissions.find_sample_submission(folder, samples.id)
     rerun = os.environ.get("KAGGLE_IS_COMPETITION_RERUN")  # on hidden images an error costs all

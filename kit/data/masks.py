@@ -138,7 +138,16 @@ def plane(mask: np.ndarray, index: int) -> np.ndarray:
 
 def shares_of(mask: np.ndarray, classes: Classes) -> tuple[float, ...]:
     """The share of the image that each class covers, (K,)."""
-    return tuple(float((plane(mask, k) == 1).mean()) for k in range(len(classes.names)))
+    if mask.ndim == 2:  # one pass, however many classes there are
+        counts = np.bincount(mask.ravel(), minlength=256)[: len(classes.names)]
+    else:
+        counts = (mask == 1).sum((1, 2))
+    return tuple((counts / (mask.shape[-2] * mask.shape[-1])).tolist())
+
+
+def foreground_of(mask: np.ndarray) -> np.ndarray:
+    """Where a mask has any class, bool (h, w)."""
+    return mask != IGNORE if mask.ndim == 2 else (mask == 1).any(0)
 
 
 def outline_length(mask: np.ndarray) -> float:

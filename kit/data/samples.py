@@ -3,7 +3,6 @@
 A new layout is one function and one entry in `LAYOUTS`.
 """
 
-import functools
 import math
 import os
 import re
@@ -36,7 +35,7 @@ from kit.data.masks import (
     Planes,
     choose_masks,
     decide_files,
-    plane,
+    foreground_of,
     shares_of,
     thickness,
 )
@@ -295,8 +294,7 @@ def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -
         except UserError:
             return bad
         height, width = header.size
-        planes = (plane(mask, k) == 1 for k in range(len(classes.names)))
-        foreground = functools.reduce(np.logical_or, planes)
+        foreground = foreground_of(mask)
         rows = foreground.any(1)
         return {
             "height": height,
@@ -359,11 +357,10 @@ def decode_pairs(
             f"--data {samples.image.iloc[0].parent}",
             f"{len(bad)} of {len(samples)} pairs cannot be used: {first_five(bad, ' | ')}",
         )
-    shares = np.stack(samples.shares)
-    if not shares.any() or shares.min() == 1:
-        kind = "full (no background)" if shares.any() else "empty (no foreground)"
-        remedy = "name other masks with --masks, or the foreground's values with --foreground"
-        raise UserError("--data", f"all {len(samples)} masks are {kind}", remedy)
+    for share, kind in ((0, "empty (no foreground)"), (1, "full (no background)")):
+        if config.classes.planes and (samples.share == share).all():  # else `decide_labels` looked
+            remedy = "name other masks with --masks, or the foreground's values with --foreground"
+            raise UserError("--data", f"all {len(samples)} masks are {kind}", remedy)
     return samples.assign(pair=pairs)
 
 

@@ -20,7 +20,6 @@ import torch
 
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data.images import decode_image, each_plane, encode_image, read_image, write_image
-from kit.data.masks import plane
 from kit.files import write_file
 from kit.network.model import TrainedModel, best_device, load_model, save_model
 from kit.results import visualize
@@ -80,9 +79,11 @@ def count_hits(mask: np.ndarray, ground_truth: np.ndarray, classes: Classes) -> 
 
     `mask`: bool (K, h, w), or a label map (h, w); ignored pixels do not count.
     """
+    if classes.exclusive:  # one pass, however many classes there are
+        return hits_of(count_pixels(mask[None], ground_truth, classes), classes)
     hits = np.zeros((3, len(classes.names)))
     for k in range(len(classes.names)):
-        positive, target = plane(mask, k) == 1, plane(ground_truth, k)
+        positive, target = mask[k] == 1, ground_truth[k]
         kinds = (target == 1) & positive, (target == 0) & positive, (target == 1) & ~positive
         hits[:, k] = list(map(np.count_nonzero, kinds))
     return hits
@@ -306,7 +307,6 @@ class Evaluation:
         self, sample: Any, prediction: np.ndarray, mask: np.ndarray, ground_truth: np.ndarray
     ) -> None:
         """Add an image with its mask, see `predict.postprocess`, in all its views."""
-        self.image_hits.append(count_hits(mask, ground_truth, self.classes))
         seen = {"image": (prediction, mask, ground_truth)}
         for view in sample.views:
             outside = functools.partial(view.warp, outside=IGNORE)
@@ -315,6 +315,8 @@ class Evaluation:
         for view, (planes, final, target) in seen.items():
             counts = count_pixels(planes, target, self.classes)
             sums = Sums(counts, count_hits(final, target, self.classes))
+            if view == "image":
+                self.image_hits.append(sums.hits)
             for category in dict.fromkeys(("all", sample.category or "all")):
                 self.add_sums(view, category, sums)
 
@@ -351,8 +353,9 @@ class Evaluation:
             measures |= {name: block[name] for name in self.logged if name in block}
             report.setdefault(view, {})[category] = measures | {"images": sums.images}
         for view, blocks in report.items():
-            for name, curve in self.curves(view).items():
-                blocks.setdefault(name, scores(curve) | {"images": blocks["all"]["images"]})
+            images = {"images": blocks["all"]["images"]}
+            curves = {n: c for n, c in self.curves(view).items() if n not in blocks}
+            blocks |= {name: scores(curve) | images for name, curve in curves.items()}
         return report
 
     def curves(self, view: str) -> dict[str, np.ndarray]:
