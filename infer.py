@@ -51,7 +51,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 
 import itertools
 import os
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,9 +65,9 @@ from tqdm import tqdm
 
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data import kitti
-from kit.data.classes import palette
+from kit.data.classes import mask_folders, write_mask
 from kit.data.folders import MARKER, list_files
-from kit.data.images import each_plane, write_image, write_palette_image
+from kit.data.images import each_plane, write_image
 from kit.data.samples import find_samples
 from kit.files import writable_folder
 from kit.network.model import TrainedModel, best_device, prepare_device
@@ -108,13 +107,6 @@ class Plan(NamedTuple):
     def classes(self) -> Classes:
         """What the models tell apart."""
         return self.config.classes
-
-    @property
-    def mask_folders(self) -> list[str]:
-        """Below masks/: a folder for each of several planes, its name without / and the like."""
-        if self.classes.planes < 2:
-            return [""]
-        return [re.sub(r"[^\w .()+-]", "_", name).strip(" .") or "_" for name in self.classes.names]
 
 
 def make_plan(options: Options) -> Plan:
@@ -192,7 +184,7 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     options = plan.options
     chosen = {"comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
     names = [name for name, is_chosen in chosen.items() if is_chosen]
-    folders = [plan.out / "masks" / name for name in plan.mask_folders]
+    folders = [plan.out / "masks" / name for name in mask_folders(plan.classes)]
     folders += [plan.out / name for name in ("masks", *names)]
     files = [*samples.image, *(mask.path for mask in samples["mask"].dropna())]
     sources = {path.resolve().parent for path in files}
@@ -219,7 +211,11 @@ def write_outputs(
     """Write one image's files. Returns its ground truth where there is one, see `masks.py`."""
     options, out, classes = plan.options, plan.out, plan.classes
     ground_truth = sample.mask.read(image.shape[:2]) if sample.mask else None
-    write_masks(plan, sample.id, prediction, mask)
+    write_mask(out / "masks", sample.id, mask, classes)
+    probabilities = prediction[1:] if classes.exclusive else prediction  # of the most probable
+    for folder, plane in zip(mask_folders(classes), probabilities, strict=True):
+        if options.save_probs:
+            write_image(writable_folder(out / "probs" / folder) / f"{sample.id}.png", plane)
     if options.comparisons:
         path = out / "comparisons" / f"{sample.id}.jpg"
         write_image(path, comparison(image, ground_truth, mask, sample.id, classes))
@@ -231,22 +227,6 @@ def write_outputs(
         drawn = comparison(view.warp(image), warped, predicted, sample.id, classes)
         write_image(out / view.name / f"{sample.id}.jpg", drawn)
     return ground_truth
-
-
-def write_masks(plan: Plan, name: str, prediction: np.ndarray, mask: np.ndarray) -> None:
-    """Write an image's masks: 0 and 255, a folder for each of several, or a label map."""
-    probabilities = prediction
-    if plan.classes.exclusive:
-        values, colours = palette(plan.classes)
-        write_palette_image(plan.out / "masks" / f"{name}.png", values[mask], colours)
-        probabilities = prediction[1:]  # of the most probable class
-    else:
-        for folder, plane in zip(plan.mask_folders, mask, strict=True):
-            path = plan.out / "masks" / folder / f"{name}.png"
-            write_image(path, plane.astype(np.uint8) * 255)
-    for folder, plane in zip(plan.mask_folders, probabilities, strict=True):
-        if plan.options.save_probs:
-            write_image(writable_folder(plan.out / "probs" / folder) / f"{name}.png", plane)
 
 
 class Results(NamedTuple):

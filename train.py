@@ -33,7 +33,7 @@ class Config:
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
     fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
-    group: str = ""  # column of the csv whose equal values (a patient) stay in one fold
+    group: str = ""  # csv's column whose equal values (a patient) stay in one fold; none: no groups
     seed: int = 0  # [0..2000000000] random numbers of folds, first weights and augmentations
     # --- model ---
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
@@ -94,7 +94,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kit.config import IGNORE, ModelConfig
-from kit.data import images, samples
+from kit.data import folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
@@ -426,27 +426,27 @@ def train(config: Config, started: float | None = None) -> Path:
         seed=config.seed,
         group=config.group,
     )
-    folds = samples.chosen_folds(collection.samples, config.fold)
+    chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
-        where = f"--resume {config.resume}"
-        raise UserError(where, "needs one --fold", "with --fold all take auto")
+        raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
     out, predictions = Path(config.out), []
-    for fold in folds:
+    for fold in chosen:
         resolved, model_config = resolving.resolve(config, collection, fold, RESOLUTIONS)
         if config.check:
             table = samples.decode_pairs(collection.samples, model_config, 0, opener)
             show_data(resolved, model_config, table, out)
+            samples.write_understood(table, model_config.classes, out)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
         run = TrainingCallback(Path(resolved.out), out, clock, asdict(resolved), collection.samples)
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
-        if fold != folds[-1] and (clock.session_over() or deadline - started < 60):
+        if fold != chosen[-1] and (clock.session_over() or deadline - started < 60):
             print(f"--session_minutes: over after fold {fold}; the same command resumes")
             return out
     if config.fold == "all" and predictions:
         goal = metrics.Goal(resolved.metric, config.min_pixels, config.empty_score)
-        metrics.evaluate_folds(out, folds, predictions, model_config, goal)
+        metrics.evaluate_folds(out, chosen, predictions, model_config, goal)
     return out
 
 
@@ -460,7 +460,7 @@ def train_fold(
     if resolving.count_processes(config.devices)[0] > 1:
         resolving.freeze_unused(network, model_config)
     table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
-    print(samples.describe_folds(table, config.fold))
+    print(folds.describe_folds(table, config.fold))
     run.prepare_out()
     show_data(config, model_config, table, run.out)
     opener.images.clear()  # up to 1 GB

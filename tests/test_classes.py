@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 from kit.config import IGNORE, Classes, ModelConfig, plane_settings
-from kit.data import classes, images
+from kit.data import classes, folds, images
 from kit.data import samples as data
 from kit.errors import UserError
 from kit.network import model
@@ -483,8 +483,8 @@ def test_folds_are_stratified_by_the_rarest_class():
     shares[[3, 8, 21, 36], 2] = 0.01  # 8 and 36 have all three
     rows = {"id": [f"p{8 * i}" for i in range(40)], "category": "", "share": shares.sum(1)}
     samples = pd.DataFrame(rows).assign(shares=[tuple(row) for row in shares], fields=None)
-    assert data.strata_of_shares(samples).tolist().count(2) == 4
-    fold = data.assign_folds(samples, 4, 0)
+    assert folds.strata_of_shares(samples).tolist().count(2) == 4
+    fold = folds.assign_folds(samples, 4, 0).fold
     assert sorted(fold[[3, 8, 21, 36]]) == [0, 1, 2, 3]
 
 

@@ -16,8 +16,9 @@ from PIL import Image
 from kit.config import Classes, ModelConfig
 from kit.data import images
 from kit.data.folders import MARKER, Collection
+from kit.data.folds import assign_folds
 from kit.data.rle import RunLengths, rle_decode, rle_encode
-from kit.data.samples import assign_folds, decode_pairs, find_samples, scan
+from kit.data.samples import decode_pairs, find_samples, scan
 from kit.errors import UserError
 from kit.network.model import TrainedModel
 from kit.results import metrics, predict
@@ -168,7 +169,7 @@ def test_scores_of_a_csv_are_those_of_training(competition, segmenter, tmp_path)
     """The validation images next to the csv: each number of training's metrics.json again."""
     samples = training_samples(competition[0])
     (tmp_path / "train").mkdir()
-    for path in samples.image[assign_folds(samples, Config.folds, Config.seed) == 0]:
+    for path in samples.image[assign_folds(samples, Config.folds, Config.seed).fold == 0]:
         shutil.copy(path, tmp_path / "train")
     shutil.copy(competition[0] / "train.csv", tmp_path)
     out = tmp_path / "out"
@@ -197,7 +198,7 @@ def test_masks_that_are_elsewhere_train_and_score(tmp_path, kind):
     expected = json.loads((out / "metrics.json").read_text())
     samples = training_samples(photos, str(elsewhere))
     (tmp_path / "valid").mkdir()
-    for path in samples.image[assign_folds(samples, 3, Config.seed) == 0]:
+    for path in samples.image[assign_folds(samples, 3, Config.seed).fold == 0]:
         shutil.copy(path, tmp_path / "valid")
     flags = ("--model", out, "--data", tmp_path / "valid")
     succeed("infer.py", *flags, "--out", tmp_path / "scored", "--masks", elsewhere)
@@ -357,11 +358,11 @@ def test_groups_stay_together_and_folds_are_stratified(tmp_path):
     samples = training_samples(tmp_path)
     assert (samples.share > 0).sum() == 32
     assert samples.above[samples.share == 0].min() == 1
-    fold = assign_folds(samples, 5, 0)
+    fold = assign_folds(samples, 5, 0).fold
     empty = (samples.share == 0).groupby(fold).sum()
     assert len(empty) == 5
     assert empty.max() - empty.min() <= 1
-    fold = assign_folds(samples, 5, 0, "patient")
+    fold = assign_folds(samples, 5, 0, "patient").fold
     patients = [fields["patient"] for fields in samples.fields]
     assert (pd.Series(fold).groupby(patients).nunique() == 1).all()
     assert len(set(fold)) == 5

@@ -20,13 +20,12 @@ import train
 from kit.config import IGNORE, Classes, ModelConfig, plane_settings
 from kit.data import images, masks
 from kit.data.folders import Collection, list_images
+from kit.data.folds import BLOCK, assign_folds
 from kit.data.kitti import KittiMask
 from kit.data.masks import LabelMap, MaskFile, Planes
 from kit.data.rle import RunLengths
 from kit.data.samples import (
-    BLOCK,
     LAYOUTS,
-    assign_folds,
     decode_pairs,
     find_samples,
     load,
@@ -145,7 +144,7 @@ def test_a_new_layout_is_one_function_and_one_entry(tmp_path, monkeypatch):
     monkeypatch.setattr("kit.data.samples.LAYOUTS", [label_folder, *LAYOUTS])
     collection = find_samples(str(tmp_path), training=True)
     samples = scan(collection.samples, collection.classes)
-    samples["fold"] = assign_folds(samples, 10, 0)
+    samples["fold"] = assign_folds(samples, 10, 0).fold
     assert collection.name == "tiles and drawings"
     assert samples.id.tolist() == ["a", "b", "c"]
     assert samples.share.tolist() == [1 / 6] * 3
@@ -170,11 +169,13 @@ def test_auto_finds_kitti_at_any_depth(roads, tmp_path, monkeypatch):
 def kitti_names(count):
     names = [f"{kind}_{number:06d}" for kind in ("um", "umm", "uu") for number in range(count)]
     categories = [name.split("_")[0] for name in names]
-    return pd.DataFrame({"id": names, "category": categories, "share": 0})
+    return pd.DataFrame(
+        {"id": names, "category": categories, "share": 0, "shares": [(0,)] * len(names)}
+    )
 
 
 def folds_of(samples, folds=10, seed=0, group=""):
-    return assign_folds(samples, folds, seed, group)
+    return assign_folds(samples, folds, seed, group).fold.to_numpy()
 
 
 def test_folds_keep_sequences_together_and_categories_even():
@@ -187,6 +188,74 @@ def test_folds_keep_sequences_together_and_categories_even():
     sequence = samples.id.map(lambda name: (name[:-6], int(name[-6:]) // BLOCK))
     assert (samples.groupby(sequence).fold.nunique() == 1).all()
     assert set(samples.fold) == set(range(10))
+
+
+def described(names, share=0.2, **columns):
+    """Samples as `scan` leaves them, of these names."""
+    share = np.broadcast_to(share, len(names))
+    table = pd.DataFrame({"id": names, "category": "", "fields": None, "share": share, **columns})
+    return table.assign(shares=[(value,) for value in table.share])
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    {
+        "views": ([f"a{c}f_{v:02d}" for c in range(20) for v in range(16)], 20),
+        "slices": ([f"TCGA_{p}_1996_{s}" for p in range(12) for s in range(9)], 12),
+        "tiles of few slides": (
+            [f"s{n}_{x}_{y}" for n in "123" for x in range(9) for y in "789"],
+            3,
+        ),
+        "copies": ([f"img{n}{end}" for n in range(30) for end in ("", "_aug1", "_aug2")], 30),
+        "eyes": ([f"{n}_{side}" for n in range(30) for side in ("left", "right")], 30),
+        "eyes, side first": ([f"{side}_{n}" for n in range(30) for side in ("OD", "OS")], 30),
+        "years": ([f"20{y:02d}_{n:06d}" for y in range(7, 13) for n in range(0, 99, 9)], None),
+        "breeds": ([f"{kind * 4}_{n}" for kind in "abcdefgh" for n in range(0, 900, 9)], None),
+        "hashes": ([f"{n * 7919 % 99991:x}-{n:x}" for n in range(90)], None),
+    }.values(),
+)
+def test_names_that_share_a_start_are_a_group(names, groups, capsys):
+    table = assign_folds(described(names), 5, 0)
+    by_name = "by the start of the name" in capsys.readouterr().out
+    assert by_name == (groups is not None)
+    if groups:
+        assert table.group.nunique() == groups
+    assert (table.groupby("group").fold.nunique() == 1).all()
+
+
+def test_folders_of_kinds_are_no_groups_and_those_of_patients_are(capsys):
+    kinds = ["blowhole"] * 20 + ["crack"] * 20 + ["free"] * 40
+    names = [f"x{n * 7919 % 991}" for n in range(80)]
+    samples = described(names, [0.1] * 40 + [0.0] * 40, folder=kinds)
+    fold = assign_folds(samples, 5, 0).fold
+    assert (samples.share.gt(0).groupby(fold).sum() == 8).all()
+    samples["folder"] = [f"scans/case{n % 12}/day{n % 24}" for n in range(80)]
+    table = assign_folds(samples, 5, 0)
+    assert table.group.nunique() == 12
+    assert "by folder" in capsys.readouterr().out
+    assert assign_folds(samples, 5, 0, "none").group.tolist() == names
+
+
+def test_no_fold_lacks_the_foreground_that_others_have(capsys):
+    share = [0.3] * 3 + [0.0] * 57
+    samples = described([f"n{n * 7919 % 991}" for n in range(60)], share)
+    fold = assign_folds(samples, 10, 0).fold
+    assert sorted(fold[:3]) == [0, 1, 2]
+    assert fold.nunique() == 3
+    samples["fields"] = [
+        {"kind": "full" if value else f"no{n % 9}"} for n, value in enumerate(share)
+    ]
+    assign_folds(samples, 10, 0, "kind")
+    assert "split: no foreground in fold" in capsys.readouterr().out
+
+
+def test_a_column_of_groups_may_have_gaps_but_not_one_value_alone():
+    samples = described([f"n{n * 7919 % 991}" for n in range(12)])
+    samples["fields"] = [{"patient": "" if n < 6 else "p1", "site": "a"} for n in range(12)]
+    groups = assign_folds(samples, 5, 0, "patient").group
+    assert groups.nunique() == 7
+    with pytest.raises(UserError, match="--group site: all 12 images have the value a"):
+        assign_folds(samples, 5, 0, "site")
 
 
 def test_folds_follow_the_seed():
@@ -554,7 +623,7 @@ def resolved(collection, times=1, **changes):
     """What `resolve` makes of a collection, of images so many times as large, for fold 0."""
     samples = scan(collection.samples, collection.classes)
     samples[["height", "width", "thickness"]] *= times
-    samples["fold"] = assign_folds(samples, 10, 0)
+    samples["fold"] = assign_folds(samples, 10, 0).fold
     config = train.Config(**{"encoder": "resnet18", "encoder_weights": "none"} | changes)
     return resolve(config, collection._replace(samples=samples), 0, train.RESOLUTIONS)
 
@@ -668,7 +737,7 @@ def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
 def identity_of(root):
     """What a run remembers of its data: {id: [digest of the mask, fold]}."""
     samples = scan(training_samples(root), Classes())
-    samples["fold"] = assign_folds(samples, 2, 0)
+    samples["fold"] = assign_folds(samples, 2, 0).fold
     return resume.identify({}, samples)
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 import train
 from kit.config import ModelConfig
-from kit.data import csvs, images, kitti, masks, rle, samples
+from kit.data import csvs, folds, images, kitti, masks, rle, samples
 from kit.errors import UserError
 from kit.network import model
 from kit.training import callbacks, loaders, resolve
@@ -596,7 +596,7 @@ def prepared(folder, **settings):
     """Config, ModelConfig and samples of fold 0, as train.py makes them."""
     collection = samples.find_samples(str(folder), training=True)
     table = samples.scan(collection.samples, collection.classes)
-    table["fold"] = samples.assign_folds(table, 10, 0)
+    table["fold"] = folds.assign_folds(table, 10, 0).fold
     settings |= {"encoder": "resnet18", "encoder_weights": "none", "height": 64, "width": 192}
     collection = collection._replace(samples=table)
     resolved = resolve.resolve(train.Config(**settings), collection, 0, train.RESOLUTIONS)

@@ -29,6 +29,7 @@ from kit.config import IGNORE, Classes, ModelConfig
 from kit.data import images
 from kit.data import samples as data
 from kit.data.folders import MARKER
+from kit.data.folds import assign_folds
 from kit.errors import UserError
 from kit.network import model
 from kit.results import metrics, predict
@@ -55,7 +56,7 @@ def validation_samples(folder, masks="auto"):
     """The samples of fold 0."""
     found = data.find_samples(str(folder), masks=masks, training=True)
     samples = data.scan(found.samples, found.classes)
-    fold = data.assign_folds(samples, Config.folds, Config.seed)
+    fold = assign_folds(samples, Config.folds, Config.seed).fold
     return samples[fold == Config.fold]
 
 
@@ -154,7 +155,7 @@ def test_batch_norm_is_reestimated_on_many_images_at_once(roads, tmp_path):
     succeed("train.py", "--data", roads, "--out", tmp_path, *TINY[:-2], *flags)
     trained = model.load_model(tmp_path / "model.pt", "cpu")
     samples = data.scan(data.find_samples(str(roads), training=True).samples, Classes())
-    samples = samples[data.assign_folds(samples, Config.folds, Config.seed) != Config.fold]
+    samples = samples[assign_folds(samples, Config.folds, Config.seed).fold != Config.fold]
     pixels = [images.read_image(row.image) for row in samples.itertuples()]
     resized = [images.resize_image(image, trained.config) for image in pixels]
     inputs = torch.stack(list(map(images.to_tensor, resized)))

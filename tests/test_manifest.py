@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import KIT, run
+from PIL import Image
 from test_reading import grey, pair, save
 
 from kit.config import Classes
+from kit.data.folds import assign_folds
 from kit.data.rle import rle_encode
-from kit.data.samples import assign_folds, find_samples, scan
+from kit.data.samples import find_samples, scan
 from kit.errors import UserError
 
 COUNT = 6
@@ -115,12 +117,12 @@ def test_the_optional_columns_are_what_their_names_say(folder):
     assert samples.id.tolist() == names
     assert samples.group.tolist() == list("aabbcc")
     assert samples.category.tolist() == list("xyxyxy")
-    assert assign_folds(scan(samples, Classes()), 10, 0).tolist() == [0, 0, 1, 1, 2, 2]
+    assert assign_folds(scan(samples, Classes()), 10, 0).fold.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_other_columns_can_be_groups(folder):
     samples = scan(read(folder, rows(patient=list("aaabbb"))), Classes())
-    fold = assign_folds(samples, 2, 0, "patient")
+    fold = assign_folds(samples, 2, 0, "patient").fold
     assert len(set(fold[:3])) == len(set(fold[3:])) == 1
 
 
@@ -171,4 +173,12 @@ def test_check_shows_the_data_and_stops(folder, tmp_path):
     done = check(folder, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["augmented.jpg", "examples.jpg"]
+    assert written == ["augmented.jpg", "examples.jpg", "masks", "samples.csv"]
+    table = pd.read_csv(tmp_path / "out" / "samples.csv")
+    assert table.id.str.fullmatch(r"scans_case\d_slice_\d").all()
+    assert set(table.fold) == set(range(COUNT))
+    for row in table.itertuples():
+        _, mask = pair(int(row.id[-1]) * 2 + int(row.id[10]))
+        written = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{row.id}.png"))
+        assert (written == 255 * mask).all()
+        assert row.masks == row.image.replace("scans", "drawn")

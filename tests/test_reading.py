@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 from kit.config import Classes, ModelConfig
 from kit.data import images
 from kit.data.folders import list_files
+from kit.data.folds import assign_folds
 from kit.data.samples import (
-    assign_folds,
     decode_pairs,
     describe,
     find_samples,
@@ -299,9 +299,9 @@ def test_a_folder_for_each_patient_is_a_group(tmp_path):
         folder = f"scans/patient_{patient}"
         write(tmp_path, folder + "/s{:02d}.tif", folder + "/s{:02d}_mask.tif", numbers=range(3))
     samples = scan(read(tmp_path), Classes())
-    assert samples.groupby("group").size().tolist() == [3] * 4
-    samples["fold"] = assign_folds(samples, 4, 0)
-    assert (samples.groupby("group").fold.nunique() == 1).all()
+    folds = assign_folds(samples, 4, 0)
+    assert folds.groupby("group").size().tolist() == [3] * 4
+    assert (folds.groupby("group").fold.nunique() == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_given_split_is_the_fold_and_test_images_are_left_out(tmp_path, capsys
     for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
         write(tmp_path, pattern.format(split), mask.format(split), numbers=numbers)
     samples = read(tmp_path)
-    assert sorted(assign_folds(samples, 10, 0)) == [0, 0, *[1] * 6]
+    assert sorted(assign_folds(scan(samples, Classes()), 10, 0).fold) == [0, 0, *[1] * 6]
     assert "2 images in val validate" in capsys.readouterr().out
     assert len(read(tmp_path, training=False)) == 3
 

@@ -23,8 +23,9 @@ from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
 from kit.config import Classes, ModelConfig, plane_settings
+from kit.data.folds import assign_folds
 from kit.data.images import read_image, write_image
-from kit.data.samples import assign_folds, find_samples, read_sample, scan
+from kit.data.samples import find_samples, read_sample, scan
 from kit.errors import UserError
 from kit.network import encoders, model
 
@@ -90,7 +91,7 @@ def write_split(folder: str, root: Path, seed: int) -> None:
     if collection.classes.several and not collection.classes.exclusive:
         raise UserError(f"--data {folder}", "the recipes know no classes that may overlap")
     samples = scan(collection.samples, collection.classes)
-    held_out = assign_folds(samples, 5, seed) == 0
+    held_out = assign_folds(samples, 5, seed).fold == 0
     for name, part in (("train", samples[~held_out]), ("test", samples[held_out])):
         target = root / name / "training"
         if collection.name == "KITTI Road":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kit.config import IGNORE, Classes
+from kit.data.images import write_image, write_palette_image
 from kit.errors import UserError, closest, first_five
 from kit.files import read_rows
 
@@ -286,7 +287,7 @@ def label_of(entry: ListedClass, number: int, request: ClassRequest) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-#  Colours
+#  Colours, and how masks are written
 # --------------------------------------------------------------------------------------------------
 
 BACKGROUND = {"background", "unlabelled", "unlabeled", "void"}  # drawn black
@@ -327,3 +328,29 @@ def palette(classes: Classes) -> tuple[np.ndarray, np.ndarray]:
     colours = np.zeros((256, 3), np.uint8)
     colours[values] = class_colours(classes.names)
     return values.astype(np.uint8), colours
+
+
+LEVELS = np.full(256, 127, np.uint8)  # of a plane's pixels in its file: 127 for ignored ones
+LEVELS[:2] = 0, 255
+
+
+def mask_folders(classes: Classes) -> list[str]:
+    """Below masks/: a folder for each of several planes, its name without / and the like."""
+    if classes.planes < 2:
+        return [""]
+    return [re.sub(r"[^\w .()+-]", "_", name).strip(" .") or "_" for name in classes.names]
+
+
+def write_mask(folder: Path, name: str, mask: np.ndarray, classes: Classes) -> None:
+    """Write planes (K, h, w) or a label map (h, w) below a folder whose `mask_folders` exist.
+
+    A plane is 255 for the class, 0, and 127 where it is ignored. A label map has the values of its
+    classes, and 255.
+    """
+    if classes.exclusive:
+        values, colours = palette(classes)
+        table = np.r_[values, np.full(256 - len(values), IGNORE, np.uint8)]
+        write_palette_image(folder / f"{name}.png", table[mask], colours)
+        return
+    for place, plane in zip(mask_folders(classes), mask, strict=True):
+        write_image(folder / place / f"{name}.png", LEVELS[plane.astype(np.uint8)])

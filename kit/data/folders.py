@@ -426,7 +426,7 @@ def fitting_masks(images: list[ImageFile], others: list[ImageFile]) -> dict[str,
 
 
 def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
-    """The samples of paired files, with the columns `fold` and `group` where folders say so.
+    """The samples of paired files, with the column `folder`, and `fold` where folders say so.
 
     Raises UserError where two images of a folder share a name.
     """
@@ -439,14 +439,12 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
         masks.append(file and Planes((file,)))
     ids = make_ids(paths, [image.stem for image in images], root)
     samples = pd.DataFrame({"id": ids, "image": paths, "mask": masks})
+    samples["folder"] = ["/".join(image.place) for image in images]
     if pairs:
         image = next(image for image in images if image.name in pairs)
         files = pairs[image.name]
         several = f" and {len(files) - 1} more" if len(files) > 1 else ""
         print(f"pairs: {len(pairs)} images, such as {image.name} with {files[0].name}{several}")
-    groups = ["/".join(image.place) for image in images]
-    if 1 < len(set(groups)) < len(images):
-        samples["group"] = groups
     splits = [image.split for image in images]
     if {"train", "val"} <= set(splits):
         samples["fold"] = [0 if split == "val" else 1 for split in splits]

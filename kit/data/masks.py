@@ -42,6 +42,12 @@ class Planes:
         """One of the files; an empty path where there is none."""
         return next((part.path for part in self.parts if part), Path())
 
+    @property
+    def source(self) -> str:
+        """The files or rows of all classes."""
+        sources = (str(getattr(part, "source", part.path)) for part in self.parts if part)
+        return "; ".join(dict.fromkeys(sources))
+
     def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
         """(K, h, w) uint8. `size`: its image's (h, w). Raises UserError."""
         planes = np.zeros((len(self.parts), *size), np.uint8)
@@ -76,6 +82,11 @@ class MaskFile:
     values: MaskValues | None = None  # None: decided from this mask alone
     more: tuple[Path, ...] = ()  # files of further objects of the same image
     image: Path | None = None  # its image: a mask of the stored size is turned like it (EXIF)
+
+    @property
+    def source(self) -> str:
+        """The files."""
+        return "; ".join(map(str, (self.path, *self.more)))
 
     def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
         """(h, w) uint8: 1 foreground, 0 background, 255 ignored. Raises UserError."""

@@ -91,6 +91,11 @@ class RunLengths:
     rows: tuple[tuple[int, str], ...] = ()  # number of the row, its RLE
     order: str = "columns"
 
+    @property
+    def source(self) -> str:
+        """The rows."""
+        return f"{self.path} rows {' '.join(str(line) for line, _ in self.rows)}"
+
     def read(self, size: tuple[int, int], *_: Any) -> np.ndarray:
         """(h, w) uint8 of 0 and 1. `size`: its image's (h, w). Raises UserError."""
         mask = np.zeros(size, np.uint8)

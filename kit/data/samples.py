@@ -1,12 +1,10 @@
-"""From a folder to a table of samples: layouts, one pass over all files, folds.
+"""From a folder to a table of samples: layouts, one pass over all files.
 
 A new layout is one function and one entry in `LAYOUTS`.
 """
 
 import math
 import os
-import re
-import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
 
 from kit.config import Classes, ModelConfig
 from kit.data import csvs, folders, kitti
-from kit.data.classes import ClassRequest, class_request
+from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection, describe_folder
+from kit.data.folds import assign_folds
 from kit.data.images import (
     IMAGE_SUFFIXES,
     find_value_range,
@@ -40,11 +38,10 @@ from kit.data.masks import (
     thickness,
 )
 from kit.data.rle import RunLengths, find_order
-from kit.errors import UserError, closest, first_five, reason_of
-from kit.files import MOUNTS, walk_mount
+from kit.errors import UserError, first_five, reason_of
+from kit.files import MOUNTS, walk_mount, writable_folder, write_file
 
 DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data auto
-BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
 
 # A layout is a function of (root, masks, target, training): it recognises a folder, or returns None
 LAYOUTS = [
@@ -94,7 +91,8 @@ def load(
     )
     samples = scan(collection.samples, collection.classes, opener)
     value_range = find_value_range(samples.image[samples.deep], window)
-    samples["fold"] = assign_folds(samples, folds, seed, group)
+    names = collection.classes.names
+    samples[["fold", "group", "why"]] = assign_folds(samples, folds, seed, group, names)
     collection = collection._replace(samples=samples, value_range=value_range)
     print(describe(collection), flush=True)
     return collection, opener
@@ -397,85 +395,27 @@ def describe_shares(classes: Classes, shares: np.ndarray) -> str:
     return f"{len(texts)} classes that {classes.kind}: {', '.join(texts[:40])}{rest}"
 
 
-def describe_folds(samples: pd.DataFrame, fold: int) -> str:
-    """How many pairs train and validate, in one line."""
-    count = int((samples.fold == fold).sum())
-    return f"fold {fold}: {len(samples) - count} pairs to train and {count} to validate on"
-
-
-# --------------------------------------------------------------------------------------------------
-#  Folds
-# --------------------------------------------------------------------------------------------------
-
-
 def spread(samples: pd.DataFrame, count: int) -> pd.DataFrame:
     """So many samples, evenly over the range of their shares of foreground, the largest first."""
     places = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
     return samples.sort_values("share", ascending=False, kind="stable").iloc[places]
 
 
-def assign_folds(samples: pd.DataFrame, folds: int, seed: int, group: str = "") -> np.ndarray:
-    """Split the samples of `scan` into folds; what belongs together stays in one.
-
-    Together stay equal values of the csv's column `group`, otherwise of the samples' own column
-    `group`, otherwise `BLOCK` consecutive frames. A given column `fold` is taken as it is.
-    Stratified by category, or where there is none by the rarest class of an image, or for one class
-    by the foreground's share: empty, little, more, much. Returns int (n,), each sample's fold. Few
-    samples make fewer folds, at least two.
-    """
-    if "fold" in samples:
-        return samples.fold.to_numpy()
-    sizes = samples.category.value_counts()
-    if group:
-        groups = columns_of(samples, group)
-    else:
-        length = max(1, min(BLOCK, sizes.min() // folds))
-        names = [re.fullmatch(r"(.*?)(\d*)", name, re.DOTALL) for name in samples.id]
-        blocks = [f"{name[1]}{int(name[2] or 0) // length}" for name in names]
-        groups = samples.group.tolist() if "group" in samples else blocks
-    count = max(2, min(folds, len(set(groups)), sizes.max()))
-    strata = samples.category
-    if not strata.any():
-        strata = pd.Series(strata_of_shares(samples))
-    if strata.value_counts().max() < count:  # a handful of images
-        strata = pd.Series(0, samples.index)
-    fold = np.zeros(len(samples), int)
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
-        for number, (_, validates) in enumerate(splitter.split(samples, strata, groups)):
-            fold[validates] = number
-    return fold
-
-
-def strata_of_shares(samples: pd.DataFrame) -> np.ndarray:
-    """A stratum for each sample, int (n,): the rarest class in it, or how much foreground it has.
-
-    The rarest is the class that the fewest images have.
-    """
-    shares = np.array(samples.shares.tolist())
-    if shares.shape[1] == 1:
-        thirds = samples.share.rank(pct=True).mul(3).round()
-        return np.where(samples.share > 0, thirds, -1)
-    images = (shares > 0).sum(0)
-    rank = np.where(shares > 0, images, len(shares) + 1)
-    return np.where((shares > 0).any(1), rank.argmin(1), -1)
-
-
-def columns_of(samples: pd.DataFrame, column: str) -> list[str]:
-    """A column of the csv, for each sample; the id where it has no row. Raises UserError."""
-    header = next((list(fields) for fields in samples.fields if fields), [])
-    if column not in header:
-        raise UserError(f"--group {column}", "no such column", closest(column, header))
-    pairs = zip(samples.fields, samples.id, strict=True)
-    return [fields[column] if fields else name for fields, name in pairs]
-
-
-def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
-    """The folds to train: one, or all. Raises UserError for one that there is not."""
-    numbers = sorted(set(samples.fold))
-    if fold != "all" and fold not in numbers:
-        raise UserError(
-            f"--fold {fold}", f"{len(samples)} pairs have folds {first_five(numbers)}, or all"
-        )
-    return numbers if fold == "all" else [fold]
+def write_understood(samples: pd.DataFrame, classes: Classes, out: Path) -> None:
+    """Write samples.csv, a row for each image of `load`, and the masks as they were understood."""
+    for folder in mask_folders(classes):
+        writable_folder(out / "masks" / folder)
+    in_parallel(
+        lambda row: write_mask(
+            out / "masks", row.id, row.mask.read((row.height, row.width)), classes
+        ),
+        samples,
+    )
+    table = samples[["id", "image", "height", "width"]]
+    table = table.assign(masks=[getattr(mask, "source", mask.path) for mask in samples["mask"]])
+    shares = np.stack(samples.shares)
+    for index, name in enumerate(classes.names):
+        table[f"share of {name}"] = shares[:, index].round(6)
+    table = table.join(samples[["category", "fold", "group", "why"]])
+    write_file(out / "samples.csv", table.to_csv(index=False))
+    print(f"look at {out / 'samples.csv'} and {out / 'masks'}", flush=True)

@@ -1,0 +1,216 @@
+"""Folds: what belongs together stays in one, and no fold lacks what the others have."""
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+from kit.data.folders import tail_of
+from kit.errors import UserError, closest, first_five
+
+SHUFFLES = 20  # of a split, to find one whose folds lack no class
+BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
+
+
+def assign_folds(
+    samples: pd.DataFrame,
+    folds: int,
+    seed: int,
+    group: str = "",
+    names: tuple[str, ...] = ("foreground",),
+) -> pd.DataFrame:
+    """Split the samples of `scan` into folds; what belongs together (a group) stays in one.
+
+    Returns `fold` (int), `group`, and `why` it is one, for each sample; prints the groups, and what
+    a fold lacks of the classes' `names`. A given column `fold` is taken as it is, else the first of
+    `possible_groups` that leaves no fold without foreground. Few samples make fewer folds, at least
+    two. Raises UserError.
+    """
+    if "fold" in samples:
+        groups, why, fold = [""] * len(samples), "split as given", samples.fold.to_numpy()
+    else:
+        for groups, why in possible_groups(samples, folds, group):
+            fold = split(samples, groups, folds, seed)
+            together = len(set(groups)) < len(samples)
+            reason = f"{why}: {len(set(groups))}, such as {groups[0]}" if together else why
+            if occurrence(samples, fold).any(axis=1).nunique() == 1:
+                break
+        print(f"groups: {reason}")
+    there = occurrence(samples, fold)
+    for index, name in enumerate(names):
+        if there[index].any() and not there[index].all():
+            print(f"split: no {name} in fold {first_five(there.index[~there[index]])}, {why}")
+    return pd.DataFrame({"fold": fold, "group": groups, "why": why}, index=samples.index)
+
+
+def split(samples: pd.DataFrame, groups: list[str], folds: int, seed: int) -> np.ndarray:
+    """The fold of each sample, int (n,): of some shuffles the first whose folds lack least.
+
+    Stratified by category, or where there is none by the rarest class of an image, or for one class
+    by the foreground's share: empty, little, more, much.
+    """
+    strata = samples.category
+    if not strata.any():
+        strata = pd.Series(strata_of_shares(samples))
+    filled = (samples.share > 0).groupby(np.array(groups)).any()
+    count = min(folds, len(filled), filled.sum() or folds, samples.category.value_counts().max())
+    count = max(2, count)
+    if strata.value_counts().max() < count:  # a handful of images
+        strata = pd.Series(0, samples.index)
+    best, fewest = np.zeros(len(samples), int), math.inf
+    for shuffle in range(SHUFFLES):
+        fold = np.zeros(len(samples), int)
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed + 1000 * shuffle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
+            for number, (_, validates) in enumerate(splitter.split(samples, strata, groups)):
+                fold[validates] = number
+        there = occurrence(samples, fold)
+        lacking = (there.any() & ~there).to_numpy().sum()
+        if lacking < fewest:
+            best, fewest = fold, lacking
+        if not lacking:
+            break
+    return best
+
+
+def occurrence(samples: pd.DataFrame, fold: np.ndarray) -> pd.DataFrame:
+    """Whether a fold has a class: a row for each fold, a bool column for each class."""
+    return pd.DataFrame(np.stack(samples.shares) > 0).groupby(fold).any()
+
+
+# --------------------------------------------------------------------------------------------------
+#  Groups: what stays in one fold
+# --------------------------------------------------------------------------------------------------
+
+SIDES = {"left", "right", "l", "r", "od", "os"}  # fields of names
+MANY = 8  # groups that are told by names: fewer are rather kinds than patients
+
+
+def possible_groups(
+    samples: pd.DataFrame, folds: int, column: str
+) -> Iterator[tuple[list[str], str]]:
+    """A group for each sample, and how it was told; the surest first. Raises UserError.
+
+    The csv's `column`, the samples' own column `group`, else folders or names that look like a
+    patient's, a slide's or a sequence's, `BLOCK` consecutive numbers, each image by itself.
+    """
+    names, alone = samples.id.tolist(), "each image by itself"
+    if column == "none":
+        yield names, f"{alone} (--group none)"
+        return
+    if column or "group" in samples:
+        values = columns_of(samples, column) if column else samples.group
+        groups = [value or f"no group: {name}" for value, name in zip(values, names, strict=True)]
+        if len(set(groups)) < 2:
+            problem = f"all {len(names)} images have the value {groups[0]}"
+            raise UserError(f"--group {column or 'group'}", problem, "take --group none")
+        yield groups, f"column {column or 'group'}"
+        return
+    if not samples.category.any():
+        for groups in folder_groups(samples):
+            yield groups, "by folder (--group none: no groups)"
+        groups = name_groups(names)
+        if groups:
+            yield groups, "by the start of the name (--group none: no groups)"
+    length = max(1, min(BLOCK, samples.category.value_counts().min() // folds))
+    parts = [re.fullmatch(r"(.*?)(\d*)", name, re.DOTALL) for name in names]
+    blocks = [f"{part[1]}{int(part[2] or 0) // length}" for part in parts]
+    if len(set(blocks)) < len(names):
+        yield blocks, f"{length} consecutive numbers (--group none: no groups)"
+    yield names, alone
+
+
+def folder_groups(samples: pd.DataFrame) -> Iterator[list[str]]:
+    """The folders that look like those of patients: with numbers, or many of few images each.
+
+    Most have foreground. The outermost folders first.
+    """
+    places = [place.split("/") for place in samples.get("folder", [])]
+    for depth in range(1, 1 + max(map(len, places), default=0)):
+        groups = ["/".join(place[:depth]) for place in places]
+        filled = (samples.share > 0).groupby(groups).any()
+        looks = numbered(filled.index) or len(filled) >= max(MANY, len(groups) / len(filled))
+        if looks and 1 < len(filled) < len(groups) and 2 * filled.sum() > len(filled):
+            yield groups
+
+
+def numbered(groups: Iterable[str]) -> bool:
+    """Whether most names of groups have a number, as patients have and kinds do not."""
+    return np.mean([re.search(r"\d", name) is not None for name in groups]) > 0.5
+
+
+def name_groups(names: list[str]) -> list[str] | None:
+    """Groups by the start of names that most share with another: views, slices, tiles, copies.
+
+    A name that others go on from, such as img3 of img3_aug1. Otherwise all fields but the last
+    ones, such as p3 of p3_slice_12, where there are `MANY`; or few of tiles, which have two numbers
+    at their ends; or without a side (left_3).
+    """
+    stems = set(names)
+    copies = [name.removesuffix(tail_of(name, stems)) for name in names]
+    if siblings(copies) > 0.5:
+        return copies
+    fields = [re.split(r"[\W_]+", name) for name in names]
+    if all(field[0].lower() in SIDES for field in fields):
+        fields = [[*field[1:], field[0]] for field in fields]
+    best = None
+    for count in range(1, max(map(len, fields))):
+        groups = ["_".join(field[:-count] or field) for field in fields]
+        number = len(set(groups))
+        many = number >= MANY and (numbered(groups) or number**2 >= len(names))
+        tiles = best and count == 2 and all("".join(field[-2:]).isdecimal() for field in fields)
+        if siblings(groups) > 0.5 and (many or (tiles and number > 1)):
+            best = groups
+    return best
+
+
+def siblings(groups: list[str]) -> float:
+    """The share of samples whose group has another one."""
+    counts = Counter(groups)
+    return np.mean([counts[group] > 1 for group in groups])
+
+
+def strata_of_shares(samples: pd.DataFrame) -> np.ndarray:
+    """A stratum for each sample, int (n,): the rarest class in it, or how much foreground it has.
+
+    The rarest is the class that the fewest images have.
+    """
+    shares = np.array(samples.shares.tolist())
+    if shares.shape[1] == 1:
+        thirds = samples.share.rank(pct=True).mul(3).round()
+        return np.where(samples.share > 0, thirds, -1)
+    images = (shares > 0).sum(0)
+    rank = np.where(shares > 0, images, len(shares) + 1)
+    return np.where((shares > 0).any(1), rank.argmin(1), -1)
+
+
+def columns_of(samples: pd.DataFrame, column: str) -> list[str]:
+    """A column of the csv, for each sample; the id where it has no row. Raises UserError."""
+    header = next((list(fields) for fields in samples.fields if fields), [])
+    if column not in header:
+        raise UserError(f"--group {column}", "no such column", closest(column, header))
+    pairs = zip(samples.fields, samples.id, strict=True)
+    return [fields[column] if fields else name for fields, name in pairs]
+
+
+def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
+    """The folds to train: one, or all. Raises UserError for one that there is not."""
+    numbers = sorted(set(samples.fold))
+    if fold != "all" and fold not in numbers:
+        raise UserError(
+            f"--fold {fold}", f"{len(samples)} pairs have folds {first_five(numbers)}, or all"
+        )
+    return numbers if fold == "all" else [fold]
+
+
+def describe_folds(samples: pd.DataFrame, fold: int) -> str:
+    """How many pairs train and validate, in one line."""
+    count = int((samples.fold == fold).sum())
+    few = ": few to train on, see the groups" if 2 * count > len(samples) else ""
+    return f"fold {fold}: {len(samples) - count} pairs to train and {count} to validate on{few}"
