@@ -29,7 +29,7 @@ class Config:
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
     missing: Literal["error", "empty"] = "error"  # images without mask; empty: without foreground
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
-    check: bool = False  # only check the data: write examples.jpg and augmented.jpg to look at
+    check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
     fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
