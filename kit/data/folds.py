@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from kit.data.folders import tail_of
 from kit.errors import UserError, closest, first_five
 
-SHUFFLES = 20  # of a split, to find one whose folds lack no class
+FEWEST, SHUFFLES = 5, 10  # folds, and splits that are tried, until no fold lacks a class
 BLOCK = 8  # consecutive frames show one street: they stay in one fold (fewer where images are few)
 
 
@@ -44,38 +44,42 @@ def assign_folds(
     there = occurrence(samples, fold)
     for index, name in enumerate(names):
         if there[index].any() and not there[index].all():
-            print(f"split: no {name} in fold {first_five(there.index[~there[index]])}, {why}")
+            count = sum(shares[index] > 0 for shares in samples.shares)
+            lacks = f"split: no {name} in fold {first_five(there.index[~there[index]])}"
+            print(f"{lacks}: {count} images have it; groups: {why}")
     return pd.DataFrame({"fold": fold, "group": groups, "why": why}, index=samples.index)
 
 
 def split(samples: pd.DataFrame, groups: list[str], folds: int, seed: int) -> np.ndarray:
-    """The fold of each sample, int (n,): of some shuffles the first whose folds lack least.
+    """The fold of each sample, int (n,): the first shuffle whose folds lack no class.
 
+    Fewer folds are made where fewer groups have foreground, or down to `FEWEST` a class.
     Stratified by category, or where there is none by the rarest class of an image, or for one class
     by the foreground's share: empty, little, more, much.
     """
     strata = samples.category
     if not strata.any():
         strata = pd.Series(strata_of_shares(samples))
-    filled = (samples.share > 0).groupby(np.array(groups)).any()
-    count = min(folds, len(filled), filled.sum() or folds, samples.category.value_counts().max())
-    count = max(2, count)
-    if strata.value_counts().max() < count:  # a handful of images
-        strata = pd.Series(0, samples.index)
-    best, fewest = np.zeros(len(samples), int), math.inf
-    for shuffle in range(SHUFFLES):
-        fold = np.zeros(len(samples), int)
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed + 1000 * shuffle)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
-            for number, (_, validates) in enumerate(splitter.split(samples, strata, groups)):
-                fold[validates] = number
-        there = occurrence(samples, fold)
-        lacking = (there.any() & ~there).to_numpy().sum()
-        if lacking < fewest:
-            best, fewest = fold, lacking
-        if not lacking:
-            break
+    there = occurrence(samples, np.array(groups))
+    present = there.sum()  # groups of each class
+    if present.any():
+        folds = min(folds, there.any(axis=1).sum(), max(FEWEST, present[present > 0].min()))
+    most = max(2, min(folds, len(there), samples.category.value_counts().max()))
+    best, least = np.zeros(len(samples), int), math.inf
+    for count in range(most, min(FEWEST, most) - 1, -1):
+        even = strata if strata.value_counts().max() >= count else np.zeros(len(samples), int)
+        for shuffle in range(SHUFFLES):
+            fold = np.zeros(len(samples), int)
+            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed + 1000 * shuffle)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
+                for number, (_, validates) in enumerate(splitter.split(samples, even, groups)):
+                    fold[validates] = number
+            lacking = (count - occurrence(samples, fold).sum())[present > 0]
+            if lacking.sum() < least:
+                best, least = fold, lacking.sum()
+            if (lacking <= (count - present[present > 0]).clip(lower=0)).all():  # cannot be better
+                return best
     return best
 
 
