@@ -98,8 +98,7 @@ from kit.data import folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
-from kit.results import metrics, visualize
-from kit.results.predict import to_prediction, to_probabilities
+from kit.results import metrics, predict, visualize
 from kit.training import callbacks, loaders
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
@@ -181,17 +180,16 @@ def make_loaders(
     config: Config, model_config: ModelConfig, table: pd.DataFrame, parts: int = 1
 ) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
-    validates, augment = table.fold == config.fold, loaders.strictly(augmentation, config)
+    validates = table.fold == config.fold
+    with loaders.strictly():
+        augment = augmentation(config)
     training = SegmentationDataset(table[~validates], model_config, config.seed, augment)
     validation = SegmentationDataset(table[validates], model_config, config.seed, None)
-    processes, _ = resolving.count_processes(config.devices)
-    size = resolving.images_per_step(config.batch_size, len(training), processes, parts)
-    options = {"workers": config.workers, "processes": processes, "seed": config.seed}
+    size = resolving.images_per_step(config.batch_size, len(training), config.devices, parts)
+    options = {"workers": config.workers, "processes": config.devices, "seed": config.seed}
     cached = loaders.Cached(validation, CACHE // 8)
-    return (
-        loaders.make_loader(training, True, size, **options),
-        loaders.make_loader(cached, False, size, **options),
-    )
+    shuffled = loaders.make_loader(training, True, size, **options)
+    return shuffled, loaders.make_loader(cached, False, size, **options)
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -266,10 +264,11 @@ RESOLUTIONS = ((0.35, 0.5), (0.65, 0.75))
 class SegmentationModule(pl.LightningModule):
     """The network, its EMA copy (which is validated and exported), and AdamW."""
 
-    def __init__(self, config: Config, model_config: ModelConfig, network: torch.nn.Module) -> None:
+    def __init__(self, config: Config, model_config: ModelConfig) -> None:
         super().__init__()
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
+        network = model.build_network(model_config, config.encoder_weights)
         self.network = model.prepare_training(network)
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock
@@ -328,11 +327,11 @@ class SegmentationModule(pl.LightningModule):
         logits, config = self.ema(image), self.current_config()
         value = loss(logits, mask, self.config, self.class_weights)
         self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
-        probabilities = to_probabilities(logits, config)
+        probabilities = predict.to_probabilities(logits, config)
         for planes, target in zip(probabilities, batch["ground_truth"], strict=True):
             restored = images.restore(planes, target.shape[-2:], config)
             target = torch.as_tensor(target).to(self.device)
-            self.evaluation.count(to_prediction(restored, config), target)
+            self.evaluation.count(predict.to_prediction(restored, config), target)
 
     def on_validation_epoch_end(self) -> None:
         self.evaluation.reduce(self.trainer.strategy.reduce, self.device)
@@ -346,12 +345,12 @@ class SegmentationModule(pl.LightningModule):
 
 def make_trainer(config: Config, **options: Any) -> pl.Trainer:
     """A Trainer that leaves writing and logging to the TrainingCallback."""
-    processes, local = resolving.count_processes(config.devices)
     torchrun = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None  # also SLURM
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun else config.devices
     return pl.Trainer(
         accelerator="auto",
         devices=local,
-        num_nodes=processes // local,
+        num_nodes=config.devices // local,
         plugins=torchrun,
         precision=config.precision,
         gradient_clip_val=1.0,
@@ -369,37 +368,34 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
     """Train, with gradient accumulation where the device's memory is too small for a batch."""
     config, model_config = module.config, module.model_config
     if run.lr == "auto":
-        loader, _ = make_loaders(config, model_config, table)
         with tempfile.TemporaryDirectory() as out:  # for a checkpoint
             finder = make_trainer(config, max_epochs=-1, limit_val_batches=0, default_root_dir=out)
+            loader, _ = make_loaders(config, model_config, table)
             run.lr = callbacks.find_lr(finder, module, loader)
     module.lr = run.lr
     module.class_weights = class_weights(table, config.fold, config.class_weights)
-    bar = callbacks.progress_bar()
-    parts, path, memory_ran_out = 1, run.checkpoint, True
-    while memory_ran_out:
+    parts, path = 1, run.checkpoint
+    while True:
         if path:
             print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
-        training, validation = make_loaders(config, model_config, table, parts)
-        if parts > 1:
-            resolving.check_batch(module.network, model_config, training.batch_size)
-        training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         trainer = make_trainer(
             config,
             max_epochs=config.epochs or -1,
             accumulate_grad_batches=parts,
-            callbacks=[run, callbacks.BatchNormReestimation(config.seed), *bar],
+            callbacks=callbacks.around_training(run, config.seed),
         )
+        training, validation = make_loaders(config, model_config, table, parts)
+        if parts > 1:
+            resolving.check_batch(module.network, model_config, training.batch_size)
+        training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         resumed = {"ckpt_path": path, "weights_only": True} if path else {}
         try:
             with callbacks.clear_loader_errors():
-                trainer.fit(copy.deepcopy(module), training, validation, **resumed)
-            memory_ran_out = False
+                return trainer.fit(copy.deepcopy(module), training, validation, **resumed)
         except torch.OutOfMemoryError:
             path = run.restart()
-        if memory_ran_out:  # outside of the except block, which holds on to the memory
-            del trainer
-            parts = callbacks.more_parts(parts, config.batch_size, model.best_device())
+        del trainer  # outside of the except block, which holds on to the memory
+        parts = callbacks.more_parts(parts, config.batch_size, model.best_device())
 
 
 # --- Train: from settings to files ----------------------------------------------------------------
@@ -439,6 +435,7 @@ def train(config: Config, started: float | None = None) -> Path:
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
         run = TrainingCallback(Path(resolved.out), out, clock, asdict(resolved), collection.samples)
+        run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
         if fold != chosen[-1] and (clock.session_over() or deadline - started < 60):
@@ -454,25 +451,24 @@ def train_fold(
     config: Config, model_config: ModelConfig, run: TrainingCallback, opener: DecodedFiles
 ) -> list[metrics.Prediction]:
     """Train on all folds but one and predict that one. `opener`: of the mask files."""
-    run.find_checkpoint(config.resume, asdict(Config()))
     pl.seed_everything(config.seed, verbose=False)
-    network = model.build_network(model_config, config.encoder_weights)
-    if resolving.count_processes(config.devices)[0] > 1:
-        resolving.freeze_unused(network, model_config)
+    module = SegmentationModule(config, model_config)
+    if config.devices > 1:
+        resolving.freeze_unused(module.network, model_config)
     table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
     print(folds.describe_folds(table, config.fold))
     run.prepare_out()
+    nothing = run.nothing_to_train()
     show_data(config, model_config, table, run.out)
     opener.images.clear()  # up to 1 GB
     weights = f"weights {config.encoder_weights}, learning rate {config.lr}"
     batch = f"batch {config.batch_size} in {config.precision} on {model.best_device()}"
     grow = ", progressive resizing" if config.grow and not config.tiles else ""
     print(f"{model_config.describe()}, {weights}, {batch}{grow}", flush=True)
-    nothing = run.nothing_to_train()
     print(nothing, end="", flush=True)
     with callbacks.interruptible() as signals:
         if not nothing:
-            fit(SegmentationModule(config, model_config, network), table, run)
+            fit(module, table, run)
     predictions = []
     if run.rows and pl.utilities.rank_zero_only.rank == 0:
         validation, epoch = table[table.fold == config.fold], callbacks.exported_epoch(run.rows)
@@ -485,10 +481,12 @@ def train_fold(
 
 def show_data(config: Config, model_config: ModelConfig, table: pd.DataFrame, out: Path) -> None:
     """Write examples.jpg and augmented.jpg, which show swapped pairs and shifted masks."""
-    classes, augment = model_config.classes, loaders.strictly(augmentation, config)
-    chosen = samples.spread(table[table.fold != config.fold], 6)[:4]  # not the emptiest
-    dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
+    classes = model_config.classes
     rows = samples.spread(table, 12).itertuples()
+    chosen = samples.spread(table[table.fold != config.fold], 6)[:4]  # not the emptiest
+    with loaders.strictly():
+        augment = augmentation(config)
+    dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
     examples = [(row, *samples.read_sample(row, model_config.value_range)) for row in rows]
     images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
     images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))

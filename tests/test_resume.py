@@ -361,7 +361,8 @@ def test_a_mistyped_argument_of_an_augmentation_is_an_error(pairs, tmp_path, mon
 
 def test_filters_of_warnings_are_as_before():
     before = list(warnings.filters)
-    loaders.strictly(train.augmentation, Config(height=32, width=32, tiles=False))
+    with loaders.strictly():
+        train.augmentation(Config(height=32, width=32, tiles=False))
     assert list(warnings.filters) == before
 
 

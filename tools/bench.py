@@ -172,8 +172,7 @@ def kit_training(samples: pd.DataFrame, options: argparse.Namespace) -> tuple[An
     samples = repeated(samples, options.images).assign(fold=config.fold + 1)  # none validates
     loader, _ = train.make_loaders(config, model_config, samples)
     model.reuse_memory()
-    network = model.build_network(model_config)
-    module = train.SegmentationModule(config, model_config, network)
+    module = train.SegmentationModule(config, model_config)
     module.lr = config.lr
     return train.make_trainer(config, max_epochs=1), module, loader
 

@@ -291,9 +291,10 @@ def on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def progress_bar() -> list[pl.Callback]:
-    """A bar on a terminal."""
-    return [EpochBar(leave=True)] if on_terminal() else []
+def around_training(run: TrainingCallback, seed: int) -> list[pl.Callback]:
+    """All callbacks of a training; on a terminal with a bar."""
+    bar = [EpochBar(leave=True)] if on_terminal() else []
+    return [run, BatchNormReestimation(seed), *bar]
 
 
 # --------------------------------------------------------------------------------------------------

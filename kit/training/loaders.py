@@ -1,8 +1,9 @@
 """From samples to batches: validation images kept in memory, and an order that can be resumed."""
 
+import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kit.errors import UserError, reason_of
 
 
-def strictly(augmentation: Callable[[Any], Any], config: Any) -> Any:
-    """Call train.py's `augmentation`; an argument that albumentations does not know is an error.
+@contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """In the block an argument that albumentations does not know raises UserError.
 
     albumentations itself only warns, and takes the default. Not for threads: filters are global.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not valid for transform")
         try:
-            return augmentation(config)
+            yield
         except UserWarning as warning:
             raise UserError("augmentation in train.py", reason_of(warning)) from None
 

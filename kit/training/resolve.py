@@ -200,18 +200,13 @@ def default_batch(device: str, precision: str, small: float, count: int) -> int:
 
 
 def resolve_devices(devices: int, device: str) -> int:
-    """As many GPUs as there are, at most."""
+    """How many processes train together: torchrun's, else as many as there are GPUs, at most."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ["WORLD_SIZE"])
     count = torch.cuda.device_count() if device == "cuda" else devices
     if devices > count:
         print(f"--devices {devices}: there is only {count}, which is used", flush=True)
     return min(devices, count)
-
-
-def count_processes(devices: int) -> tuple[int, int]:
-    """How many processes train together, in all and on this host: torchrun's, else `devices`."""
-    if TorchElasticEnvironment.detect():
-        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    return devices, devices
 
 
 def images_per_step(batch_size: int, images: int, processes: int, parts: int = 1) -> int:
@@ -246,7 +241,7 @@ def try_network(
             channels = automatic_decoder(config.arch, network.encoder)
             config = replace(config, decoder_channels=channels)
             network = build_network(config)
-    processes, _ = count_processes(resolved.devices)
+    processes = resolved.devices
     batch = images_per_step(resolved.batch_size, len(item_places(training, config)), processes)
     check_step(config, size_step(network), free)
     size = settle_size(network, config, free, min(2, batch), resolved.batch_size, processes)
