@@ -4,6 +4,7 @@ A mask is planes (K, h, w) of 0, 1 and 255 (ignored), one for each class, or a l
 class numbers and 255. Both are uint8.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -147,18 +148,21 @@ def plane(mask: np.ndarray, index: int) -> np.ndarray:
     return np.where(mask == IGNORE, IGNORE, mask == index).astype(np.uint8)
 
 
-def shares_of(mask: np.ndarray, classes: Classes) -> tuple[float, ...]:
-    """The share of the image that each class covers, (K,)."""
+def measure(mask: np.ndarray, classes: Classes) -> dict[str, Any]:
+    """What a mask covers: `share`, `shares`, `above` and `thickness`, see `samples.scan`."""
     if mask.ndim == 2:  # one pass, however many classes there are
         counts = np.bincount(mask.ravel(), minlength=256)[: len(classes.names)]
+        foreground, thick = mask != IGNORE, math.inf
     else:
-        counts = (mask == 1).sum((1, 2))
-    return tuple((counts / (mask.shape[-2] * mask.shape[-1])).tolist())
-
-
-def foreground_of(mask: np.ndarray) -> np.ndarray:
-    """Where a mask has any class, bool (h, w)."""
-    return mask != IGNORE if mask.ndim == 2 else (mask == 1).any(0)
+        counts, foreground = (mask == 1).sum((1, 2)), (mask == 1).any(0)
+        thick = thickness(foreground)
+    rows = foreground.any(1)
+    return {
+        "share": float(foreground.mean()),
+        "shares": tuple((counts / foreground.size).tolist()),
+        "above": float(rows.argmax() / len(rows)) if rows.any() else 1.0,
+        "thickness": thick,
+    }
 
 
 def outline_length(mask: np.ndarray) -> float:

@@ -3,7 +3,6 @@
 A new layout is one function and one entry in `LAYOUTS`.
 """
 
-import math
 import os
 import zlib
 from collections.abc import Callable
@@ -33,11 +32,9 @@ from kit.data.masks import (
     Planes,
     choose_masks,
     decide_files,
-    foreground_of,
-    shares_of,
-    thickness,
+    measure,
 )
-from kit.data.rle import RunLengths, find_order
+from kit.data.rle import RunLengths, decide_order
 from kit.errors import UserError, first_five, reason_of
 from kit.files import MOUNTS, walk_mount, writable_folder, write_file
 
@@ -135,8 +132,8 @@ def find_samples(
         place = samples.image[0].parent
         print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
     request = class_request(classes, root, samples.image[0])
-    collection = decide_order(collection, rle, training or masks != "auto" or rle != "auto")
-    return decide_classes(collection, request, foreground, training, opener)
+    order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
+    return decide_classes(collection._replace(rle=order), request, foreground, training, opener)
 
 
 def find_root(data: str, target: str, training: bool) -> Path:
@@ -217,28 +214,8 @@ def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-#  Decide the order of RLE, and the classes
+#  Decide the classes
 # --------------------------------------------------------------------------------------------------
-
-
-def decide_order(collection: Collection, rle: str, needed: bool) -> Collection:
-    """Set the order of the masks in RLE, and of the submission.
-
-    Raises UserError where it cannot be told; masks that are not `needed` are left out instead.
-    """
-    samples, order = collection.samples, "columns"
-    pairs = zip(samples.image, samples["mask"], strict=True)
-    parts = ((image, part) for image, mask in pairs if mask for part in mask.parts)
-    try:
-        order = find_order([pair for pair in parts if isinstance(pair[1], RunLengths)], rle)
-    except UserError as error:
-        if needed:
-            raise
-        print(f"no scores: {error}")
-        samples["mask"] = None
-
-    samples["mask"] = [mask and mask.change(RunLengths, order=order) for mask in samples["mask"]]
-    return collection._replace(rle=order)
 
 
 def decide_classes(
@@ -282,31 +259,21 @@ def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -
     `masks.thickness`; `digest` of the mask's pixels. A pair that cannot be read is 1x1 and empty
     here; `decode_pairs` names it.
     """
-    bad = {"height": 1, "width": 1, "turn": 1, "deep": False, "share": 0.0, "above": 1.0}
-    bad |= {"thickness": 0.0, "digest": 0, "shares": (0.0,) * len(classes.names)}
+    rows = in_parallel(lambda sample: scan_sample(sample, classes, opener), samples)
+    return samples.join(pd.DataFrame(rows, index=samples.index))
 
-    def scan_sample(sample: Any) -> dict[str, Any]:
-        try:
-            header = read_header(sample.image)
-            mask = sample.mask.read(header.size, opener)
-        except UserError:
-            return bad
-        height, width = header.size
-        foreground = foreground_of(mask)
-        rows = foreground.any(1)
-        return {
-            "height": height,
-            "width": width,
-            "turn": header.turn,
-            "deep": header.deep,
-            "share": float(foreground.mean()),
-            "shares": shares_of(mask, classes),
-            "above": float(rows.argmax() / height) if rows.any() else 1.0,
-            "thickness": math.inf if classes.exclusive else thickness(foreground),
-            "digest": zlib.crc32(mask.tobytes()),
-        }
 
-    return samples.join(pd.DataFrame(in_parallel(scan_sample, samples), index=samples.index))
+def scan_sample(sample: Any, classes: Classes, opener: Opener) -> dict[str, Any]:
+    """A row of `scan`."""
+    try:
+        header = read_header(sample.image)
+        mask = sample.mask.read(header.size, opener)
+    except UserError:
+        bad = {"height": 1, "width": 1, "turn": 1, "deep": False, "share": 0.0, "above": 1.0}
+        return bad | {"thickness": 0.0, "digest": 0, "shares": (0.0,) * len(classes.names)}
+    image = {"height": header.size[0], "width": header.size[1]}
+    image |= {"turn": header.turn, "deep": header.deep}
+    return image | measure(mask, classes) | {"digest": zlib.crc32(mask.tobytes())}
 
 
 def read_sample(
