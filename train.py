@@ -334,7 +334,7 @@ class SegmentationModule(pl.LightningModule):
             self.evaluation.count(predict.to_prediction(restored, config), target)
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.reduce(self.trainer.strategy.reduce, self.device)
+        self.evaluation.gather()
         score = self.evaluation.report()["image"]["all"]
         for name in self.evaluation.logged:
             self.log(name, score[name], prog_bar=name in ("MaxF", "mIoU"), rank_zero_only=True)

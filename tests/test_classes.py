@@ -680,7 +680,7 @@ def test_an_empty_mask_that_is_right_scores_as_asked(score, expected):
     empty = np.zeros((1, *SIZE), bool)
 
     def dice_of(mask):
-        hits = metrics.count_hits(mask, np.zeros((1, *SIZE), np.uint8), Classes())
+        hits = metrics.count_hits(mask, np.zeros((1, *SIZE), np.uint8))
         return metrics.mask_scores(hits, score)[0, 0]
 
     assert dice_of(empty) == expected or np.isnan([dice_of(empty), expected]).all()

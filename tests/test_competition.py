@@ -13,7 +13,7 @@ import torch
 from conftest import build_once, run, succeed
 from PIL import Image
 
-from kit.config import Classes, ModelConfig
+from kit.config import ModelConfig
 from kit.data import images
 from kit.data.folders import MARKER, Collection
 from kit.data.folds import assign_folds
@@ -376,7 +376,7 @@ def test_groups_stay_together_and_folds_are_stratified(tmp_path):
 
 def mask_scores(mask, truth):
     """Dice and IoU of a mask, bool (h, w)."""
-    return metrics.mask_scores(metrics.count_hits(mask[None], truth[None], Classes()))[0]
+    return metrics.mask_scores(metrics.count_hits(mask[None], truth[None]))[0]
 
 
 def test_scores_by_threshold_and_small_components():

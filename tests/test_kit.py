@@ -392,7 +392,7 @@ def test_bev_scores_are_those_of_the_submitted_maps(trained, validation_folder, 
                 warped = view.warp(truth, IGNORE)
                 counts = metrics.pixel_counts(maps[row.mask.path.name], warped)
                 for category in ("all", row.category):
-                    sums = metrics.Sums(counts[None], np.zeros((3, 1)))
+                    sums = metrics.Sums(counts[None], np.zeros((3, 1)), 0)
                     evaluation.add_sums("bev", category, sums)
         report = read_json(out / "metrics.json")
         assert report["bev"] == evaluation.report()["bev"]

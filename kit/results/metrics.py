@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,43 +59,54 @@ def pixel_counts(
     return torch.bincount(cells.flatten(), minlength=512)[:512].reshape(2, 256)
 
 
-def count_pixels(prediction: Any, ground_truth: Any, classes: Classes) -> torch.Tensor:
-    """The counts of an image on the CPU: of each plane (K, 2, 256), of label maps (K, K).
+def count_hits(mask: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
+    """True positives, false positives and misses of each of K planes, float64 (3, K).
 
-    `prediction`: see `predict.to_prediction`. Row and column of (K, K): ground truth, prediction.
+    `mask`: bool (K, h, w); ignored pixels do not count.
     """
-    prediction, target = torch.as_tensor(prediction), torch.as_tensor(ground_truth)
-    if not classes.exclusive:
-        return torch.stack(list(map(pixel_counts, prediction, target))).cpu()
-    count = len(classes.names)
-    counted = target < count
-    cells = target[counted].long() * count + prediction[0][counted].long()
-    return torch.bincount(cells, minlength=count * count).reshape(count, count).cpu()
-
-
-def count_hits(mask: np.ndarray, ground_truth: np.ndarray, classes: Classes) -> np.ndarray:
-    """True positives, false positives and misses of each class, float64 (3, K).
-
-    `mask`: bool (K, h, w), or a label map (h, w); ignored pixels do not count.
-    """
-    if classes.exclusive:  # one pass, however many classes there are
-        return hits_of(count_pixels(mask[None], ground_truth, classes), classes)
-    hits = np.zeros((3, len(classes.names)))
-    for k in range(len(classes.names)):
-        positive, target = mask[k] == 1, ground_truth[k]
+    hits = np.zeros((3, len(mask)))
+    for k, target in enumerate(ground_truth):
+        positive = mask[k] == 1
         kinds = (target == 1) & positive, (target == 0) & positive, (target == 1) & ~positive
         hits[:, k] = list(map(np.count_nonzero, kinds))
     return hits
 
 
-def hits_of(counts: torch.Tensor, classes: Classes) -> np.ndarray:
-    """The same from `count_pixels`, of planes at the threshold 0.5."""
-    table = counts.numpy().astype(float)
-    if classes.exclusive:
-        hits = table.diagonal()
-        return np.stack([hits, table.sum(0) - hits, table.sum(1) - hits])
-    above, below = table[:, :, 128:].sum(2), table[:, :, :128].sum(2)
-    return np.stack([above[:, 1], above[:, 0], below[:, 1]])
+class Sums(NamedTuple):
+    """Pixels of an image, or added up over images."""
+
+    # of planes `pixel_counts`, (K, 2, 256); of label maps by ground truth and prediction, (K, K)
+    counts: torch.Tensor
+    hits: np.ndarray  # of each class (3, K), see `count_hits`
+    wrong: float  # of label maps, or of all planes together
+    images: int = 1
+
+
+def count_image(
+    prediction: Any, ground_truth: Any, classes: Classes, mask: np.ndarray | None = None
+) -> Sums:
+    """Count the pixels of an image; without a `mask` planes are foreground from 0.5 on.
+
+    `prediction`: see `predict.to_prediction`. Arrays, or tensors on any device.
+    """
+    prediction, target = torch.as_tensor(prediction), torch.as_tensor(ground_truth)
+    if classes.exclusive:  # one pass, however many classes there are
+        count = len(classes.names)
+        counted = target < count
+        cells = target[counted].long() * count + prediction[0][counted].long()
+        counts = torch.bincount(cells, minlength=count * count).reshape(count, count).cpu()
+        table = counts.numpy().astype(float)
+        right = table.diagonal()
+        hits = np.stack([right, table.sum(0) - right, table.sum(1) - right])
+        return Sums(counts, hits, hits[1].sum())
+    counts = torch.stack(list(map(pixel_counts, prediction, target))).cpu()
+    if mask is None:
+        table = counts.numpy().astype(float)
+        above, below = table[:, :, 128:].sum(2), table[:, :, :128].sum(2)
+        hits = np.stack([above[:, 1], above[:, 0], below[:, 1]])
+    else:
+        hits = count_hits(mask, ground_truth)
+    return Sums(counts, hits, hits[1:].sum())
 
 
 def at_thresholds(counts: np.ndarray) -> np.ndarray:
@@ -184,8 +194,8 @@ class Prediction:
         return self.arrays[1] if self.arrays else self.sample.mask.read(self.size)
 
     def counts(self, classes: Classes) -> np.ndarray:
-        """See `count_pixels`."""
-        return count_pixels(self.planes, self.ground_truth, classes).numpy()
+        """See `Sums`."""
+        return count_image(self.planes, self.ground_truth, classes).counts.numpy()
 
     @property
     def image(self) -> np.ndarray:
@@ -226,7 +236,7 @@ def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> Mode
         planes, target = prediction.planes, prediction.ground_truth
         for column, area in enumerate(areas):
             mask = postprocess(planes, replace(config, areas=area))
-            measured = mask_scores(count_hits(mask, target, config.classes), empty_score)
+            measured = mask_scores(count_hits(mask, target), empty_score)
             values[row, column] = measured[:, 1 if metric == "iou" else 0]
     best = [fill_nan(values[:, :, k]).mean(0).argmax() for k in range(len(pixels))]
     return replace(config, areas=tuple(areas[row][k] for k, row in enumerate(best)))
@@ -278,14 +288,6 @@ def choose_threshold(values: np.ndarray) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
-class Sums(NamedTuple):
-    """Pixels added up over images."""
-
-    counts: torch.Tensor  # see `count_pixels`
-    hits: np.ndarray  # see `count_hits`
-    images: int = 1
-
-
 class Evaluation:
     """Adds up images and writes metrics.json and its curves, for training and inference alike."""
 
@@ -300,8 +302,7 @@ class Evaluation:
 
     def count(self, prediction: torch.Tensor, ground_truth: torch.Tensor) -> None:
         """Add an image without a mask: planes count at the threshold 0.5."""
-        counts = count_pixels(prediction, ground_truth, self.classes)
-        self.add_sums("image", "all", Sums(counts, hits_of(counts, self.classes)))
+        self.add_sums("image", "all", count_image(prediction, ground_truth, self.classes))
 
     def add(
         self, sample: Any, prediction: np.ndarray, mask: np.ndarray, ground_truth: np.ndarray
@@ -313,8 +314,7 @@ class Evaluation:
             warped = each_plane(view.warp, prediction), each_plane(view.warp, mask)
             seen[view.name] = (*warped, each_plane(outside, ground_truth))
         for view, (planes, final, target) in seen.items():
-            counts = count_pixels(planes, target, self.classes)
-            sums = Sums(counts, count_hits(final, target, self.classes))
+            sums = count_image(planes, target, self.classes, final)
             if view == "image":
                 self.image_hits.append(sums.hits)
             for category in dict.fromkeys(("all", sample.category or "all")):
@@ -332,14 +332,14 @@ class Evaluation:
         for (view, category), sums in other.sums.items():
             self.add_sums(view, category, sums)
 
-    def reduce(self, reduce: Callable, device: torch.device) -> None:
-        """Sum the counts of the epoch over processes, with Lightning's `strategy.reduce`."""
-        count = len(self.classes.names)
-        shape = (count, count) if self.classes.exclusive else (count, 2, 256)
-        empty = Sums(torch.zeros(shape, dtype=torch.int64), np.zeros((3, count)), 0)
-        sums = self.sums.get(("image", "all"), empty)  # this process may have had no image
-        counts = reduce(sums.counts.to(device), reduce_op="sum").cpu()
-        self.sums["image", "all"] = Sums(counts, hits_of(counts, self.classes), sums.images)
+    def gather(self) -> None:
+        """Add what the other processes of a training have evaluated."""
+        if torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, self)
+            self.sums, self.image_hits = {}, []
+            for evaluation in gathered:  # with this one
+                self.merge(evaluation)
 
     def report(self) -> dict[str, dict[str, dict[str, Any]]]:
         """{view: {category: measures in percent, with the number of images}}.
@@ -385,12 +385,11 @@ class Evaluation:
             name: in_percent({key: values[k] for key, values in columns.items()})
             for k, name in enumerate(names)
         }
-        wrong = false.sum() if self.classes.exclusive else false.sum() + missed.sum()
         means = {
             "mIoU": columns["IoU"][occurs].mean() if occurs.any() else 0.0,
             "mDice": columns["Dice"][occurs].mean() if occurs.any() else 0.0,
             # of labels, or of each class's yes and no
-            "accuracy": 1 - wrong / max(1, int(sums.counts.sum())),
+            "accuracy": 1 - sums.wrong / max(1, int(sums.counts.sum())),
         }
         absent = [name for name, occurring in zip(names, occurs, strict=True) if not occurring]
         return in_percent(means) | {"absent": absent, "per_class": per_class}
