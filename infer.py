@@ -182,10 +182,10 @@ def check_views(samples: pd.DataFrame) -> None:
 def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     """Make the folders that are written to. Raises UserError where one holds the data itself."""
     options = plan.options
-    chosen = {"comparisons": options.comparisons, "bev": options.bev, "probs": options.save_probs}
-    names = [name for name, is_chosen in chosen.items() if is_chosen]
+    chosen = {"masks": True, "comparisons": options.comparisons, "bev": options.bev}
+    chosen["probs"] = options.save_probs
     folders = [plan.out / "masks" / name for name in mask_folders(plan.classes)]
-    folders += [plan.out / name for name in ("masks", *names)]
+    folders += [plan.out / name for name, is_chosen in chosen.items() if is_chosen]
     files = [*samples.image, *(mask.path for mask in samples["mask"].dropna())]
     sources = {path.resolve().parent for path in files}
     near = sources | {path.parent for path in sources}  # masks/ there would be read as ground truth

@@ -63,5 +63,5 @@ def show(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...] = ()) -> 
     planes = mask[None] if mask.dtype == bool and mask.ndim == 2 else mask
     count = int(mask.max()) + 1 if planes.ndim == 2 else len(planes)
     names = classes or tuple(map(str, range(count)))
-    layers = visualize.mask_layers(planes, Classes(names, names, planes.ndim == 2))
+    layers = visualize.mask_layers(planes, Classes(names, names))
     return Image.fromarray(visualize.paint(image, layers))

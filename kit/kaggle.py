@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from kit.errors import first_five
 from kit.files import MOUNTS, walk_mount
 
 NOT_FLAGS = ("TRAIN", "PREDICT")  # settings of the notebook alone
@@ -195,9 +196,8 @@ class Session:
         """What is attached, a line each."""
         lines = []
         for mount in self.mounts():
-            names = sorted(path.name for path in mount.glob("*"))
-            more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-            lines.append(f"  {mount.relative_to(self.root)}: {', '.join(names[:5])}{more}")
+            names = first_five(sorted(path.name for path in mount.glob("*")))
+            lines.append(f"  {mount.relative_to(self.root)}: {names}")
         return "\n".join(lines) or "  nothing"
 
     def mounts(self) -> list[Path]:
@@ -272,8 +272,8 @@ class Session:
             return
         pattern = r"segmentation[-_]models[-_]pytorch-(\d[\w.]*?)(-py\S*\.whl|\.tar\.gz)"
         matches = {path: re.fullmatch(pattern, path.name) for path in self.files}
-        versions = {path: re.findall(r"\d+", m[1]) for path, m in matches.items() if m}
-        versions = {path: tuple(map(int, numbers)) for path, numbers in versions.items()}
+        numbers = {path: re.findall(r"\d+", m[1]) for path, m in matches.items() if m}
+        versions = {path: tuple(map(int, texts)) for path, texts in numbers.items()}
         archives = [path for path, version in versions.items() if version >= (0, 6)]
         source = ["segmentation-models-pytorch>=0.6"]
         if archives:

@@ -3,11 +3,8 @@
 Measures: Fritsch, Kuehnl, Geiger, ITSC 2013. Pixel counts are pooled over images.
 """
 
-from __future__ import annotations
-
 import functools
 import json
-import math
 import operator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +30,7 @@ class Goal(NamedTuple):
     empty_score: str = "1"  # of a mask that is rightly empty, see `EMPTY_SCORES`
 
 
-EMPTY_SCORES = {"1": 1.0, "0": 0.0, "skip": math.nan}  # where neither mask has any foreground
+EMPTY_SCORES = {"1": 1.0, "0": 0.0, "skip": np.nan}  # where neither mask has any foreground
 MEMORY = 1 << 30  # bytes of predictions that stay decoded; further ones are kept as PNG
 
 # --------------------------------------------------------------------------------------------------
@@ -220,14 +217,13 @@ def predict_validation(trained: TrainedModel, validation: pd.DataFrame) -> list[
 def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> ModelConfig:
     """The model's settings with the thresholds and minimum areas that serve a metric best."""
     metric = "maxf" if goal.metric == "miou" else goal.metric
-    empty_score, min_pixels = goal.empty_score, goal.min_pixels
     if config.exclusive:
         return config
     counts = np.stack([prediction.counts(config.classes) for prediction in predictions])
-    values = [scores_by_threshold(each, metric, empty_score) for each in counts.swapaxes(0, 1)]
-    area = (max(0, min_pixels),) * len(values)
+    values = [scores_by_threshold(each, metric, goal.empty_score) for each in counts.swapaxes(0, 1)]
+    area = (max(0, goal.min_pixels),) * len(values)
     config = replace(config, thresholds=tuple(map(choose_threshold, values)), areas=area)
-    if metric == "maxf" or min_pixels >= 0:
+    if metric == "maxf" or goal.min_pixels >= 0:
         return config
     pixels = np.median(counts.sum((2, 3)), axis=0)  # of an image, for each class
     areas = [tuple(map(int, pixels * share)) for share in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
@@ -236,7 +232,7 @@ def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> Mode
         planes, target = prediction.planes, prediction.ground_truth
         for column, area in enumerate(areas):
             mask = postprocess(planes, replace(config, areas=area))
-            measured = mask_scores(count_hits(mask, target), empty_score)
+            measured = mask_scores(count_hits(mask, target), goal.empty_score)
             values[row, column] = measured[:, 1 if metric == "iou" else 0]
     best = [fill_nan(values[:, :, k]).mean(0).argmax() for k in range(len(pixels))]
     return replace(config, areas=tuple(areas[row][k] for k, row in enumerate(best)))
@@ -245,10 +241,7 @@ def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> Mode
 def fill_nan(values: np.ndarray) -> np.ndarray:
     """Values (n, m) with the mean of their column where they are NaN, which changes no mean."""
     missing = np.isnan(values)
-    if not missing.any():
-        return values
-    counts = (~missing).sum(0)
-    means = np.where(missing, 0, values).sum(0) / np.maximum(counts, 1)
+    means = np.where(missing, 0, values).sum(0) / np.maximum((~missing).sum(0), 1)
     return np.where(missing, means, values)
 
 
@@ -277,7 +270,7 @@ def choose_threshold(values: np.ndarray) -> float:
     if len(values) <= 2:
         return 0.5
     worse = values[:, [values.mean(0).argmax()]] - values
-    error = worse.std(0, ddof=1) / math.sqrt(len(values))
+    error = worse.std(0, ddof=1) / np.sqrt(len(values))
     good = np.flatnonzero(worse.mean(0) <= 2 * error + 1e-12)
     level = good[np.abs(good - 128).argmin()]
     return max(0.0, float(level) - 0.5) / 255  # between two levels: 128 is the first from 0.5 on
@@ -323,10 +316,9 @@ class Evaluation:
     def add_sums(self, view: str, category: str, sums: Sums) -> None:
         """Add the sums of one image, or of many."""
         earlier = self.sums.get((view, category))
-        total = Sums(*map(operator.add, earlier, sums)) if earlier else sums
-        self.sums[view, category] = total
+        self.sums[view, category] = Sums(*map(operator.add, earlier, sums)) if earlier else sums
 
-    def merge(self, other: Evaluation) -> None:
+    def merge(self, other: "Evaluation") -> None:
         """Add what another process has evaluated."""
         self.image_hits += other.image_hits
         for (view, category), sums in other.sums.items():
@@ -409,7 +401,7 @@ class Evaluation:
 
     def write(self, out: Path, thresholds: tuple[float, ...]) -> dict[str, Any]:
         """Write metrics.json, and pr_curve.png or confusion.png; returns the report."""
-        report, names, pooled = self.report(), self.classes.names, self.sums["image", "all"]
+        report, names = self.report(), self.classes.names
         content = {"threshold": thresholds[0] if thresholds else None, "mean": self.mean()} | report
         if self.classes.several:
             content["classes"] = self.class_report()
@@ -417,10 +409,10 @@ class Evaluation:
         write_file(out / "metrics.json", json.dumps(content, indent=2) + "\n")
         curves = {n: (*precision_recall(c), scores(c)) for n, c in self.curves("image").items()}
         if curves:
-            draw = functools.partial(visualize.draw_pr_curves, curves)
-            write_file(out / "pr_curve.png", draw)
+            write_file(out / "pr_curve.png", lambda part: visualize.draw_pr_curves(curves, part))
         else:
-            draw = functools.partial(visualize.draw_confusion, pooled.counts.numpy(), names)
+            table = self.sums["image", "all"].counts.numpy()
+            draw = functools.partial(visualize.draw_confusion, table, names)
             write_file(out / "confusion.png", draw)
         return report
 
@@ -464,8 +456,8 @@ def evaluate_and_export(
     config = tune(predictions, trained.config, goal)
     report = write_validation(out, predictions, config, goal)
     export(trained._replace(config=config, metrics=report), out)
-    draw = visualize.draw_training_curves
-    write_file(out / "curves.png", lambda part: draw(rows, epoch, part))
+    draw = functools.partial(visualize.draw_training_curves, rows, epoch)
+    write_file(out / "curves.png", draw)
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
     return predictions
 
@@ -490,8 +482,7 @@ def write_validation(
         prediction = predictions[index]
         caption = f"{name}: {prediction.sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
         mask, target = postprocess(prediction.planes, config), prediction.ground_truth
-        drawn = visualize.comparison(prediction.image, target, mask, caption, config.classes)
-        rows.append(drawn)
+        rows.append(visualize.comparison(prediction.image, target, mask, caption, config.classes))
     write_image(out / "validation.jpg", visualize.stack(rows))
     print(f"{title}: {evaluation.summary()}, {describe_masks(config)}")
     return evaluation.write(out, config.thresholds)

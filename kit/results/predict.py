@@ -118,8 +118,7 @@ def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torc
     print_once(f"out of memory with {len(images)} images at a time: continues with half of them")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    halves = [predict_inputs(model, half, tta) for half in images.tensor_split(2)]
-    return torch.cat(halves)
+    return torch.cat([predict_inputs(model, half, tta) for half in images.tensor_split(2)])
 
 
 @functools.cache
@@ -245,9 +244,7 @@ def predict(
     step = 1 if any(model.config.tiles for model in models) else size  # else tiles are the batch
     batches = [rows[start : start + step] for start in range(0, len(rows), step)]
 
-    def run(batch: list) -> tuple[list, list]:
-        return predict_batch(models, batch, size, tta)
-
+    run = functools.partial(predict_batch, models, size=size, tta=tta)
     for predicted, errors in in_order(run, batches, workers, max(1, cores // workers)):
         if errors and failed is None:
             raise errors[0][1]

@@ -1,20 +1,14 @@
 """Comparisons, curves and overlays: the classes in colours, and their errors."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cv2
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files alone
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure  # not pyplot, whose figures are the user's
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay
 
 from kit.config import IGNORE, Classes
@@ -101,8 +95,9 @@ def comparison(
     over the grey image, in whose colours they would look like others. Returns RGB uint8.
     """
     small, columns = reduce_image(image)
-    base = greyed(small) if classes.several else small
-    legend = [] if classes.several else [("foreground", GREEN)]
+    base, legend = small, [("foreground", GREEN)]
+    if classes.several:  # `add_legend` names them
+        base, legend = greyed(small), []
     layers = mask_layers(mask, classes)
     panels = [panel(small, title), panel(paint(base, layers), "prediction", legend)]
     if ground_truth is not None:
@@ -204,9 +199,12 @@ def grid(panels: list[np.ndarray], columns: int) -> np.ndarray:
 def stack(images: list[np.ndarray]) -> np.ndarray:
     """Images of different widths one above the other, filled up with white."""
     width = max(image.shape[1] for image in images)
-    padded = [((0, 0), (0, width - image.shape[1]), (0, 0)) for image in images]
-    pairs = zip(images, padded, strict=True)
-    return np.vstack([np.pad(image, pad, constant_values=255) for image, pad in pairs])
+    return np.vstack(
+        [
+            np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
+            for image in images
+        ]
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,7 +266,7 @@ def fit_example(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nda
 def draw_training_curves(rows: list[dict[str, float]], exported: float, path: Path) -> None:
     """Losses and scores over the epochs, as PNG. `exported`: the epoch that is in model.pt."""
     table = pd.DataFrame(rows).set_index("epoch")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left, right = Figure(figsize=(11, 4), layout="constrained").subplots(1, 2)
     losses = table[["train_loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
     losses.plot(ax=left, title="Loss", ylim=(0, None), grid=True)
     names = {"MaxF": "MaxF", "IoU50": "IoU at 0.5", "mIoU": "mIoU", "mDice": "mean Dice"}
@@ -282,8 +280,7 @@ def draw_training_curves(rows: list[dict[str, float]], exported: float, path: Pa
     right.legend()
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    left.figure.savefig(path, dpi=110, format="png")
 
 
 def draw_pr_curves(
@@ -293,7 +290,7 @@ def draw_pr_curves(
 
     `curves`: {category: (precision, recall, its measures in percent)}.
     """
-    figure, axes = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    axes = Figure(figsize=(6, 5.5), layout="constrained").subplots()
     low = 0.9
     for name, (precision, recall, best) in curves.items():
         label = f"{name}: MaxF {best['MaxF']:.1f} %, AP {best['AP']:.1f} %"
@@ -307,8 +304,7 @@ def draw_pr_curves(
     axes.set(title="Precision and recall; o: largest F1", xlim=limits, ylim=limits)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    axes.figure.savefig(path, dpi=110, format="png")
 
 
 def draw_confusion(table: np.ndarray, names: tuple[str, ...], path: Path) -> None:
@@ -318,7 +314,7 @@ def draw_confusion(table: np.ndarray, names: tuple[str, ...], path: Path) -> Non
     """
     share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
     side = min(40.0, 3 + 0.42 * len(names))
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    axes = Figure(figsize=(side + 1, side), layout="constrained").subplots()
     display = ConfusionMatrixDisplay(share, display_labels=names)
     display.plot(
         ax=axes,
@@ -331,8 +327,7 @@ def draw_confusion(table: np.ndarray, names: tuple[str, ...], path: Path) -> Non
     )
     axes.tick_params(labelsize=8)
     axes.set(xlabel="prediction", ylabel="ground truth", title="% of the pixels of each class")
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    axes.figure.savefig(path, dpi=110, format="png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,10 +344,10 @@ class OverlayVideo:
         codec = cv2.VideoWriter_fourcc(*"mp4v")
         self.writer = cv2.VideoWriter(str(self.unfinished), codec, rate, size[::-1])
         if not self.writer.isOpened():
-            remedy = "give single images instead"
-            raise UserError(f"--out {path.parent}", "OpenCV cannot write an mp4 here", remedy)
+            where = f"--out {path.parent}"
+            raise UserError(where, "OpenCV cannot write an mp4 here", "give single images instead")
 
-    def __enter__(self) -> OverlayVideo:
+    def __enter__(self) -> Self:
         return self
 
     def add(self, frame: np.ndarray, mask: np.ndarray, classes: Classes) -> None:

@@ -204,8 +204,8 @@ class TrainingCallback(pl.Callback):
         """
         first = rank_zero_only.rank == 0
         if self.reasons and first:
-            folder, title = resume.set_aside(self.root), "STARTING OVER"
-            title = "RESUMING" if self.checkpoint else title
+            title = "RESUMING" if self.checkpoint else "STARTING OVER"
+            folder = resume.set_aside(self.root)
             last = folder / self.out.relative_to(self.root) / "last.ckpt"
             kept = f"The earlier run is kept in {folder}; --resume {last} resumes it"
             print(f"{title}: {'; '.join(self.reasons)}. {kept}", flush=True)

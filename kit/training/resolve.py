@@ -241,14 +241,14 @@ def try_network(
             channels = automatic_decoder(config.arch, network.encoder)
             config = replace(config, decoder_channels=channels)
             network = build_network(config)
-    processes = resolved.devices
-    batch = images_per_step(resolved.batch_size, len(item_places(training, config)), processes)
+    batch_size, processes = resolved.batch_size, resolved.devices
+    batch = min(2, images_per_step(batch_size, len(item_places(training, config)), processes))
     check_step(config, size_step(network), free)
-    size = settle_size(network, config, free, min(2, batch), resolved.batch_size, processes)
+    size = settle_size(network, config, free, batch, batch_size, processes)
     config = replace(config, height=size[0], width=size[1])
     grow = resolved.grow
     if grow and not config.tiles:
-        grow = takes_scales(network, config, scales, min(2, batch))
+        grow = takes_scales(network, config, scales, batch)
     norm = any(isinstance(layer, BATCH_NORM) for layer in network.encoder.modules())
     lr = PRETRAINED_LR if norm and resolved.encoder_weights != "none" else LR
     changes = {"height": size[0], "width": size[1], "decoder_channels": config.decoder_channels}
@@ -431,6 +431,5 @@ def check_batch(network: torch.nn.Module, config: ModelConfig, batch: int) -> No
 
 def freeze_unused(network: torch.nn.Module, config: ModelConfig) -> None:
     """Freeze what gets no gradient, or several processes would wait for it at each step."""
-    unused = trial_step(network, 2, (config.height, config.width), backward=True)
-    for name in unused:
+    for name in trial_step(network, 2, (config.height, config.width), backward=True):
         network.get_parameter(name).requires_grad_(False)

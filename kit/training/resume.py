@@ -61,9 +61,8 @@ class Identity(NamedTuple):
 
 def identify(settings: dict[str, Any], samples: pd.DataFrame) -> Identity:
     """The identity of a run on samples from `samples.load`."""
-    rows = samples.itertuples()
-    code = code_digests(Path(__file__).parents[2])
-    return Identity(settings, code, {row.id: [row.digest, int(row.fold)] for row in rows})
+    digests = {row.id: [row.digest, int(row.fold)] for row in samples.itertuples()}
+    return Identity(settings, code_digests(Path(__file__).parents[2]), digests)
 
 
 def differences(now: Identity, earlier: Identity) -> tuple[list[str], list[str]]:
@@ -81,8 +80,7 @@ def differences(now: Identity, earlier: Identity) -> tuple[list[str], list[str]]
     texts = [f"{file} differs: {first_five(names)}" for file, names in files.items()]
     added = [name for name in now.samples if name not in earlier.samples]
     gone = [name for name in earlier.samples if name not in now.samples]
-    both = [name for name in now.samples if name in earlier.samples]
-    other = [name for name in both if now.samples[name][0] != earlier.samples[name][0]]
+    other = [n for n, row in now.samples.items() if earlier.samples.get(n, row)[0] != row[0]]
     lists = {"images were added": added, "images are gone": gone, "masks differ": other}
     texts += [
         f"{len(names)} {change}: {first_five(names)}" for change, names in lists.items() if names
