@@ -63,7 +63,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from kit.config import IGNORE, Classes, ModelConfig
+from kit.config import IGNORE, ModelConfig
 from kit.data import kitti
 from kit.data.classes import mask_folders, write_mask
 from kit.data.folders import MARKER, list_files
@@ -102,11 +102,6 @@ class Plan(NamedTuple):
     out: Path
     rank: int  # of this process
     processes: int
-
-    @property
-    def classes(self) -> Classes:
-        """What the models tell apart."""
-        return self.config.classes
 
 
 def make_plan(options: Options) -> Plan:
@@ -184,7 +179,7 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     options = plan.options
     chosen = {"masks": True, "comparisons": options.comparisons, "bev": options.bev}
     chosen["probs"] = options.save_probs
-    folders = [plan.out / "masks" / name for name in mask_folders(plan.classes)]
+    folders = [plan.out / "masks" / name for name in mask_folders(plan.config.classes)]
     folders += [plan.out / name for name, is_chosen in chosen.items() if is_chosen]
     files = [*samples.image, *(mask.path for mask in samples["mask"].dropna())]
     sources = {path.resolve().parent for path in files}
@@ -209,7 +204,7 @@ def write_outputs(
     plan: Plan, sample: Any, image: np.ndarray, prediction: np.ndarray, mask: np.ndarray
 ) -> np.ndarray | None:
     """Write one image's files. Returns its ground truth where there is one, see `masks.py`."""
-    options, out, classes = plan.options, plan.out, plan.classes
+    options, out, classes = plan.options, plan.out, plan.config.classes
     ground_truth = sample.mask.read(image.shape[:2]) if sample.mask else None
     write_mask(out / "masks", sample.id, mask, classes)
     probabilities = prediction[1:] if classes.exclusive else prediction  # of the most probable
@@ -239,7 +234,7 @@ class Results(NamedTuple):
 
 def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Results:
     """Predict this process's share of the samples; files are written while the models work."""
-    evaluation = Evaluation(plan.classes, plan.options.empty_score)
+    evaluation = Evaluation(plan.config.classes, plan.options.empty_score)
     results = Results(evaluation, submission.answers if submission else {}, [])
     pending: list[tuple[Any, np.ndarray, np.ndarray, Future]] = []
     unreadable: list[tuple[Any, UserError]] = []
@@ -318,9 +313,8 @@ def infer(options: Options) -> Path:
     submission = make_submission(options, samples, plan.config)
     images = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
     models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
-    masks = describe_masks(plan.config)
-    if not plan.classes.several:
-        masks = f"threshold {plan.config.thresholds[0]:.3f}"
+    several = plan.config.classes.several
+    masks = describe_masks(plan.config) if several else f"threshold {plan.config.thresholds[0]:.3f}"
     print(f"data: {images} · {models} · {masks}")
     prepare_folders(plan, samples)
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
@@ -360,12 +354,12 @@ def overlay_video(plan: Plan) -> Path:
             predictions = predict_images(plan.models, images, size, plan.options.tta)
             for image, prediction in zip(images, predictions, strict=True):
                 mask = postprocess(prediction, plan.config)
-                overlay.add(image, mask, plan.classes)
+                overlay.add(image, mask, plan.config.classes)
                 shares.append(float(mask.mean()))
             bar.update(len(images))
     seconds = time.monotonic() - started
     speed = f"{len(shares)} frames in {seconds:.1f} s, {len(shares) / seconds:.1f} per second"
-    shown = "" if plan.classes.several else f", {100 * np.mean(shares):.1f} % foreground"
+    shown = "" if plan.config.classes.several else f", {100 * np.mean(shares):.1f} % foreground"
     print(f"{speed}{shown}; look at {target}")
     if len(shares) < count:
         problem = f"ends after {len(shares)} of {count} frames, damaged there"

@@ -97,9 +97,8 @@ def build(arch: str, encoder: str, classes: int, channels: str = "1") -> torch.n
             f"{arch} does not take it ({reason})",
             "take others, or 1",
         )
-    takes = "resnet34 and other CNNs"
-    if arch.lower() == "dpt":
-        takes = "the ViTs of timm, such as tu-vit_small_patch16_224"
+    vits = "the ViTs of timm, such as tu-vit_small_patch16_224"
+    takes = vits if arch.lower() == "dpt" else "resnet34 and other CNNs"
     raise UserError(
         f"--arch {arch} --encoder {encoder}",
         f"do not fit together ({reason})",

@@ -264,6 +264,5 @@ def load_model(path: Path, device: str) -> TrainedModel:
         raise UserError(
             where, f"damaged or from another version ({reason_of(error)})", "train again"
         ) from None
-    network = network.eval().requires_grad_(False)
-    network = set_memory_format(network, device).to(device)
+    network = set_memory_format(network.eval().requires_grad_(False), device).to(device)
     return TrainedModel(network, config, content.get("config", {}), metrics)

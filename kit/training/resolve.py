@@ -59,9 +59,7 @@ def resolve(
     larger = larger_input(device, minutes, pretrained, classes.exclusive)
     shape, small = resolve_input(config, collection, fold, default, larger * default)
     workers = 0 if device == "cpu" else min(4, os.cpu_count() or 1)  # a CPU is the network's
-    weights = config.class_weights
-    if weights == "auto":  # mIoU counts rare classes like any other
-        weights = "inverse" if classes.exclusive else "none"
+    weights = "inverse" if classes.exclusive else "none"  # mIoU counts rare classes like others
     resolved = replace(
         config,
         **shape,
@@ -72,7 +70,7 @@ def resolve(
         max_minutes=minutes,
         rle=collection.rle,
         classes=",".join(classes.names) if classes.several else "one",
-        class_weights=weights,
+        class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
         batch_size=config.batch_size or default_batch(device, precision, small, count),
         grow=not pretrained if config.grow == "auto" else config.grow,
