@@ -378,16 +378,16 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
     while True:
         if path:
             print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
+        training, validation = make_loaders(config, model_config, table, parts)
+        if parts > 1:
+            resolving.check_batch(module.network, model_config, training.batch_size)
+        training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         trainer = make_trainer(
             config,
             max_epochs=config.epochs or -1,
             accumulate_grad_batches=parts,
             callbacks=callbacks.around_training(run, config.seed),
         )
-        training, validation = make_loaders(config, model_config, table, parts)
-        if parts > 1:
-            resolving.check_batch(module.network, model_config, training.batch_size)
-        training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         resumed = {"ckpt_path": path, "weights_only": True} if path else {}
         try:
             with callbacks.clear_loader_errors():
