@@ -584,7 +584,7 @@ def choose_masks(
 ) -> tuple[list[Planes | None], Classes]:
     """The masks of the classes that --classes asks for, and these classes. Raises UserError."""
     masks = list(masks)
-    if classes == Classes() or (request.model and request.model.exclusive):
+    if classes == Classes() or (request.model and request.asks_for_labels):
         return masks, classes
     if not (classes.several or request.model or request.strict):
         return masks, Classes()
