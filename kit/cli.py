@@ -74,8 +74,7 @@ def parse(settings: type, doc: str, argv: list[str] | None = None) -> Any:
     fields = dataclasses.fields(settings)
     for field in fields:
         kind, comment = hints[field.name], comments[field.name]
-        missing = field.default is dataclasses.MISSING
-        default = field.default_factory() if missing else field.default
+        default = getattr(settings(), field.name)
         shown = f"{default}".lower() if isinstance(default, bool) else default
         takes = ", ".join(filter(None, [describe_limits(comment).strip(), *literals(kind)]))
         takes = f" ({takes})" if takes else ""

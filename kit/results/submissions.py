@@ -61,13 +61,13 @@ class RleSubmission:
         if sample:
             self.read_sample(sample, on_missing, samples.id.tolist())
             return
-        self.header, self.column = ["ImageId", "ClassId", "EncodedPixels"], 2
-        self.rows = [[*key, ""] for key in self.keys]
-        rows = "a row for each image and class"
-        if not classes.several:
-            self.header, self.column = ["id", "rle_mask"], 1
-            self.rows, rows = [[name, ""] for name, _ in self.keys], "a row for each image"
-        print(f"sample submission: none found, {rows}; or --sample_submission CSV")
+        self.header = (
+            ["ImageId", "ClassId", "EncodedPixels"] if classes.several else ["id", "rle_mask"]
+        )
+        self.column = len(self.header) - 1
+        self.rows = [[*key[: self.column], ""] for key in self.keys]
+        each = " and ".join(["image", "class"][: self.column])
+        print(f"sample submission: none found, a row for each {each}; or --sample_submission CSV")
 
     def read_sample(self, sample: str, on_missing: str, stems: list[str]) -> None:
         """Take header, ids, classes, order and column from a sample submission. UserError."""
