@@ -272,8 +272,8 @@ class Session:
             return
         pattern = r"segmentation[-_]models[-_]pytorch-(\d[\w.]*?)(-py\S*\.whl|\.tar\.gz)"
         matches = {path: re.fullmatch(pattern, path.name) for path in self.files}
-        numbers = {path: re.findall(r"\d+", m[1]) for path, m in matches.items() if m}
-        versions = {path: tuple(map(int, texts)) for path, texts in numbers.items()}
+        versions = {path: re.findall(r"\d+", m[1]) for path, m in matches.items() if m}
+        versions = {path: tuple(map(int, numbers)) for path, numbers in versions.items()}
         archives = [path for path, version in versions.items() if version >= (0, 6)]
         source = ["segmentation-models-pytorch>=0.6"]
         if archives:

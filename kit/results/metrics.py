@@ -326,7 +326,7 @@ class Evaluation:
 
     def gather(self) -> None:
         """Add what the other processes of a training have evaluated."""
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, self)
             self.sums, self.image_hits = {}, []
