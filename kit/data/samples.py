@@ -16,7 +16,7 @@ import pandas as pd
 from kit.config import Classes, ModelConfig
 from kit.data import csvs, folders, kitti
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
-from kit.data.folders import Collection, describe_folder
+from kit.data.folders import MARKER, Collection, describe_folder
 from kit.data.folds import assign_folds
 from kit.data.images import (
     IMAGE_SUFFIXES,
@@ -370,8 +370,8 @@ def spread(samples: pd.DataFrame, count: int) -> pd.DataFrame:
 
 def write_understood(samples: pd.DataFrame, classes: Classes, out: Path) -> None:
     """Write samples.csv, a row for each image of `load`, and the masks as they were understood."""
-    for folder in mask_folders(classes):
-        writable_folder(out / "masks" / folder)
+    for folder in ("", *mask_folders(classes)):
+        (writable_folder(out / "masks" / folder) / MARKER).touch()  # what is there is no data
     in_parallel(
         lambda row: write_mask(
             out / "masks", row.id, row.mask.read((row.height, row.width)), classes
