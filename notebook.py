@@ -98,6 +98,8 @@ for wing in ("data", "network", "results", "training"):
 
 # %% kit/data/masks.py _kg_hide-input=true
 
+# %% kit/data/values.py _kg_hide-input=true
+
 # %% kit/data/classes.py _kg_hide-input=true
 
 # %% kit/data/rle.py _kg_hide-input=true

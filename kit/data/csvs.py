@@ -405,4 +405,4 @@ def manifest_mask(root: Path, image: Path, rows: Rows) -> MaskFile | RunLengths:
     lost = [f"row {line}: {name}" for (line, name), path in pairs if not path.is_file()]
     if lost:
         raise UserError(f"--data {root}", f"masks are neither a file nor RLE: {first_five(lost)}")
-    return MaskFile(paths[0], None, tuple(paths[1:]), image)
+    return MaskFile(paths[0], more=tuple(paths[1:]), image=image)

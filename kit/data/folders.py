@@ -435,7 +435,7 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
     masks = []
     for image in images:
         files = [mask.path for mask in pairs.get(image.name, [])]
-        file = MaskFile(files[0], None, tuple(files[1:]), image.path) if files else None
+        file = MaskFile(files[0], more=tuple(files[1:]), image=image.path) if files else None
         masks.append(file and Planes((file,)))
     ids = make_ids(paths, [image.stem for image in images], root)
     samples = pd.DataFrame({"id": ids, "image": paths, "mask": masks})

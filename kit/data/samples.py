@@ -31,10 +31,10 @@ from kit.data.masks import (
     Opener,
     Planes,
     choose_masks,
-    decide_files,
     measure,
 )
 from kit.data.rle import RunLengths, decide_order
+from kit.data.values import decide_files
 from kit.errors import UserError, first_five, reason_of
 from kit.files import MOUNTS, walk_mount, writable_folder, write_file
 
