@@ -26,12 +26,13 @@ class Options:
     data: str = "auto"  # folder of images, KITTI folder (testing predicts, training scores), image
     masks: str = "auto"  # folder, csv or pattern of masks to score with; auto: what is there
     foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
+    ignore: str = ""  # values of ignored pixels in mask files, such as 255 or -1
     # order of RLE in a csv of masks and in submission.csv; auto: as it fits, and as trained
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"
     out: str = "predictions"  # folder for everything that is written
     threshold: float | Literal["auto"] = "auto"  # [0..1] of the foreground; auto: as tuned
     min_pixels: int | Literal["auto"] = (
-        "auto"  # [0..1000000000] minimum component area; auto: tuned
+        "auto"  # [-1..1000000000] minimum component area; auto, -1: tuned
     )
     tta: Literal["auto", "true", "false"] = "auto"  # horizontal-flip TTA; auto: as trained
     batch_size: int = 8  # [0..65536] images, or tiles, at a time; 0: 8
@@ -114,7 +115,7 @@ def make_plan(options: Options) -> Plan:
     config = ensemble_config(models)
     if options.threshold != "auto":  # of all classes
         config = replace(config, thresholds=(options.threshold,) * len(config.thresholds))
-    if options.min_pixels != "auto":
+    if options.min_pixels not in ("auto", -1):
         config = replace(config, areas=(options.min_pixels,) * len(config.areas))
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Plan(models, config, options, Path(options.out), rank, processes)
@@ -135,6 +136,7 @@ def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
         masks=options.masks,
         target=config.target,
         foreground=options.foreground,
+        ignore=options.ignore,
         rle=options.rle,
         classes=config.classes,
     ).samples

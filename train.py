@@ -25,6 +25,7 @@ class Config:
     out: str = "out"  # folder for everything that is written
     masks: str = "auto"  # folder, csv, or pattern such as labels/{stem}.png; auto: what is there
     foreground: str = ""  # values of the foreground in mask files, such as 15 or 1,3 or 128-255
+    ignore: str = ""  # values of ignored pixels in mask files, such as 255 or -1
     classes: str = "auto"  # auto: as found; one: all merged; a file of id,name; or names: car,road
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
     missing: Literal["error", "empty"] = "error"  # images without mask; empty: without foreground
@@ -414,6 +415,7 @@ def train(config: Config, started: float | None = None) -> Path:
         masks=config.masks,
         target=config.target,
         foreground=config.foreground,
+        ignore=config.ignore,
         rle=config.rle,
         missing=config.missing,
         classes=config.classes,

@@ -861,3 +861,36 @@ def test_overlapping_classes_from_end_to_end(tmp_path):
     for name, value, runs in written[1:]:
         mask = np.asarray(Image.open(tmp_path / "p/masks" / value / name))
         assert (decode(runs) == (mask == 255)).all()
+
+
+LISTS = {
+    "id,name": "id,name\n0,sky\n5,road\n",
+    "class_id,class_name": "class_id,class_name\n0,sky\n5,road\n",
+    "value,class": "value,class\n0,sky\n5,road\n",
+    "Pixel Value, Class": "Pixel Value, Class\n0, sky\n5, road\n",
+    "label,id": "label,id\nsky,0\nroad,5\n",
+    "label,name": "label,name\n0,sky\n5,road\n",
+    "without titles": "0,sky\n5,road\n",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_columns_of_a_list_of_classes_are_told_by_titles_or_content(tmp_path, kind):
+    (tmp_path / "classes.csv").write_text(LISTS[kind])
+    listed = classes.read_classes(tmp_path / "classes.csv")
+    assert [(entry.name, entry.id) for entry in listed] == [("sky", "0"), ("road", "5")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Name,R,G,B\nsky,1,2,3\nroad,4,5,6\n",
+        " name, r, g, b\nsky,1,2,3\nroad,4,5,6\n",
+        "class,red,green,blue\nsky,1,2,3\nroad,4,5,6\n",
+        "sky,1,2,3\nroad,4,5,6\n",
+    ],
+)
+def test_colours_of_a_list_of_classes(tmp_path, text):
+    (tmp_path / "class_dict.csv").write_text(text)
+    listed = classes.read_classes(tmp_path / "class_dict.csv")
+    assert listed == (("sky", "", "#010203"), ("road", "", "#040506"))

@@ -301,7 +301,7 @@ def test_kitti_ground_truth_is_read_by_channel(tmp_path):
 def read_alone(path, size):
     """A mask file whose values are decided from it alone."""
     file = MaskFile(path)
-    return dataclasses.replace(file, values=decide_values([file], "", False)[0]).read(size)
+    return dataclasses.replace(file, values=decide_values([file], "", "", False)[0]).read(size)
 
 
 @pytest.mark.parametrize("kind", ["01", "0255", "bool", "16", "rgb", "palette", "alpha", "empty"])

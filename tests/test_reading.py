@@ -117,8 +117,7 @@ def test_a_full_mask_with_a_palette_of_its_own_is_not_empty(tmp_path):
     write(tmp_path, convert=VALUES["a coloured palette"])
     full = palette(np.zeros((44, 60)), [(128, 0, 0)])
     save(tmp_path / "masks" / "p03.png", full)
-    asked(tmp_path, "--foreground #800000", training=False, classes=Classes())
-    found = find_samples(str(tmp_path), training=True, foreground="#800000")
+    found = find_samples(str(tmp_path), training=True)
     assert (found.samples["mask"][3].read((44, 60)) == 1).all()
     assert np.array_equal(found.samples["mask"][2].read((44, 60)) == 1, [pair(2)[1]])
 
@@ -172,15 +171,140 @@ def labels(*values):
     return convert
 
 
+def half(mask):
+    """Its left half."""
+    return mask & (np.arange(mask.shape[1]) < 30)
+
+
 LABEL_MAPS = {
-    "one class": labels(15),
     "classes and ignored": labels(15, 255),
     "trainIds": labels(*range(1, 19), 255),
     "scaled classes": labels(*range(25, 251, 25)),
     "instances": labels(*range(1, 31), *range(200, 210)),
-    "colours": lambda mask: np.dstack([grey(mask), grey(mask, 0), grey(mask, 128)]),
+    "colours": lambda mask: np.dstack([grey(mask), grey(mask, 0), labels(128, 7)(mask)]),
+    "VOC": lambda mask: palette(labels(15, 20)(mask), [(i, i % 9, 40) for i in range(256)]),
+}
+
+
+TWO_VALUES = {
+    "a class": labels(15),
+    "grey": labels(120),
+    "nearly white": labels(225),
+    "16 bits": lambda mask: mask.astype(np.uint16) * 1000,
+    "a colour": lambda mask: np.dstack([grey(mask), grey(mask, 0), grey(mask, 128)]),
     "VOC": lambda mask: palette(grey(mask, 15), [(i, i % 9, 40) for i in range(256)]),
 }
+
+
+@pytest.mark.parametrize("kind", TWO_VALUES)
+def test_two_values_are_one_class(tmp_path, kind):
+    write(tmp_path, convert=TWO_VALUES[kind])
+    read(tmp_path)
+
+
+def test_files_of_1_and_files_of_255_are_read_by_their_own_scale(tmp_path):
+    write(tmp_path, numbers=range(4), convert=labels(1))
+    write(tmp_path, numbers=range(4, 8), convert=labels(255))
+    read(tmp_path)
+
+
+@pytest.mark.parametrize("number", [-1, -9999, np.nan, np.inf])
+def test_no_data_is_ignored(tmp_path, number, capsys):
+    def convert(mask):
+        values = mask.astype(np.float32 if not number < 0 else np.int32)
+        values[:5] = number
+        return Image.fromarray(values)
+
+    write(tmp_path, mask="masks/p{:02d}.tif", convert=convert)
+    mask = find_samples(str(tmp_path), training=True).samples["mask"][0].read((44, 60))[0]
+    assert (mask[:5] == 255).all()
+    assert (mask[5:] == pair(0)[1][5:]).all()
+    assert "ignored: -" in capsys.readouterr().out
+
+
+def test_values_can_be_ignored_by_the_flag(tmp_path):
+    write(tmp_path, convert=labels(128, 255))
+    mask = find_samples(str(tmp_path), training=True, ignore="128").samples["mask"][0]
+    assert set(np.unique(mask.read((44, 60)))) == {0, 1, 255}
+    with pytest.raises(UserError, match="--ignore 7: no mask has this value"):
+        find_samples(str(tmp_path), training=True, ignore="7")
+
+
+def test_masks_that_look_inverted_name_the_flag_that_inverts_them(tmp_path, capsys):
+    write(tmp_path, convert=lambda mask: grey(~mask))
+    find_samples(str(tmp_path), training=True)
+    flag = re.search(
+        r"if the masks are inverted, take --foreground '(.*)'", capsys.readouterr().out
+    )
+    read(tmp_path, foreground=flag[1])
+
+
+def numbered(mask, first):
+    """Four pieces of a mask, each with a number of its own."""
+    values = np.zeros(mask.shape, np.uint16)
+    for index, (rows, columns) in enumerate(np.ndindex(2, 2)):
+        place = np.s_[rows * 22 + 1 : rows * 22 + 22, columns * 30 + 1 : columns * 30 + 30]
+        values[place] = mask[place] * (first + index)
+    values[mask & (values == 0)] = first + 4
+    return values
+
+
+def test_numbers_of_objects_are_no_classes(tmp_path, capsys):
+    """Each number is one piece; from 1 in each mask, or different ones in each."""
+    for folder, firsts in (("from one", [1] * COUNT), ("many", range(1, 8 * COUNT, 8))):
+        for number, first in enumerate(firsts):
+            image, mask = pair(number)
+            objects = numbered(mask, first)
+            if number % 2 and first == 1:
+                objects[objects == 5] = 0
+                mask = objects > 0
+            save(tmp_path / folder / "images" / f"p{number:02d}.png", image)
+            save(tmp_path / folder / "masks" / f"p{number:02d}.png", objects)
+        found = find_samples(str(tmp_path / folder), training=True)
+        assert not found.classes.several
+        assert "objects: foreground is above 0" in capsys.readouterr().out
+
+
+def test_numbers_in_red_alone_are_asked_about(tmp_path):
+    def red(mask):
+        return np.dstack([labels(1, 2, 3)(mask), grey(mask, 0), grey(mask, 0)])
+
+    write(tmp_path, convert=red)
+    asked(tmp_path, "objects, or of classes?", "--classes one")
+    found = find_samples(str(tmp_path), training=True, classes="one")
+    assert not found.classes.several
+    (tmp_path / "list.csv").write_text("name,r,g,b\nback,0,0,0\na,1,0,0\nb,2,0,0\nc,3,0,0\n")
+    assert find_samples(str(tmp_path), training=True, classes="list.csv").classes.several
+
+
+def test_255_is_a_class_where_a_file_lists_it(tmp_path):
+    write(tmp_path, convert=labels(128, 255))
+    (tmp_path / "list.csv").write_text("id,name\n0,back\n128,disc\n255,cup\n")
+    found = find_samples(str(tmp_path), training=True, classes="list.csv")
+    assert found.classes.values == ("0", "128", "255")
+    numbers = found.samples["mask"][0].read((44, 60))
+    assert set(np.unique(numbers)) == {0, 1, 2}
+
+
+def test_soft_levels_between_three_name_a_range_that_works(tmp_path):
+    def soft(mask):
+        return Image.fromarray(grey(mask, 128) + grey(half(mask), 127)).filter(
+            ImageFilter.GaussianBlur(1)
+        )
+
+    write(tmp_path, convert=soft)
+    line = asked(tmp_path, "label map")
+    remedy = re.search(r"--foreground ([\d.-]+)", line)[1]
+    mask = find_samples(str(tmp_path), training=True, foreground=remedy).samples["mask"][0]
+    assert (mask.read((44, 60))[0] == pair(0)[1]).mean() > 0.97
+
+
+def test_jpeg_masks_of_colours_are_called_so(tmp_path):
+    def colours(mask):
+        return np.dstack([grey(mask), grey(half(mask)), grey(mask, 30)])
+
+    write(tmp_path, mask="masks/p{:02d}.jpg", convert=colours)
+    asked(tmp_path, "JPEG masks of colours", "save PNG files")
 
 
 @pytest.mark.parametrize("kind", LABEL_MAPS)

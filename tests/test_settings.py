@@ -199,7 +199,7 @@ def test_limits_are_where_a_number_could_do_harm():
         (train.Config, "top", -1),
         (train.Config, "min_pixels", -1),
         (infer.Options, "threshold", 0),
-        (infer.Options, "min_pixels", 0),
+        (infer.Options, "min_pixels", -1),
         (infer.Options, "batch_size", 0),
     ):
         assert cli.field_help(settings)[name].low == low

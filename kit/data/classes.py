@@ -14,7 +14,10 @@ from kit.data.images import write_image, write_palette_image
 from kit.errors import UserError, closest, first_five
 from kit.files import read_rows
 
-TABLES = ("classes.csv", "class_dict.csv")  # found next to the data
+TABLES = ("classes.csv", "class_dict.csv", "class_dict_seg.csv")  # found next to the data
+NAME_TITLES = {"name", "class", "classname", "label", "labelname", "category", "categoryname"}
+ID_TITLES = {"id", "classid", "value", "pixelvalue", "pixel", "index", "labelid", "categoryid"}
+BANDS = ("red", "green", "blue")
 
 
 class ListedClass(NamedTuple):
@@ -91,27 +94,43 @@ def request_of_model(classes: Classes) -> ClassRequest:
 
 
 def read_classes(path: Path) -> tuple[ListedClass, ...]:
-    """Read `id,name[,r,g,b]`, `name,r,g,b`, or a name in each line. Raises UserError."""
+    """Read names, with ids (values in label maps) or colours where there are some. UserError.
+
+    Such as `id,name[,r,g,b]`, `Pixel Value, Class`, `name,r,g,b`, or a name in each line: columns
+    are told by the words of their titles, without titles by their content.
+    """
     rows = [fields for _, fields in read_rows(path)]
-    header = [name.lower() for name in rows[0]] if rows else []
-    columns = {"name": 0}
-    if "name" in header:
-        columns = {name: column for column, name in enumerate(header)}
-        rows = rows[1:]
+    titles = [re.sub(r"[^a-z]", "", title.lower()) for title in rows[0]] if rows else []
+    has_titles = any(title in NAME_TITLES | ID_TITLES for title in titles)
+    rows = rows[1:] if has_titles else rows
+    width = len(titles)
+    short = next((number for number, row in enumerate(rows, 1) if len(row) < width), 0)
+    if short:
+        raise UserError(path, f"class {short} has a field too few", "fix the csv")
+    texts = [not all(row[column].isdecimal() for row in rows) for column in range(width)]
+    named = [c for c in range(width) if texts[c] and (not has_titles or titles[c] in NAME_TITLES)]
+    named.sort(key=lambda column: "name" not in titles[column])
+    ids = NAME_TITLES | ID_TITLES
+    numbers = [c for c in range(width) if not texts[c] and (not has_titles or titles[c] in ids)]
+    bands = [titles.index(band) for band in BANDS if band in titles]
+    bands = bands or [titles.index(band[0]) for band in BANDS if band[0] in titles]
+    name_at = next(iter(named), 0)
+    id_at = next((c for c in numbers if c != name_at), None)
+    if not has_titles and len(numbers) > 1:  # name,r,g,b without titles
+        bands, id_at = numbers[-3:], (numbers[0] if len(numbers) == 4 else None)
     listed = []
-    for number, row in enumerate(rows):
-        if len(row) <= max(columns.values()):
-            raise UserError(path, f"class {number + 1} has a field too few", "fix the csv")
-        name, value = row[columns["name"]], row[columns["id"]] if "id" in columns else ""
-        levels = [row[columns[band]] for band in ("r", "g", "b") if band in columns]
-        colour = ""
+    for row in rows:
+        levels, colour = [row[band] for band in bands], ""
         if len(levels) == 3:
             if not all(level.isdecimal() and int(level) < 256 for level in levels):
                 raise UserError(
-                    path, f"{name}: r,g,b are {','.join(levels)}, not 0 to 255", "fix the csv"
+                    path,
+                    f"{row[name_at]}: r,g,b are {','.join(levels)}, not 0 to 255",
+                    "fix the csv",
                 )
             colour = "#" + "".join(f"{int(level):02x}" for level in levels)
-        listed.append(ListedClass(name, value, colour))
+        value = row[id_at] if id_at is not None else ""
+        listed.append(ListedClass(row[name_at], value, colour))
     check_unique(path, listed)
     return tuple(listed)
 
@@ -197,7 +216,7 @@ def decide_labels(
     """
     if channel == "grey" and not (request.listed or request.names or request.model):
         refuse_grey_levels(pixels)
-    if channel != "colour":
+    if channel != "colour" and str(IGNORE) not in {entry.id for entry in request.listed}:
         pixels = Counter({value: count for value, count in pixels.items() if value != IGNORE})
     listed = request.listed or name_values(pixels, channel, request)
     if channel == "colour":
@@ -277,10 +296,10 @@ def label_of(entry: ListedClass, number: int, request: ClassRequest) -> int:
     """The value of a listed class in label maps: its id, else its place. Raises UserError."""
     if not entry.id and number < IGNORE:
         return number
-    if not entry.id.isdecimal() or int(entry.id) >= IGNORE:
+    if not entry.id.isdecimal() or int(entry.id) > IGNORE:
         raise UserError(
             request.where,
-            f"{entry.name} has the id {entry.id}, label maps need 0 to {IGNORE - 1}",
+            f"{entry.name} has the id {entry.id}, label maps need 0 to {IGNORE}",
             "fix the column id",
         )
     return int(entry.id)
@@ -323,7 +342,7 @@ def palette(classes: Classes) -> tuple[np.ndarray, np.ndarray]:
 
     The value is that of the label maps; for masks in colours the number of the class, from 0.
     """
-    grey = all(value.isdecimal() and int(value) < 255 for value in classes.values)
+    grey = all(value.isdecimal() and int(value) < 256 for value in classes.values)
     values = np.array([int(v) for v in classes.values] if grey else range(len(classes.names)))
     colours = np.zeros((256, 3), np.uint8)
     colours[values] = class_colours(classes.names)

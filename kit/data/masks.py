@@ -20,6 +20,7 @@ from kit.data.images import open_image, read_header
 from kit.errors import UserError, first_five
 
 Opener = Callable[[Path], Image.Image]  # decodes a file: `open_image`, or a `DecodedFiles`
+NO_DATA = -9999  # what is no number counts as this value; negative values are ignored
 DECODED_BYTES = 1 << 30  # of mask files that stay decoded while a data set is loaded
 
 # --------------------------------------------------------------------------------------------------
@@ -69,6 +70,10 @@ class MaskValues:
     foreground: tuple[float, ...] = ()
     ignored: tuple[float, ...] = ()
     cut: float | None = None  # where levels are soft: what is above is foreground
+
+    def covers(self, value: float) -> bool:
+        """Whether a value is foreground."""
+        return value in self.foreground or (self.cut is not None and value > self.cut)
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,8 @@ def mask_pixels(image: Image.Image, channel: str) -> np.ndarray:
         return palette_levels(image)[np.asarray(image)]
     if len(image.getbands()) > 1:
         return np.asarray(image.convert("RGB"))[..., 0]
+    if image.mode == "F":
+        return np.nan_to_num(image, nan=NO_DATA, posinf=NO_DATA, neginf=NO_DATA)
     return np.asarray(image, np.uint8 if image.mode == "1" else None)
 
 

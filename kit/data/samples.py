@@ -61,6 +61,7 @@ def load(
     masks: str,
     target: str,
     foreground: str,
+    ignore: str,
     rle: str,
     missing: str,
     classes: str,
@@ -80,6 +81,7 @@ def load(
         masks=masks,
         target=target,
         foreground=foreground,
+        ignore=ignore,
         training=True,
         rle=rle,
         missing=missing,
@@ -101,6 +103,7 @@ def find_samples(
     masks: str = "auto",
     target: str = "road",
     foreground: str = "",
+    ignore: str = "",
     training: bool = False,
     rle: str = "auto",
     missing: str = "error",
@@ -113,7 +116,7 @@ def find_samples(
     (path), `mask` (None, `masks.Planes` or `masks.LabelMap`), `category` (a group that is scored by
     itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
     where folders say so also `group` and `fold`. With `training` every image has a mask.
-    `foreground`: values of mask files; `rle`: the order of the runs; `missing`: "empty" takes
+    `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
     images without a mask for images without foreground; `classes`: --classes, or the classes of a
     model. Raises UserError.
     """
@@ -133,7 +136,9 @@ def find_samples(
         print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
-    return decide_classes(collection._replace(rle=order), request, foreground, training, opener)
+    return decide_classes(
+        collection._replace(rle=order), request, foreground, ignore, training, opener
+    )
 
 
 def find_root(data: str, target: str, training: bool) -> Path:
@@ -222,13 +227,14 @@ def decide_classes(
     collection: Collection,
     request: ClassRequest,
     foreground: str,
+    ignore: str,
     training: bool,
     opener: Opener,
 ) -> Collection:
     """Decide which classes the masks tell apart, and how they are read. Raises UserError."""
     samples = collection.samples
     masks, classes = choose_masks(samples["mask"], collection.classes, request)
-    masks, classes = decide_files(masks, classes, request, foreground, training, opener)
+    masks, classes = decide_files(masks, classes, request, foreground, ignore, training, opener)
     if training and request.asks_for_labels and not classes.several:
         raise UserError(request.where, "the masks are of one class", "leave the flag out")
     if request.model and classes != request.model and any(masks):

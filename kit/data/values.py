@@ -3,9 +3,11 @@
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -23,6 +25,7 @@ from kit.data.masks import (
 )
 from kit.errors import UserError, first_five
 
+FEW_LABELS = 5  # as many classes may be in no mask with two pieces
 MOST_LABELS = 254  # exclusive classes that fit into 8 bits, next to the ignored value 255
 
 # --------------------------------------------------------------------------------------------------
@@ -38,6 +41,11 @@ class ValueCounts(NamedTuple):
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
     palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
     path: Path  # the first file
+
+    def without(self, values: set[float]) -> "ValueCounts":
+        """The same without some values."""
+        rest = {value: count for value, count in self.pixels.items() if value not in values}
+        return self._replace(pixels=Counter(rest))
 
 
 def count_all(masks: list[MaskFile], channel: str, opener: Opener) -> list[ValueCounts]:
@@ -91,10 +99,11 @@ def colour_hint(image: Image.Image) -> str:
     """Whether the mask is in the colours or in alpha, see `ValueCounts`."""
     if len(image.getbands()) == 1:
         return ""
-    bands = np.asarray(image.convert("RGBA"))
+    bands = np.asarray(image.convert("RGBA"), np.int16)
     if np.ptp(bands[..., 3]) and (bands[..., :3] == bands[0, 0, :3]).all():
         return "alpha"
-    return "colour" if (bands[..., 1:3] != bands[..., :1]).any() else ""
+    noise = 32 if image.format == "JPEG" else 0  # of grey that was saved as colour
+    return "colour" if (np.abs(bands[..., 1:3] - bands[..., :1]) > noise).any() else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,24 +116,24 @@ def decide_files(
     classes: Classes,
     request: ClassRequest,
     foreground: str,
+    ignore: str,
     training: bool,
     opener: Opener = open_image,
 ) -> tuple[list[Planes | LabelMap | None], Classes]:
     """Decide what the values of all mask files mean, and print it; other masks stay as they are.
 
-    Where there is one class only, label maps make several. `foreground`: the values of
-    --foreground, or "". Raises UserError.
+    Where there is one class only, label maps make several. `foreground`, `ignore`: the values of
+    --foreground and --ignore, or "". Raises UserError.
     """
     parts = [part for mask in masks if mask for part in mask.parts]
     files = [part for part in parts if isinstance(part, MaskFile)]
-    if foreground and training and not files:
-        raise UserError(
-            f"--foreground {foreground}", "there are no mask files", "leave the flag out"
-        )
+    for flag, text in (("foreground", foreground), ("ignore", ignore)):
+        if text and training and not files:
+            raise UserError(f"--{flag} {text}", "there are no mask files", "leave the flag out")
     if not files:
         return masks, classes
     label_request = None if classes.several else request
-    values, text, labels = decide_values(files, foreground, training, label_request, opener)
+    values, text, labels = decide_values(files, foreground, ignore, training, label_request, opener)
     print(f"masks: {text}", flush=True)
     if labels:
         if len(files) < len(parts):
@@ -141,44 +150,60 @@ def decide_files(
 def decide_values(
     masks: list[MaskFile],
     foreground: str,
+    ignore: str,
     training: bool,
     request: ClassRequest | None = None,
     opener: Opener = open_image,
 ) -> tuple[MaskValues, str, Labels | None]:
     """What the values of all these masks mean, the same for people, and the labels of label maps.
 
-    `request`: --classes; None where masks are of one class each. Raises UserError.
+    `request`: --classes; None where masks are of one class each. Negative values are no data and
+    ignored. Raises UserError.
     """
-    counts, channel = count_all(masks, "grey", opener), "grey"
-    hints = {count.hint for count in counts}
-    palette = set().union(*(count.palette for count in counts))
-    if "colour" in hints or differ({(level, colour) for level, _, colour in palette}):
-        channel = "colour"
-    elif "alpha" in hints and len(set().union(*(count.pixels for count in counts))) == 1:
-        channel = "alpha"
-    counts = counts if channel == "grey" else count_all(masks, channel, opener)
+    counts = count_all(masks, "grey", opener)
+    channel = choose_channel(counts)
+    if channel != "grey":
+        counts = count_all(masks, channel, opener)
+    pixels = sum_pixels(counts)
+    ignored = {value for value in pixels if value < 0}
+    ignored |= listed_values("--ignore", ignore, pixels, channel) if ignore else set()
+    counts = [count.without(ignored) for count in counts]
     pixels = sum_pixels(counts)
     if foreground:
-        values = listed_values(foreground, pixels, channel)
+        listed = listed_values("--foreground", foreground, pixels, channel)
+        rest = set(pixels) - listed
+        own = {IGNORE} & rest if channel == "grey" and len(rest) > 1 else set()
+        values = MaskValues(channel, tuple(sorted(listed)), tuple(own))
     elif request and request.asks_for_labels:
         values = None
     else:
-        values = binary_values(pixels, channel, any(count.lossy for count in counts))
-    if values is None and request and request.merged and not request.model:
-        ignored = {IGNORE} & set(pixels) if channel == "grey" else set()
-        united = sorted(set(pixels) - {0} - ignored)  # all labels but 0, or black
-        values = MaskValues(channel, tuple(united), tuple(ignored))
+        values = binary_values(masks, counts, channel, request, opener)
     if values is not None:
         if training and counts:
             check_foreground(values, pixels, len(masks))
+        values = replace(values, ignored=(*values.ignored, *sorted(ignored)))
         return values, describe_values(values, pixels, len(counts)), None
-    if not request or request.merged or not are_labels(counts):
-        raise not_binary(counts, channel)
+    check_labels(counts, channel, request)
+    palette = set().union(*(count.palette for count in counts))
     if channel == "grey" and palette:
         channel = palette_channel(palette, request)
         counts = count_all(masks, channel, opener)
     labels = decide_labels(sum_pixels(counts), channel, request, training)
     return MaskValues(channel), describe_labels(counts, channel, labels), labels
+
+
+def choose_channel(counts: list[ValueCounts]) -> str:
+    """Where the masks are: grey, colour or alpha. Raises UserError for a JPEG's colours."""
+    hints = {count.hint for count in counts}
+    if "colour" in hints and any(count.lossy for count in counts):
+        remedy = "save PNG files, with as many colours as there are classes"
+        raise UserError("--data", "JPEG masks of colours: JPEG's noise blurs them", remedy)
+    if "colour" in hints or differ(
+        {(level, c) for count in counts for level, _, c in count.palette}
+    ):
+        return "colour"
+    one_value = len(set().union(*(count.pixels for count in counts))) == 1
+    return "alpha" if "alpha" in hints and one_value else "grey"
 
 
 def differ(colours: set[tuple[int, str]]) -> bool:
@@ -194,24 +219,66 @@ def palette_channel(palette: set[tuple[int, int, str]], request: ClassRequest) -
     return "colour" if by_list or differing else "index"
 
 
-def binary_values(pixels: Counter[float], channel: str, lossy: bool) -> MaskValues | None:
-    """What the values of binary masks mean; None for a label map. Raises UserError."""
-    values = set(pixels)
-    if lossy and 0 < max(values, default=0) <= 8:
+def binary_values(
+    masks: list[MaskFile],
+    counts: list[ValueCounts],
+    channel: str,
+    request: ClassRequest | None,
+    opener: Opener,
+) -> MaskValues | None:
+    """What the values of masks of one class mean; None for label maps. Raises UserError."""
+    pixels, lossy = sum_pixels(counts), any(count.lossy for count in counts)
+    values, highest = set(pixels), max(pixels, default=0)
+    if lossy and 0 < highest <= 8:
         raise UserError(
             "--data",
-            f"masks of 0 to {max(values):g} as JPEG: JPEG's noise is as large as their values",
+            f"masks of 0 to {highest:g} as JPEG: JPEG's noise is as large as their values",
             "save PNG files",
         )
-    if channel == "colour":
-        return None
-    if 1 in values and values <= {0, 1, IGNORE}:
+    if channel != "colour" and 1 in values and values <= {0, 1, IGNORE}:
+        if IGNORE in values and not any({1, IGNORE} <= set(count.pixels) for count in counts):
+            return MaskValues(channel, (1, IGNORE))  # some files have 0 and 1, others 0 and 255
         return MaskValues(channel, (1,), tuple(values & {IGNORE}))
-    for full in (1, 255, 65535):
-        if values <= {0, full}:
-            return MaskValues(channel, (full,))
-    cut = soft_cut(pixels, lossy)
-    return None if cut is None else MaskValues(channel, cut=cut)
+    if values == {0, highest} and highest > 0 and not lossy:
+        return MaskValues(channel, (highest,))
+    if channel != "colour":
+        for full in (1, IGNORE, 65535):
+            if values <= {0, full}:
+                return MaskValues(channel, (full,))
+        cut = soft_cut(pixels, lossy)
+        if cut is not None:
+            return MaskValues(channel, cut=cut)
+    unlisted = not lossy and not (request and request.listed)
+    if unlisted and are_objects(masks, counts, channel, opener):
+        return MaskValues(channel, cut=0)
+    if request and request.merged and not request.model:  # all labels but 0, or black
+        ignored = {IGNORE} & values if channel == "grey" else set()
+        return MaskValues(channel, tuple(sorted(values - {0} - ignored)), tuple(ignored))
+    return None
+
+
+def are_objects(
+    masks: list[MaskFile], counts: list[ValueCounts], channel: str, opener: Opener
+) -> bool:
+    """Whether values number objects: each is one piece, and numbers are not those of classes.
+
+    They run from 1 in each mask, to other numbers, or are many of which none is in most masks.
+    """
+    numbers = [set(count.pixels) - {0} for count in counts]
+    images = Counter(value for values in numbers for value in values)
+    if len(images) < FEW_LABELS or any(value != int(value) for value in images):
+        return False
+    from_one = np.mean([values == set(range(1, 1 + len(values))) for values in numbers]) > 0.9
+    many = len(images) > 4 * FEW_LABELS and sum(images.values()) >= 3 * len(numbers)
+    rare = many and 2 * max(images.values()) <= len(numbers)
+    if not rare and not (from_one and len({len(values) for values in numbers}) > 1):
+        return False
+    pieces = []
+    for mask in masks[:: -(-len(masks) // 8)]:
+        values = mask_pixels(opener(mask.path), channel)
+        for value in np.unique(values[values > 0])[:40]:
+            pieces.append(cv2.connectedComponents((values == value).astype(np.uint8))[0] - 1)
+    return np.mean(np.array(pieces) == 1) > 0.9
 
 
 def soft_cut(pixels: Counter[float], lossy: bool) -> float | None:
@@ -236,27 +303,26 @@ def soft_cut(pixels: Counter[float], lossy: bool) -> float | None:
     return None if label or ends < 2 * pairs[2:-2].max() or not ends else full / 2
 
 
-def listed_values(foreground: str, pixels: Counter[float], channel: str) -> MaskValues:
-    """The values of --foreground, such as 15 or 1,128-255. Raises UserError for one without use."""
+def listed_values(flag: str, values: str, pixels: Counter[float], channel: str) -> set[float]:
+    """The values of a flag, such as 15 or 1,128-255 or -1. Raises UserError for one without use."""
     names = {show(value, channel): value for value in sorted(pixels)}
     listed: set[float] = set()
-    for text in foreground.replace(" ", "").lower().split(","):
-        low, _, high = text.partition("-")
+    for text in values.replace(" ", "").lower().split(","):
+        low, _, high = text.rpartition("-")
         try:
             limits = (names[text], names[text]) if text in names else (float(low), float(high))
         except ValueError:
             limits = (1, 0)  # nothing is in it
         chosen = {value for value in pixels if limits[0] <= value <= limits[1]}
         if not chosen:
-            raise UserError(f"--foreground {text}", "no mask has this value", first_five(names))
+            raise UserError(f"{flag} {text}", "no mask has this value", first_five(names))
         listed |= chosen
-    ignored = set(pixels) & {IGNORE} - listed if channel == "grey" else ()
-    return MaskValues(channel, tuple(sorted(listed)), tuple(ignored))
+    return listed
 
 
 def check_foreground(values: MaskValues, pixels: Counter[float], count: int) -> None:
     """Raise UserError where masks have no foreground, or no background."""
-    is_foreground = [v in values.foreground or (v > (values.cut or np.inf)) for v in sorted(pixels)]
+    is_foreground = [values.covers(value) for value in sorted(pixels)]
     background = sum(not yes for yes in is_foreground) - len(values.ignored)
     if any(is_foreground) and background:
         return
@@ -274,11 +340,30 @@ def check_foreground(values: MaskValues, pixels: Counter[float], count: int) -> 
 # --------------------------------------------------------------------------------------------------
 
 
-def are_labels(counts: list[ValueCounts]) -> bool:
-    """Whether the values may be those of classes: few whole numbers, not a JPEG's."""
-    values = set().union(*(count.pixels for count in counts))
-    whole = all(value == int(value) >= 0 for value in values)
-    return whole and len(values) <= MOST_LABELS + 1 and not any(count.lossy for count in counts)
+def check_labels(counts: list[ValueCounts], channel: str, request: ClassRequest | None) -> None:
+    """Raise UserError where the values are not those of classes: few whole numbers, not a JPEG's."""
+    pixels = sum_pixels(counts)
+    whole = all(value == int(value) >= 0 for value in pixels) and len(pixels) <= MOST_LABELS + 1
+    lossy = any(count.lossy for count in counts)
+    if not request or request.merged or not whole or lossy or soft_labels(pixels, channel):
+        raise not_binary(counts, channel)
+    if channel == "colour" and not request.listed and not any(v & 0xFFFF for v in pixels):
+        raise UserError(
+            "--data",
+            "the masks are numbers in red alone: of objects, or of classes?",
+            "--classes one takes all for one class; --classes FILE with name,r,g,b lists classes",
+        )
+
+
+def soft_labels(pixels: Counter[float], channel: str) -> list[float]:
+    """The levels of labels with soft edges: a few that most pixels have, many between; else []."""
+    peaks: list[float] = []
+    for level, count in pixels.most_common():
+        if count > 0.01 * pixels.total() and all(abs(level - peak) > 16 for peak in peaks):
+            peaks.append(level)
+    most = sum(pixels[peak] for peak in peaks) > 0.7 * pixels.total()
+    soft = channel == "grey" and len(pixels) > 40 and 3 <= len(peaks) <= 5
+    return sorted(peaks) if soft and most else []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,22 +377,32 @@ def in_channel(channel: str) -> str:
 
 
 def describe_values(values: MaskValues, pixels: Counter[float], count: int) -> str:
-    """What the values of so many masks mean."""
-    where = in_channel(values.channel)
-    if values.cut is not None:
-        soft = f"{len(pixels)} levels with two peaks (soft edges or JPEG)"
-        return f"{count} files{where}: {soft}, foreground is above {values.cut:g}"
+    """What the values of so many masks mean, and whether they look inverted."""
     names = first_five(show(value, values.channel) for value in sorted(pixels))
     foreground = first_five(show(value, values.channel) for value in values.foreground)
-    ignored = f", {IGNORE} is ignored" if values.ignored else ""
-    return f"{count} files{where} of {names}: foreground is {foreground}{ignored}"
+    text = f"of {names}: foreground is {foreground}"
+    if values.cut == 0:
+        text = f"of {len(pixels) - 1} objects: foreground is above 0; if they are classes, list "
+        text += "them: --classes FILE"
+    elif values.cut is not None:
+        soft = f"{len(pixels)} levels with two peaks (soft edges or JPEG)"
+        text = f"of {soft}, foreground is above {values.cut:g}"
+    if values.ignored:
+        text += f"; ignored: {first_five(show(v, values.channel) for v in values.ignored)}"
+    covered = sum(number for value, number in pixels.items() if values.covers(value))
+    rest = [v for v in sorted(pixels) if not values.covers(v) and v not in values.ignored]
+    if rest and covered > 0.75 * sum(pixels.values()):
+        flag = show(rest[0], values.channel) if len(rest) == 1 else f"{rest[0]:g}-{rest[-1]:g}"
+        text += f"; it covers {100 * covered / sum(pixels.values()):.0f} %: if the masks are "
+        text += f"inverted, take --foreground '{flag}'"
+    return f"{count} files{in_channel(values.channel)} {text}"
 
 
 def describe_labels(counts: list[ValueCounts], channel: str, labels: Labels) -> str:
     """What label maps were understood as, and which values are ignored."""
     pixels = sum_pixels(counts)
     ignored = []
-    free = set() if channel == "colour" else {IGNORE} & set(pixels)
+    free = set() if channel == "colour" else {IGNORE} & set(pixels) - set(labels.labels)
     for value in sorted(set(pixels) - set(labels.labels) - free):
         where = next(count.path.name for count in counts if value in count.pixels)
         ignored.append(f"{show(value, channel)} ({pixels[value]} pixels, such as in {where})")
@@ -331,7 +426,12 @@ def not_binary(counts: list[ValueCounts], channel: str) -> UserError:
     labels = [value for value in pixels if value not in (0, IGNORE)] or list(pixels)
     example = show(max(labels, key=pixels.__getitem__), channel)
     remedy = f"name the values that are foreground, such as --foreground {example}"
-    ranges = ", or ranges such as 128-255" if len(values) > 5 else ""
+    ranges, peaks = "", soft_labels(pixels, channel)
+    if peaks:
+        remedy = f"levels around {first_five(f'{peak:g}' for peak in peaks)} have soft edges: name "
+        remedy += f"the foreground, such as --foreground {sum(peaks[:2]) / 2:g}-{max(pixels):g}"
+    elif len(values) > 5:
+        ranges = ", or ranges such as 128-255"
     ignored = f" ({IGNORE} is ignored unless listed)" if IGNORE in pixels else ""
     return UserError(
         "--data", f"the masks are a label map: {first_five(values)}", f"{remedy}{ranges}{ignored}"
