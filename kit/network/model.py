@@ -79,7 +79,10 @@ def set_memory_format(network: torch.nn.Module, device: str) -> torch.nn.Module:
     if crashes:
         network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
         return network
-    return network.to(memory_format=torch.channels_last)
+    for weight in network.parameters():
+        if weight.dim() == 4:  # of lambda layers some have 5
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return network
 
 
 def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
