@@ -90,6 +90,7 @@ def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
 
     With a stride or over 3x3 pixels their backward pass in bf16 takes 3 to 15 times as long (oneDNN
     of torch 2.14): a step of EfficientNet-lite0 at 128x640, batch 8, took 614 ms instead of 867.
+    That of a Conv3d (lambda layers) gives random numbers and NaN.
     """
     device = best_device()
     network = set_memory_format(network, device)
@@ -97,7 +98,8 @@ def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
         return network
     for layer in network.modules():
         depthwise = isinstance(layer, torch.nn.Conv2d) and 1 < layer.groups == layer.in_channels
-        if depthwise and (max(layer.stride) > 1 or max(layer.kernel_size) > 3):
+        slow = depthwise and (max(layer.stride) > 1 or max(layer.kernel_size) > 3)
+        if slow or isinstance(layer, torch.nn.Conv3d):
             layer.forward = functools.partial(in_float32, layer.forward)
     return network
 
