@@ -1,6 +1,8 @@
 """From images to probabilities and masks: horizontal-flip TTA, tiles, ensembles, `postprocess`."""
 
 import functools
+import itertools
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -201,18 +203,33 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
             )
         models += loaded
         print(f"model: {first_five(files)}")
-    if len({(model.config.class_names, model.config.exclusive) for model in models}) > 1:
-        kinds = " and ".join(sorted({model.config.classes.describe() for model in models}))
-        raise UserError(
-            "--model", f"the models have different classes, {kinds}", "name those of one kind"
-        )
-    if len({model.config.value_range for model in models}) > 1:
-        raise UserError(
-            f"--model {first_five(paths)}",
-            "were trained on images of different ranges (--window)",
-            "predict with one of them",
-        )
+    check_agreement([model.config for model in models])
     return models
+
+
+MUST_AGREE = {  # in what models that are averaged must be alike: ModelConfig's fields, for people
+    "class_names": "classes",
+    "class_values": "values of the classes",
+    "classes.kind": "kinds of classes",
+    "target": "targets",
+    "value_range": "ranges of values (--window)",
+    "rle": "orders of RLE",
+}
+
+
+def check_agreement(configs: list[ModelConfig]) -> None:
+    """Raise UserError for models whose average would mean nothing; it names both values."""
+    for config, (name, title) in itertools.product(configs[1:], MUST_AGREE.items()):
+        values = map(operator.attrgetter(name), (configs[0], config))
+        lists = [value if isinstance(value, tuple) else (value,) for value in values]
+        pairs = [
+            pair for pair in itertools.zip_longest(*lists, fillvalue="none") if len({*pair}) > 1
+        ]
+        if pairs:
+            texts = " and ".join(map(first_five, zip(*pairs, strict=True)))
+            raise UserError(
+                "--model", f"the models have different {title}, {texts}", "name those that agree"
+            )
 
 
 def ensemble_config(models: list[TrainedModel]) -> ModelConfig:
