@@ -434,12 +434,13 @@ def train(config: Config, started: float | None = None) -> Path:
             samples.write_understood(table, model_config.classes, out)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
-        run = TrainingCallback(Path(resolved.out), out, clock, asdict(resolved), collection.samples)
+        settings = asdict(resolved) | {"resume": config.resume}
+        run = TrainingCallback(Path(resolved.out), out, clock, settings, collection.samples)
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
         if fold != chosen[-1] and (clock.session_over() or deadline - started < 60):
-            print(f"--session_minutes: over after fold {fold}; the same command resumes")
+            print(f"--session_minutes: over after fold {fold}; {run.describe_end()}")
             return out
     if config.fold == "all" and predictions:
         goal = metrics.Goal(resolved.metric, config.min_pixels, config.empty_score)
@@ -466,7 +467,7 @@ def train_fold(
     grow = ", progressive resizing" if config.grow and not config.tiles else ""
     print(f"{model_config.describe()}, {weights}, {batch}{grow}", flush=True)
     print(nothing, end="", flush=True)
-    with callbacks.interruptible() as signals:
+    with callbacks.interruptible(run) as signals:
         if not nothing:
             fit(module, table, run)
     predictions = []

@@ -16,6 +16,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -192,8 +193,9 @@ def test_ctrl_c_on_a_terminal_reaches_the_workers_too(roads, tmp_path):
 
 def test_while_it_exports_a_second_signal_ends_it_at_once():
     before = signal.getsignal(signal.SIGTERM)
+    run = SimpleNamespace(rows=[], describe_end=str)
     try:
-        with callbacks.interruptible():
+        with callbacks.interruptible(run):
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -202,6 +204,18 @@ def test_while_it_exports_a_second_signal_ends_it_at_once():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "file"])
+def test_the_same_command_is_said_to_resume_only_where_it_does(tmp_path, choice):
+    settings = {"lr": 1e-3, "resume": choice}
+    clock, out = callbacks.Clock(3, 0, 0.0), tmp_path / "fold1"
+    run = callbacks.TrainingCallback(out, tmp_path, clock, settings, pd.DataFrame())
+    assert run.describe_end() == "no epoch is finished; the same command starts over"
+    (tmp_path / "fold0").mkdir()
+    (tmp_path / "fold0" / "last.ckpt").touch()  # the fold before it is kept
+    flag = "" if choice == "auto" else " with --resume auto"
+    assert run.describe_end() == f"the same command{flag} resumes"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -224,6 +224,13 @@ class TrainingCallback(pl.Callback):
         remedy = "for more raise --epochs or --max_minutes, to start over --resume none"
         return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}\n"
 
+    def describe_end(self) -> str:
+        """What the same command does after an early end, as far as it is reached."""
+        if not any(self.root.rglob("last.ckpt")):
+            return "no epoch is finished; the same command starts over"
+        flag = "" if self.settings["resume"] == "auto" else " with --resume auto"
+        return f"the same command{flag} resumes"
+
     def restart(self) -> Path | None:
         """After memory ran out: the run's own last.ckpt, else the one that it is resumed from."""
         path = self.out / "last.ckpt"
@@ -307,7 +314,7 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible(run: TrainingCallback) -> Iterator[list[int]]:
     """Leave the block on Ctrl-C and SIGTERM; a second one ends the process at once.
 
     Yields a list that holds the signal's number afterwards.
@@ -324,7 +331,8 @@ def interruptible() -> Iterator[list[int]]:
     try:
         yield signals
     except Interrupted:
-        print("\ninterrupted: exports what was reached; the same command resumes", flush=True)
+        exports = "exports what was reached; " if run.rows else ""
+        print(f"\ninterrupted: {exports}{run.describe_end()}", flush=True)
     finally:
         for number in numbers:  # Lightning has put back the handler that it found
             signal.signal(number, signal.SIG_DFL if number in signals else handlers[number])
