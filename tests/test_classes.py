@@ -524,6 +524,25 @@ def test_probabilities_of_flips_models_and_tiles_are_averaged(found, tiles):
         assert np.abs(both.astype(int) - flipped).max() <= 1
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("tiles", [[False], [True], [True, True], [False, True], [False, False]])
+def test_many_classes_are_predicted_in_blocks_as_at_once(exclusive, tiles, monkeypatch):
+    names = tuple(map(str, range(40)))
+    found = Classes(names, names, exclusive)
+    models = [trained(found, tiles=is_tiled) for is_tiled in tiles]
+    image = np.random.default_rng(0).integers(0, 255, (150, 90, 3), np.uint8)
+    [blocks] = predict.predict_images(models, [image], 4)
+    monkeypatch.setattr(predict, "CHANNELS", 99)
+    monkeypatch.setattr(predict, "row_blocks", lambda *a: iter([predict.join(rows(*a))]))
+    [whole] = predict.predict_images(models, [image], 4)
+    assert blocks.shape == (2 if exclusive else 40, 150, 90)
+    assert (blocks != whole).mean() < 1e-4
+    assert np.abs(blocks.astype(int) - whole).max() <= 1 or exclusive
+
+
+rows = predict.row_blocks
+
+
 def test_models_of_other_classes_are_not_averaged(tmp_path):
     paths = []
     for number, found in enumerate((EXCLUSIVE, EXCLUSIVE._replace(exclusive=False), Classes())):

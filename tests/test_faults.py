@@ -3,6 +3,7 @@
 FAULTS=n in the environment tries n of each kind.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -260,6 +261,49 @@ train.SegmentationModule.training_step = training_step
     rows = pd.read_csv(out / "metrics.csv")
     assert rows.epoch.tolist() == [1, 2]
     assert rows.lr.iloc[-1] == pytest.approx(0.01 * 5e-4, rel=0.01), "as many steps as without"
+
+
+def test_memory_that_runs_out_in_the_lr_finder_makes_smaller_parts(frames, tmp_path):
+    patch = """
+import torch
+step = train.SegmentationModule.training_step
+def training_step(self, batch, index):
+    if len(batch["image"]) > 2:
+        raise torch.OutOfMemoryError("made up")
+    return step(self, batch, index)
+train.SegmentationModule.training_step = training_step
+"""
+    flags = ("--data", frames, "--out", tmp_path / "out", "--epochs", 2, "--lr", "auto", *TINY)
+    process = start_patched(tmp_path, patch, *flags)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "gradient accumulation over 2 parts" in printed
+    assert "--lr auto: chose" in printed
+    assert pd.read_csv(tmp_path / "out" / "metrics.csv").epoch.tolist() == [1, 2]
+
+
+def test_a_killed_worker_exports_and_names_the_flag(frames, tmp_path):
+    patch = """
+import os, signal, torch
+read = train.samples.read_sample
+item = train.SegmentationDataset.__getitem__
+def broken(self, position):
+    if torch.utils.data.get_worker_info() and int(self.epoch) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item(self, position)
+train.SegmentationDataset.__getitem__ = broken
+"""
+    out = tmp_path / "out"
+    flags = ("--data", frames, "--out", out, "--epochs", 9, "--workers", 1, *TINY)
+    process = start_patched(tmp_path, patch, *flags)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, printed
+    assert "Traceback" not in printed
+    assert "exports what was reached" in printed
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("error: the workers that load data: one was killed")
+    assert last.endswith("take --workers 0")
+    assert (out / "metrics.json").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(roads, tmp_path):
@@ -634,6 +678,32 @@ def test_validation_items_are_read_once_and_stay_the_same(roads, tmp_path):
         assert len(items) == len(expected) == 3
         assert all(same_item(*pair) for pair in zip(items, expected, strict=True))
         shutil.rmtree(folder, ignore_errors=True)  # a second reading would fail
+
+
+def test_the_tiles_of_a_validation_image_are_cut_from_one_decoding(roads, tmp_path, monkeypatch):
+    _, model_config, table = prepared(roads, tiles=True, height=64, width=64)
+    dataset = train.SegmentationDataset(table[table.fold == 0], model_config, 0, None)
+    reads, read = [], samples.read_sample
+    monkeypatch.setattr(samples, "read_sample", lambda *args: reads.append(1) or read(*args))
+    items = [dataset[index] for index in range(len(dataset))]
+    assert len(items) > 3 * len(reads) == 3 * (table.fold == 0).sum()
+
+
+def test_a_dataset_reaches_workers_that_are_spawned(roads):
+    """As on macOS and Windows, and from Python 3.14 on; they import train.py without running it."""
+    config, model_config, table = prepared(roads)
+    augment = loaders.strictly(train.augmentation, config)
+    for dataset in (
+        train.SegmentationDataset(table, model_config, 0, augment),
+        loaders.Cached(train.SegmentationDataset(table, model_config, 0, None), 1 << 20),
+    ):
+        expected = dataset[0]
+        loader = loaders.make_loader(dataset, False, 1, 1, 1, 0)
+        loader = torch.utils.data.DataLoader(
+            dataset, 1, num_workers=1, multiprocessing_context="spawn", collate_fn=loader.collate_fn
+        )
+        [batch] = itertools.islice(loader, 1)
+        assert torch.equal(batch["image"][0], expected["image"])
 
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])

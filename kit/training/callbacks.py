@@ -8,9 +8,10 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgres
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import rank_zero_only
 
-from kit.errors import UserError
+from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
 from kit.network.model import (
     TrainedModel,
@@ -105,6 +106,7 @@ class TrainingCallback(pl.Callback):
         self.best = -1.0  # the largest MaxF, or mIoU
         self.saved = 0.0  # when last.ckpt was written, time.monotonic()
         self.checkpoint: Path | None = None  # that the run is resumed from
+        self.step_started, self.step = 0.0, math.inf  # time.monotonic(); seconds, the shortest
 
     @functools.cached_property
     def identity(self) -> resume.Identity:
@@ -126,7 +128,21 @@ class TrainingCallback(pl.Callback):
 
     def reserve_for(self, validation: float) -> None:
         """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export."""
-        self.clock.reserve = 6 + 4 * validation
+        self.clock.reserve = 6 + min(self.step, self.clock.seconds()) + 4 * validation
+
+    def measure_step(self, trainer: pl.Trainer, index: int, batch_size: int) -> None:
+        """Before the first validation: what it will take, from the shortest step so far.
+
+        A forward pass takes a third of a step. Of the 128 images that BatchNorm is re-estimated on
+        a quarter, as `reserve_for` takes everything four times.
+        """
+        now, earlier, self.step_started = time.monotonic(), self.step_started, time.monotonic()
+        if index:
+            self.step = min(self.step, now - earlier)
+        if index > 1 and not self.rows:  # the first step alone may be slow
+            batches = min(128 / batch_size, trainer.num_training_batches) / 4
+            batches += trainer.num_val_batches[0]
+            self.reserve_for(self.step / 3 * batches)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
@@ -134,11 +150,8 @@ class TrainingCallback(pl.Callback):
         if index == 0:
             seed = self.settings["seed"] + trainer.current_epoch
             torch.manual_seed(seed)  # of dropout: the same in a resumed run
-            self.epoch_started = time.monotonic()
             self.clock.begun = self.clock.begun or self.clock.seconds()
-        if index == 20 and not self.clock.reserve:  # no validation yet: it takes a third of a step
-            step = (time.monotonic() - self.epoch_started) / index
-            self.reserve_for(step / 3 * trainer.num_val_batches[0])
+        self.measure_step(trainer, index, len(batch["name"]))
         parts = trainer.accumulate_grad_batches
         steps = -(-trainer.num_training_batches // parts)
         step = trainer.current_epoch * steps + index // parts  # global_step lacks epochs cut short
@@ -313,13 +326,18 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM."""
 
 
+class LoaderError(UserError):
+    """A worker of a loader died."""
+
+
 @contextlib.contextmanager
-def interruptible(run: TrainingCallback) -> Iterator[list[int]]:
+def interruptible(run: TrainingCallback) -> Iterator[list[int | LoaderError]]:
     """Leave the block on Ctrl-C and SIGTERM; a second one ends the process at once.
 
-    Yields a list that holds the signal's number afterwards.
+    Also where a worker died. Yields a list that holds the signal's number, or the error, afterwards
+    (`end_process`).
     """
-    signals: list[int] = []
+    signals: list[int | LoaderError] = []
 
     def interrupt(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -330,7 +348,8 @@ def interruptible(run: TrainingCallback) -> Iterator[list[int]]:
     handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield signals
-    except Interrupted:
+    except (Interrupted, LoaderError) as end:
+        signals += [end] if isinstance(end, LoaderError) else []
         exports = "exports what was reached; " if run.rows else ""
         print(f"\ninterrupted: {exports}{run.describe_end()}", flush=True)
     finally:
@@ -338,21 +357,25 @@ def interruptible(run: TrainingCallback) -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if number in signals else handlers[number])
 
 
-def end_process(signals: list[int]) -> None:
-    """End the process as the signal would have, if one came."""
-    for number in signals:
-        os.kill(os.getpid(), number)
+def end_process(signals: list[int | LoaderError]) -> None:
+    """End the process as the signal would have, if one came; or raise the error."""
+    for signal_or_error in signals:
+        if isinstance(signal_or_error, LoaderError):
+            raise signal_or_error
+        os.kill(os.getpid(), signal_or_error)
 
 
 @contextlib.contextmanager
 def clear_loader_errors() -> Iterator[None]:
-    """Name the remedy where shared memory is too small for the loaders' workers."""
+    """Name the remedy where the loaders' workers died, such as for want of memory."""
     try:
         yield
     except RuntimeError as error:
-        if "bus error" not in str(error).lower():  # of a worker
+        if "DataLoader worker (pid" not in str(error):
             raise
-        raise UserError("shared memory", "is used up by the workers", "take --workers 0") from None
+        full = "bus error" in str(error).lower()
+        problem = "shared memory is used up" if full else f"one was killed ({reason_of(error)})"
+        raise LoaderError("the workers that load data", problem, "take --workers 0") from None
 
 
 def more_parts(parts: int, batch_size: int, device: str) -> int:
@@ -385,13 +408,19 @@ def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
         )
 
 
-def find_lr(trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> float:
+def find_lr(
+    module: pl.LightningModule, loader: Any, make_trainer: Callable[..., pl.Trainer], parts: int
+) -> float:
     """Lightning's learning-rate finder: 50 steps. Raises UserError.
 
-    `trainer`: without end, and not the training's own: a short run would end before the finder.
+    `make_trainer`: of train.py; the training's own might end before the finder. `parts`: of a
+    batch, for gradient accumulation.
     """
+    endless = {"max_epochs": -1, "limit_val_batches": 0, "accumulate_grad_batches": parts}
     options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
-    finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
+    with tempfile.TemporaryDirectory() as folder:  # for a checkpoint
+        trainer = make_trainer(module.config, default_root_dir=folder, **endless)
+        finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
     lr = finder.suggestion()
     if lr is None:
         raise UserError("--lr auto", "found none, the loss left the numbers", "give --lr 5e-4")
