@@ -384,7 +384,7 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
         )
         resumed = {"ckpt_path": path, "weights_only": True} if path else {}
         try:
-            with callbacks.clear_loader_errors():
+            with callbacks.leave_together(run):
                 if run.lr == "auto":
                     loader, _ = make_loaders(config, model_config, table, parts)
                     run.lr = callbacks.find_lr(module, loader, make_trainer, parts)
@@ -438,7 +438,8 @@ def train(config: Config, started: float | None = None) -> Path:
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
-        if fold != chosen[-1] and (clock.session_over() or deadline - started < 60):
+        over = clock.session_over() or deadline - started < 60
+        if fold != chosen[-1] and callbacks.in_all_processes(over)[0]:
             print(f"--session_minutes: over after fold {fold}; {run.describe_end()}")
             return out
     if config.fold == "all" and predictions:

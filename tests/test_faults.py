@@ -194,7 +194,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_workers_too(roads, tmp_path):
 
 def test_while_it_exports_a_second_signal_ends_it_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    run = SimpleNamespace(rows=[], describe_end=str)
+    run = SimpleNamespace(rows=[], describe_end=str, signals=[], together=False)
     try:
         with callbacks.interruptible(run):
             handler = signal.getsignal(signal.SIGTERM)
@@ -599,6 +599,59 @@ rank_zero_only.rank = int(os.environ["RANK"])  # was read when Lightning was loa
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     for out in ("host", "hosts"):
         assert read_metrics(tmp_path / out)["image"]["all"]["images"] == 2
+
+
+ONE_OF_TWO = """
+import os, torch
+from pytorch_lightning.utilities import rank_zero_only
+from kit.training import callbacks
+rank_zero_only.rank = rank = int(os.environ["RANK"])  # was read when Lightning was loaded
+step, steps = train.SegmentationModule.training_step, []
+def training_step(self, batch, index):
+    steps.append(1)
+    if rank == 1:
+        {fault}
+    return step(self, batch, index)
+train.SegmentationModule.training_step = training_step
+"""
+FAULTS_OF_ONE = {
+    "memory": ('if len(batch["image"]) > 1: raise torch.OutOfMemoryError', 0, "over 4 parts"),
+    "no number": (
+        'if len(steps) > 1: callbacks.check_loss(torch.tensor(float("nan")), 1, ["x"])',
+        2,
+        "the loss: is nan",
+    ),
+    "death": ("if len(steps) > 1: os._exit(9)", 2, "--devices: another process ended"),
+    "nothing": ("pass", 0, "wrote"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_ONE)
+def test_two_processes_leave_together(frames, tmp_path, name):
+    """Whatever one of them meets with; with one validation image, which both validate."""
+    fault, status, words = FAULTS_OF_ONE[name]
+    script = write_patched(tmp_path, ONE_OF_TWO.format(fault=fault))
+    flags = ("--data", frames, "--out", tmp_path / "out", "--epochs", 3, "--folds", 16, *TINY)
+    running = start_ranks(script, *flags, "--batch_size", 8, "--grow", "false")
+    printed = [process.communicate(timeout=120) for process in running]
+    assert running[0].returncode == status, printed
+    assert running[1].returncode == (9 if name == "death" else status), printed
+    assert words in "".join(map("".join, printed))
+    assert (tmp_path / "out" / "metrics.json").exists() is (name != "no number")
+    assert (tmp_path / "out" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_exports_and_ends_both(frames, tmp_path, number):
+    script = write_patched(tmp_path, ONE_OF_TWO.format(fault="pass"))
+    flags = ("--data", frames, "--out", tmp_path / "out", "--epochs", 900, *TINY)
+    running = start_ranks(script, *flags)
+    wait_for(tmp_path / "out" / "last.ckpt", running[0])
+    running[0].send_signal(number)
+    printed = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [-number, -number], printed
+    assert "exports what was reached; the same command resumes" in printed[0][0]
+    assert (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_two_processes_share_the_images(roads, trained, tmp_path):

@@ -189,7 +189,7 @@ def test_the_clock_stops_within_the_first_epoch_with_time_for_the_end(monkeypatc
         accumulate_grad_batches=1, num_training_batches=30, num_val_batches=[4],
         current_epoch=0, strategy=strategy, should_stop=False,
     )  # fmt: skip
-    module = SimpleNamespace(set_progress=lambda progress: None)
+    module = SimpleNamespace(set_progress=lambda progress: None, device="cpu")
     index = 0
     while not trainer.should_stop:
         run.on_train_batch_start(trainer, module, {"name": ["a"] * 8}, index)

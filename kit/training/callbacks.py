@@ -1,5 +1,6 @@
 """What happens around the steps: the clock, checkpoints and resuming, interruption, full memory."""
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -22,6 +23,7 @@ import torch
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
@@ -32,6 +34,7 @@ from kit.network.model import (
     save_model,
 )
 from kit.training import resume
+from kit.training.resolve import count_processes
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -106,6 +109,12 @@ class TrainingCallback(pl.Callback):
         self.best = -1.0  # the largest MaxF, or mIoU
         self.saved = 0.0  # when last.ckpt was written, time.monotonic()
         self.checkpoint: Path | None = None  # that the run is resumed from
+        self.signals: list[int | Stopped] = []  # that end the training, see `interruptible`
+        self.together = (
+            count_processes(settings.get("devices", 1))[0] > 1
+        )  # several processes train
+        self.handler: Any = None  # of signals, see `interruptible`
+        self.meets = False  # the others are on their way to `meet`
         self.step_started, self.step = 0.0, math.inf  # time.monotonic(); seconds, the shortest
 
     @functools.cached_property
@@ -147,6 +156,7 @@ class TrainingCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
     ) -> None:
+        self.meet(module.device)
         if index == 0:
             seed = self.settings["seed"] + trainer.current_epoch
             torch.manual_seed(seed)  # of dropout: the same in a resumed run
@@ -160,7 +170,43 @@ class TrainingCallback(pl.Callback):
         module.set_progress(progress)
         trainer.should_stop = session_over or (self.clock.limit > 0 and progress >= 1)  # last step
 
+    def meet(self, device: torch.device, reason: int = 0) -> None:
+        """Between batches and before the backward pass: all processes leave where one has to.
+
+        Elsewhere one that leaves is missed by the others' next reduction. `reason`: of `REASONS`.
+        Raises the error of the gravest.
+        """
+        if not self.together:
+            return
+        reason = max(reason, 2 if self.signals else 0)
+        shared = torch.tensor(reason, device=device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        if int(shared):
+            self.together = self.meets = False
+            raise REASONS[int(shared)](2)  # SystemExit's status
+
+    def on_train_start(self, *_: Any) -> None:
+        for number in END_SIGNALS if self.handler and not self.signals else ():
+            signal.signal(number, self.handler)  # Lightning's would end one process alone
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.together = self.meets = trainer.world_size > 1
+        self.device = module.device
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor
+    ) -> None:
+        self.meet(module.device)
+        self.meets = False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.meets = self.together
+
+    def on_train_end(self, *_: Any) -> None:
+        self.together = self.meets = False
+
     def on_validation_start(self, *_: Any) -> None:
+        self.meets = False
         self.validation_started = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -322,60 +368,117 @@ def around_training(run: TrainingCallback, seed: int) -> list[pl.Callback]:
 # --------------------------------------------------------------------------------------------------
 
 
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM."""
 
 
-class LoaderError(UserError):
-    """A worker of a loader died."""
+class Stopped(UserError):
+    """Another process ended, such as a worker of a loader: what was trained is exported."""
+
+
+# Why processes leave the training; the gravest of all processes counts.
+REASONS = {1: torch.OutOfMemoryError, 2: Interrupted, 3: SystemExit}
 
 
 @contextlib.contextmanager
-def interruptible(run: TrainingCallback) -> Iterator[list[int | LoaderError]]:
+def interruptible(run: TrainingCallback) -> Iterator[list[int | Stopped]]:
     """Leave the block on Ctrl-C and SIGTERM; a second one ends the process at once.
 
-    Also where a worker died. Yields a list that holds the signal's number, or the error, afterwards
-    (`end_process`).
+    Also where it is `Stopped`. Several processes leave at their next meeting. Yields a list that
+    holds the signal's number, or the error, afterwards (`end_process`).
     """
-    signals: list[int | LoaderError] = []
+    signals = run.signals
 
     def interrupt(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         signals.append(number)
-        raise Interrupted
+        if not run.together:
+            raise Interrupted
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    run.handler = interrupt
+    handlers = {number: signal.signal(number, interrupt) for number in END_SIGNALS}
     try:
         yield signals
-    except (Interrupted, LoaderError) as end:
-        signals += [end] if isinstance(end, LoaderError) else []
+    except (Interrupted, Stopped) as end:
+        signals += [end] if isinstance(end, Stopped) else []
         exports = "exports what was reached; " if run.rows else ""
         print(f"\ninterrupted: {exports}{run.describe_end()}", flush=True)
     finally:
-        for number in numbers:  # Lightning has put back the handler that it found
+        for number in END_SIGNALS:  # Lightning has put back the handler that it found
             signal.signal(number, signal.SIG_DFL if number in signals else handlers[number])
 
 
-def end_process(signals: list[int | LoaderError]) -> None:
-    """End the process as the signal would have, if one came; or raise the error."""
-    for signal_or_error in signals:
-        if isinstance(signal_or_error, LoaderError):
-            raise signal_or_error
-        os.kill(os.getpid(), signal_or_error)
+def end_process(signals: list[int | Stopped]) -> None:
+    """End all processes as the signal would have, if one came; or raise the error."""
+    for ends in in_all_processes(signals):
+        for signal_or_error in ends:
+            if isinstance(signal_or_error, Stopped):
+                raise signal_or_error
+            signal.signal(signal_or_error, signal.SIG_DFL)  # it may have come to another process
+            os.kill(os.getpid(), signal_or_error)
+
+
+def in_all_processes(value: Any) -> list[Any]:
+    """The values of all processes, in each of them: they wait for each other.
+
+    Where another one is gone, the first one has its own value alone, and the others end.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    atexit.register(close_group)
+    try:
+        torch.distributed.all_gather_object(values, value)
+    except RuntimeError:
+        if rank_zero_only.rank:
+            raise SystemExit(2) from None
+        return [value]
+    return values
+
+
+def close_group() -> None:
+    """At the end of a process; with gloo's threads still there it would abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leave_together(run: TrainingCallback) -> Iterator[None]:
+    """Where a process leaves the block by an error, the others leave it, too, see `meet`."""
+    try:
+        with clear_loader_errors():
+            yield
+    except BaseException as error:
+        politely = isinstance(error, (Interrupted, Stopped, SIGTERMException))
+        reason = 2 if politely else 3
+        reason = 1 if isinstance(error, torch.OutOfMemoryError) else reason
+        if run.meets:
+            # this error is raised instead; the others may be gone
+            with contextlib.suppress(REASONS[reason], RuntimeError):
+                run.meet(run.device, reason)
+        run.together = run.meets = False
+        if isinstance(error, SIGTERMException):  # of Lightning, in all processes
+            raise Interrupted from None
+        raise
 
 
 @contextlib.contextmanager
 def clear_loader_errors() -> Iterator[None]:
-    """Name the remedy where the loaders' workers died, such as for want of memory."""
+    """Name the remedy where workers died, such as for want of memory, or another process."""
     try:
         yield
     except RuntimeError as error:
+        if "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
+            problem, remedy = "another process ended", "its message says why"
+            raise Stopped("--devices", problem, remedy) from None
         if "DataLoader worker (pid" not in str(error):
             raise
         full = "bus error" in str(error).lower()
         problem = "shared memory is used up" if full else f"one was killed ({reason_of(error)})"
-        raise LoaderError("the workers that load data", problem, "take --workers 0") from None
+        raise Stopped("the workers that load data", problem, "take --workers 0") from None
 
 
 def more_parts(parts: int, batch_size: int, device: str) -> int:
