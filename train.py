@@ -438,8 +438,7 @@ def train(config: Config, started: float | None = None) -> Path:
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
-        over = clock.session_over() or deadline - started < 60
-        if fold != chosen[-1] and callbacks.in_all_processes(over)[0]:
+        if fold != chosen[-1] and callbacks.no_time_for_a_fold(clock):
             print(f"--session_minutes: over after fold {fold}; {run.describe_end()}")
             return out
     if config.fold == "all" and predictions:

@@ -745,7 +745,7 @@ def test_the_tiles_of_a_validation_image_are_cut_from_one_decoding(roads, tmp_pa
 def test_a_dataset_reaches_workers_that_are_spawned(roads):
     """As on macOS and Windows, and from Python 3.14 on; they import train.py without running it."""
     config, model_config, table = prepared(roads)
-    augment = loaders.strictly(train.augmentation, config)
+    augment = train.augmentation(config)
     for dataset in (
         train.SegmentationDataset(table, model_config, 0, augment),
         loaders.Cached(train.SegmentationDataset(table, model_config, 0, None), 1 << 20),

@@ -67,7 +67,7 @@ def count_hits(mask: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
         positive = mask[k] == 1
         kinds = (target == 1) & positive, (target == 0) & positive, (target == 1) & ~positive
         ignored = (target == IGNORE).all()
-        hits[:, k] = math.nan if ignored else list(map(np.count_nonzero, kinds))
+        hits[:, k] = np.nan if ignored else list(map(np.count_nonzero, kinds))
     return hits
 
 
@@ -162,7 +162,7 @@ def mask_scores(hits: np.ndarray, empty_score: str = "1") -> np.ndarray:
     both, union = hits[0], hits.sum(0)
     values = np.stack([ratio(2 * both, both + union), ratio(both, union)], 1)
     values[union == 0] = EMPTY_SCORES[empty_score]
-    values[np.isnan(union)] = math.nan
+    values[np.isnan(union)] = np.nan
     return values
 
 
@@ -261,7 +261,7 @@ def scores_by_threshold(counts: np.ndarray, metric: str, empty_score: str = "1")
     above, below = (tp, union) if metric == "iou" else (2 * tp, union + tp)
     if metric != "maxf":
         values = np.where(below > 0, ratio(above, below), EMPTY_SCORES[empty_score])
-        values[~counts.any((1, 2))] = math.nan
+        values[~counts.any((1, 2))] = np.nan
         return fill_nan(values)
     pooled = ratio(above.sum(0), below.sum(0))
     mean = np.broadcast_to(below.mean(0), below.shape)
@@ -316,7 +316,7 @@ class Evaluation:
             sums = count_image(planes, target, self.classes, final)
             if view == "image":
                 counted = sums.counts.numpy().any(None if self.classes.exclusive else (1, 2))
-                self.image_hits.append(np.where(counted, sums.hits, math.nan))
+                self.image_hits.append(np.where(counted, sums.hits, np.nan))
             for category in dict.fromkeys(("all", sample.category or "all")):
                 self.add_sums(view, category, sums)
 

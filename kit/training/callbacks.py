@@ -34,7 +34,6 @@ from kit.network.model import (
     save_model,
 )
 from kit.training import resume
-from kit.training.resolve import count_processes
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -110,9 +109,7 @@ class TrainingCallback(pl.Callback):
         self.saved = 0.0  # when last.ckpt was written, time.monotonic()
         self.checkpoint: Path | None = None  # that the run is resumed from
         self.signals: list[int | Stopped] = []  # that end the training, see `interruptible`
-        self.together = (
-            count_processes(settings.get("devices", 1))[0] > 1
-        )  # several processes train
+        self.together = settings.get("devices", 1) > 1  # several processes train
         self.handler: Any = None  # of signals, see `interruptible`
         self.meets = False  # the others are on their way to `meet`
         self.step_started, self.step = 0.0, math.inf  # time.monotonic(); seconds, the shortest
@@ -437,6 +434,12 @@ def in_all_processes(value: Any) -> list[Any]:
             raise SystemExit(2) from None
         return [value]
     return values
+
+
+def no_time_for_a_fold(clock: Clock) -> bool:
+    """Whether this session ends before another fold; the first process decides for all."""
+    over = clock.session_over() or clock.deadline - time.monotonic() < 60
+    return in_all_processes(over)[0]
 
 
 def close_group() -> None:
