@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import constants
 
-from kit.config import ModelConfig
 from kit.errors import UserError, closest, first_five, reason_of
 
 warnings.filterwarnings("ignore", module="segmentation_models_pytorch")  # remarks on old names
@@ -393,12 +392,15 @@ def file_statistics(file: str) -> dict[str, tuple[float, ...]]:
     for block in blocks:
         if isinstance(block, dict) and {"mean", "std"} <= set(block):
             try:
-                config = ModelConfig(mean=tuple(block["mean"]), std=tuple(block["std"]))
-            except (TypeError, ValueError) as error:
+                mean, std = (tuple(map(float, block[name])) for name in ("mean", "std"))
+                in_limits = -1 <= min(mean) <= max(mean) <= 2 and 1e-3 <= min(std) <= max(std) <= 10
+            except (TypeError, ValueError):
+                mean, std, in_limits = (), (), False
+            if not in_limits or (len(mean), len(std)) != (3, 3):
                 raise UserError(
                     f"--encoder_weights {file}",
-                    f"its mean and std are none ({reason_of(error)})",
+                    "its mean and std are none (three numbers each, of 0..1)",
                     "take them out of the file",
-                ) from None
-            return {"mean": config.mean, "std": config.std}
+                )
+            return {"mean": mean, "std": std}
     return {}
