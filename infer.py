@@ -89,6 +89,7 @@ SUBMISSIONS = {
     "png": submissions.PngSubmission,
     "kitti": kitti.KittiSubmission,
 }
+WAITING = 1 << 26  # bytes of images and masks that wait to be written
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 # --- Plan -----------------------------------------------------------------------------------------
@@ -238,12 +239,12 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
     """Predict this process's share of the samples; files are written while the models work."""
     evaluation = Evaluation(plan.config.classes, plan.options.empty_score)
     results = Results(evaluation, submission.answers if submission else {}, [])
-    pending: list[tuple[Any, np.ndarray, np.ndarray, Future]] = []
+    pending: list[tuple[int, Any, np.ndarray, np.ndarray, Future]] = []
     unreadable: list[tuple[Any, UserError]] = []
 
-    def collect(most: int) -> None:  # at most so many images wait: memory stays flat
-        while len(pending) > most:
-            sample, prediction, mask, future = pending.pop(0)
+    def collect(most: int) -> None:  # at most so many bytes wait: memory stays flat
+        while pending and sum(size for size, *_ in pending) > most:
+            _, sample, prediction, mask, future = pending.pop(0)
             try:
                 ground_truth = future.result()
             except UserError as error:
@@ -259,10 +260,11 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
         for sample, image, prediction in tqdm(predictions, None, len(samples), disable=hidden):
             mask = postprocess(prediction, plan.config)
             future = writers.submit(write_outputs, plan, sample, image, prediction, mask)
-            pending.append((sample, prediction, mask, future))
+            size = image.nbytes + prediction.nbytes + mask.nbytes
+            pending.append((size, sample, prediction, mask, future))
             if submission:
                 submission.add(sample, prediction, mask)
-            collect(16)
+            collect(WAITING)
         collect(0)
     results.failed.extend((sample.id, str(error)) for sample, error in unreadable)
     return results

@@ -78,7 +78,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 import copy
 import math
 import os
-import tempfile
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network
@@ -142,13 +141,14 @@ class SegmentationDataset(Dataset):
     A plane for each class of 0, 1 and 255 (ignored); of exclusive classes one of their numbers.
     Without `augment` (validation) an item also has its `ground_truth` at the image's own size.
     With tiles there are as many items as tiles cover the images; `augment` cuts them at random.
-    Training takes the column `pair` (`samples.decode_pairs`); else files are read every time.
+    Training takes `pair` of `samples.decode_pairs`; else files are read, once for all their tiles.
     """
 
     def __init__(
         self, table: pd.DataFrame, config: ModelConfig, seed: int, augment: A.Compose | None
     ) -> None:
-        self.rows, self.config = list(table.itertuples()), config
+        self.rows, self.config = samples.portable_rows(table), config
+        self.last: tuple[int, Any] = -1, None  # the row read last, and its image and mask
         self.seed, self.augment = seed, augment
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it too
         self.places = images.item_places(table, config)
@@ -160,7 +160,9 @@ class SegmentationDataset(Dataset):
         index, corner = self.places[position]
         row, item = self.rows[index], {}
         if self.augment is None:
-            image, mask = samples.read_sample(row, self.config.value_range)
+            if self.last[0] != index:
+                self.last = index, samples.read_sample(row, self.config.value_range)
+            image, mask = self.last[1]
             if corner:
                 image, mask = images.cut_pair(image, mask, corner, self.config)
             item["ground_truth"] = mask
@@ -225,7 +227,6 @@ def label_terms(
     """Of exclusive classes: the cross-entropy, and what Dice needs.
 
     The probabilities (N, K, H, W), and of each class their sum where it is right, and its pixels.
-    Without a copy of the mask for each class.
     """
     number = target.long()
     pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
@@ -368,13 +369,6 @@ def make_trainer(config: Config, **options: Any) -> pl.Trainer:
 def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) -> None:
     """Train, with gradient accumulation where the device's memory is too small for a batch."""
     config, model_config = module.config, module.model_config
-    if run.lr == "auto":
-        with tempfile.TemporaryDirectory() as out:  # for a checkpoint
-            finder = make_trainer(config, max_epochs=-1, limit_val_batches=0, default_root_dir=out)
-            loader, _ = make_loaders(config, model_config, table)
-            run.lr = callbacks.find_lr(finder, module, loader)
-    module.lr = run.lr
-    module.class_weights = class_weights(table, config.fold, config.class_weights)
     parts, path = 1, run.checkpoint
     while True:
         if path:
@@ -391,7 +385,12 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
         )
         resumed = {"ckpt_path": path, "weights_only": True} if path else {}
         try:
-            with callbacks.clear_loader_errors():
+            with callbacks.leave_together(run):
+                if run.lr == "auto":
+                    loader, _ = make_loaders(config, model_config, table, parts)
+                    run.lr = callbacks.find_lr(module, loader, make_trainer, parts)
+                module.lr = run.lr
+                module.class_weights = class_weights(table, config.fold, config.class_weights)
                 return trainer.fit(copy.deepcopy(module), training, validation, **resumed)
         except torch.OutOfMemoryError:
             path = run.restart()
@@ -436,12 +435,13 @@ def train(config: Config, started: float | None = None) -> Path:
             samples.write_understood(table, model_config.classes, out)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
-        run = TrainingCallback(Path(resolved.out), out, clock, asdict(resolved), collection.samples)
+        settings = asdict(resolved) | {"resume": config.resume}
+        run = TrainingCallback(Path(resolved.out), out, clock, settings, collection.samples)
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()
-        if fold != chosen[-1] and (clock.session_over() or deadline - started < 60):
-            print(f"--session_minutes: over after fold {fold}; the same command resumes")
+        if fold != chosen[-1] and callbacks.no_time_for_a_fold(clock):
+            print(f"--session_minutes: over after fold {fold}; {run.describe_end()}")
             return out
     if config.fold == "all" and predictions:
         goal = metrics.Goal(resolved.metric, config.min_pixels, config.empty_score)
@@ -468,12 +468,13 @@ def train_fold(
     grow = ", progressive resizing" if config.grow and not config.tiles else ""
     print(f"{model_config.describe()}, {weights}, {batch}{grow}", flush=True)
     print(nothing, end="", flush=True)
-    with callbacks.interruptible() as signals:
+    with callbacks.interruptible(run) as signals:
         if not nothing:
             fit(module, table, run)
     predictions = []
     if run.rows and pl.utilities.rank_zero_only.rank == 0:
-        validation, epoch = table[table.fold == config.fold], callbacks.exported_epoch(run.rows)
+        validation = run.samples[run.samples.fold == config.fold]  # without decoded images
+        epoch = callbacks.exported_epoch(run.rows)
         goal = metrics.Goal(config.metric, config.min_pixels, config.empty_score)
         predictions = metrics.evaluate_and_export(run.out, validation, run.rows, epoch, goal)
     print(nothing, end="", flush=True)
@@ -489,7 +490,7 @@ def show_data(config: Config, model_config: ModelConfig, table: pd.DataFrame, ou
     with loaders.strictly():
         augment = augmentation(config)
     dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
-    examples = [(row, *samples.read_sample(row, model_config.value_range)) for row in rows]
+    examples = ((row, *samples.read_sample(row, model_config.value_range)) for row in rows)
     images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
     images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))
     print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)

@@ -49,7 +49,7 @@ def load_model(path: str | Path) -> Model:
 
 
 def score(mask: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
-    """Dice and IoU of a mask, 0..1; 255 in the ground truth is ignored. Both (h, w)."""
+    """Dice and IoU of a mask, 0..1; 255 in the ground truth is ignored (NaN: all). Both (h, w)."""
     hits = metrics.count_hits(mask[None] > 0, ground_truth[None])
     dice, iou = metrics.mask_scores(hits)[0].tolist()
     return {"Dice": dice, "IoU": iou}

@@ -19,7 +19,9 @@ class UserError(Exception):
         self.where, self.problem, self.remedy = where, problem, remedy
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+        """One line; what a file's content would do to a terminal is escaped."""
+        text = f"{self.where}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import csv
 import json
 import zipfile
+from dataclasses import replace
 
 import albumentations as A
 import cv2
@@ -523,15 +524,60 @@ def test_probabilities_of_flips_models_and_tiles_are_averaged(found, tiles):
         assert np.abs(both.astype(int) - flipped).max() <= 1
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("tiles", [[False], [True], [True, True], [False, True], [False, False]])
+def test_many_classes_are_predicted_in_blocks_as_at_once(exclusive, tiles, monkeypatch):
+    names = tuple(map(str, range(40)))
+    found = Classes(names, names, exclusive)
+    models = [trained(found, tiles=is_tiled) for is_tiled in tiles]
+    image = np.random.default_rng(0).integers(0, 255, (150, 90, 3), np.uint8)
+    [blocks] = predict.predict_images(models, [image], 4)
+    monkeypatch.setattr(predict, "CHANNELS", 99)
+    monkeypatch.setattr(predict, "row_blocks", lambda *a: iter([predict.join(rows(*a))]))
+    [whole] = predict.predict_images(models, [image], 4)
+    assert blocks.shape == (2 if exclusive else 40, 150, 90)
+    assert (blocks != whole).mean() < 1e-4
+    assert np.abs(blocks.astype(int) - whole).max() <= 1 or exclusive
+
+
+rows = predict.row_blocks
+
+
 def test_models_of_other_classes_are_not_averaged(tmp_path):
     paths = []
     for number, found in enumerate((EXCLUSIVE, EXCLUSIVE._replace(exclusive=False), Classes())):
         paths.append(str(tmp_path / f"{number}.pt"))
         model.save_model(tmp_path / f"{number}.pt", trained(found))
     assert len(predict.load_models([paths[0], paths[0]], "cpu")) == 2
-    for pair in (paths[:2], paths[1:]):
-        with pytest.raises(UserError, match="--model: the models have different classes, .* and "):
+    for pair, words in (
+        (paths[:2], "exclude each other and may overlap"),
+        (paths[1:], "classes, "),
+    ):
+        with pytest.raises(UserError, match=f"--model: the models have different .*{words}"):
             predict.load_models(pair, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"class_names": ("car", "road")}, "classes, road, car and car, road"),
+        ({"class_values": ("2", "3")}, "values of the classes, 1 and 3"),
+        ({"target": "lane"}, "targets, road and lane"),
+        ({"value_range": (0.0, 900.0)}, "ranges of values .--window., none, none and 0.0, 900.0"),
+        ({"rle": "rows"}, "orders of RLE, columns and rows"),
+    ],
+)
+def test_all_that_an_ensemble_must_agree_in_is_checked(tmp_path, changes, words):
+    """Refused in a line that names what differs and both values."""
+    classes = Classes(("road", "car"), ("2", "1"))
+    for name, other in (("a", {}), ("b", changes)):
+        found = trained(classes)
+        found = found._replace(config=replace(found.config, **other))
+        model.save_model(tmp_path / f"{name}.pt", found)
+    paths = [str(tmp_path / f"{name}.pt") for name in "ab"]
+    with pytest.raises(UserError, match=f"^--model: the models have different {words}; ") as error:
+        predict.load_models(paths, "cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_each_overlapping_class_has_its_threshold_and_area():

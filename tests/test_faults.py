@@ -3,6 +3,7 @@
 FAULTS=n in the environment tries n of each kind.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -192,8 +194,9 @@ def test_ctrl_c_on_a_terminal_reaches_the_workers_too(roads, tmp_path):
 
 def test_while_it_exports_a_second_signal_ends_it_at_once():
     before = signal.getsignal(signal.SIGTERM)
+    run = SimpleNamespace(rows=[], describe_end=str, signals=[], together=False)
     try:
-        with callbacks.interruptible():
+        with callbacks.interruptible(run):
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -202,6 +205,18 @@ def test_while_it_exports_a_second_signal_ends_it_at_once():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "file"])
+def test_the_same_command_is_said_to_resume_only_where_it_does(tmp_path, choice):
+    settings = {"lr": 1e-3, "resume": choice}
+    clock, out = callbacks.Clock(3, 0, 0.0), tmp_path / "fold1"
+    run = callbacks.TrainingCallback(out, tmp_path, clock, settings, pd.DataFrame())
+    assert run.describe_end() == "no epoch is finished; the same command starts over"
+    (tmp_path / "fold0").mkdir()
+    (tmp_path / "fold0" / "last.ckpt").touch()  # the fold before it is kept
+    flag = "" if choice == "auto" else " with --resume auto"
+    assert run.describe_end() == f"the same command{flag} resumes"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,6 +261,49 @@ train.SegmentationModule.training_step = training_step
     rows = pd.read_csv(out / "metrics.csv")
     assert rows.epoch.tolist() == [1, 2]
     assert rows.lr.iloc[-1] == pytest.approx(0.01 * 5e-4, rel=0.01), "as many steps as without"
+
+
+def test_memory_that_runs_out_in_the_lr_finder_makes_smaller_parts(frames, tmp_path):
+    patch = """
+import torch
+step = train.SegmentationModule.training_step
+def training_step(self, batch, index):
+    if len(batch["image"]) > 2:
+        raise torch.OutOfMemoryError("made up")
+    return step(self, batch, index)
+train.SegmentationModule.training_step = training_step
+"""
+    flags = ("--data", frames, "--out", tmp_path / "out", "--epochs", 2, "--lr", "auto", *TINY)
+    process = start_patched(tmp_path, patch, *flags)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "gradient accumulation over 2 parts" in printed
+    assert "--lr auto: chose" in printed
+    assert pd.read_csv(tmp_path / "out" / "metrics.csv").epoch.tolist() == [1, 2]
+
+
+def test_a_killed_worker_exports_and_names_the_flag(frames, tmp_path):
+    patch = """
+import os, signal, torch
+read = train.samples.read_sample
+item = train.SegmentationDataset.__getitem__
+def broken(self, position):
+    if torch.utils.data.get_worker_info() and int(self.epoch) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item(self, position)
+train.SegmentationDataset.__getitem__ = broken
+"""
+    out = tmp_path / "out"
+    flags = ("--data", frames, "--out", out, "--epochs", 9, "--workers", 1, *TINY)
+    process = start_patched(tmp_path, patch, *flags)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, printed
+    assert "Traceback" not in printed
+    assert "exports what was reached" in printed
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("error: the workers that load data: one was killed")
+    assert last.endswith("take --workers 0")
+    assert (out / "metrics.json").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(roads, tmp_path):
@@ -543,6 +601,59 @@ rank_zero_only.rank = int(os.environ["RANK"])  # was read when Lightning was loa
         assert read_metrics(tmp_path / out)["image"]["all"]["images"] == 2
 
 
+ONE_OF_TWO = """
+import os, torch
+from pytorch_lightning.utilities import rank_zero_only
+from kit.training import callbacks
+rank_zero_only.rank = rank = int(os.environ["RANK"])  # was read when Lightning was loaded
+step, steps = train.SegmentationModule.training_step, []
+def training_step(self, batch, index):
+    steps.append(1)
+    if rank == 1:
+        {fault}
+    return step(self, batch, index)
+train.SegmentationModule.training_step = training_step
+"""
+FAULTS_OF_ONE = {
+    "memory": ('if len(batch["image"]) > 1: raise torch.OutOfMemoryError', 0, "over 4 parts"),
+    "no number": (
+        'if len(steps) > 1: callbacks.check_loss(torch.tensor(float("nan")), 1, ["x"])',
+        2,
+        "the loss: is nan",
+    ),
+    "death": ("if len(steps) > 1: os._exit(9)", 2, "--devices: another process ended"),
+    "nothing": ("pass", 0, "wrote"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_ONE)
+def test_two_processes_leave_together(frames, tmp_path, name):
+    """Whatever one of them meets with; with one validation image, which both validate."""
+    fault, status, words = FAULTS_OF_ONE[name]
+    script = write_patched(tmp_path, ONE_OF_TWO.format(fault=fault))
+    flags = ("--data", frames, "--out", tmp_path / "out", "--epochs", 3, "--folds", 16, *TINY)
+    running = start_ranks(script, *flags, "--batch_size", 8, "--grow", "false")
+    printed = [process.communicate(timeout=120) for process in running]
+    assert running[0].returncode == status, printed
+    assert running[1].returncode == (9 if name == "death" else status), printed
+    assert words in "".join(map("".join, printed))
+    assert (tmp_path / "out" / "metrics.json").exists() is (name != "no number")
+    assert (tmp_path / "out" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_exports_and_ends_both(frames, tmp_path, number):
+    script = write_patched(tmp_path, ONE_OF_TWO.format(fault="pass"))
+    flags = ("--data", frames, "--out", tmp_path / "out", "--epochs", 900, *TINY)
+    running = start_ranks(script, *flags)
+    wait_for(tmp_path / "out" / "last.ckpt", running[0])
+    running[0].send_signal(number)
+    printed = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [-number, -number], printed
+    assert "exports what was reached; the same command resumes" in printed[0][0]
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_two_processes_share_the_images(roads, trained, tmp_path):
     flags = ("--model", trained, "--data", roads / "training", "--save_probs", "true")
     flags = (*flags, "--submission", "kitti")
@@ -620,6 +731,32 @@ def test_validation_items_are_read_once_and_stay_the_same(roads, tmp_path):
         assert len(items) == len(expected) == 3
         assert all(same_item(*pair) for pair in zip(items, expected, strict=True))
         shutil.rmtree(folder, ignore_errors=True)  # a second reading would fail
+
+
+def test_the_tiles_of_a_validation_image_are_cut_from_one_decoding(roads, tmp_path, monkeypatch):
+    _, model_config, table = prepared(roads, tiles=True, height=64, width=64)
+    dataset = train.SegmentationDataset(table[table.fold == 0], model_config, 0, None)
+    reads, read = [], samples.read_sample
+    monkeypatch.setattr(samples, "read_sample", lambda *args: reads.append(1) or read(*args))
+    items = [dataset[index] for index in range(len(dataset))]
+    assert len(items) > 3 * len(reads) == 3 * (table.fold == 0).sum()
+
+
+def test_a_dataset_reaches_workers_that_are_spawned(roads):
+    """As on macOS and Windows, and from Python 3.14 on; they import train.py without running it."""
+    config, model_config, table = prepared(roads)
+    augment = train.augmentation(config)
+    for dataset in (
+        train.SegmentationDataset(table, model_config, 0, augment),
+        loaders.Cached(train.SegmentationDataset(table, model_config, 0, None), 1 << 20),
+    ):
+        expected = dataset[0]
+        loader = loaders.make_loader(dataset, False, 1, 1, 1, 0)
+        loader = torch.utils.data.DataLoader(
+            dataset, 1, num_workers=1, multiprocessing_context="spawn", collate_fn=loader.collate_fn
+        )
+        [batch] = itertools.islice(loader, 1)
+        assert torch.equal(batch["image"][0], expected["image"])
 
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])

@@ -177,6 +177,29 @@ def test_max_minutes_fits_the_schedule_to_the_time(roads, tmp_path):
     assert (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("seconds", [6.0, 2.0])
+def test_the_clock_stops_within_the_first_epoch_with_time_for_the_end(monkeypatch, seconds):
+    """Also in fewer than 20 steps: what the end takes is measured from the third step on."""
+    now = [100.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    clock = callbacks.Clock(0, 2, now[0])
+    run = callbacks.TrainingCallback(Path(), Path(), clock, {"lr": 1, "seed": 0}, pd.DataFrame())
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer = SimpleNamespace(
+        accumulate_grad_batches=1, num_training_batches=30, num_val_batches=[4],
+        current_epoch=0, strategy=strategy, should_stop=False,
+    )  # fmt: skip
+    module = SimpleNamespace(set_progress=lambda progress: None, device="cpu")
+    index = 0
+    while not trainer.should_stop:
+        run.on_train_batch_start(trainer, module, {"name": ["a"] * 8}, index)
+        now[0] += seconds * (3 if index == 0 else 1)  # the first one is slow
+        index += 1
+    end = (4 * 3 + 16) * seconds / 3  # three times the validation images, 128 for BatchNorm
+    assert now[0] - 100 + end < 120
+    assert now[0] - 100 + 2 * end + 6 > 120
+
+
 def test_session_minutes_end_a_session_in_time_and_the_same_command_resumes(roads, tmp_path):
     flags = ("--data", roads, "--out", tmp_path, "--epochs", 500, "--session_minutes", 0.35)
     assert run("train.py", "--no_flag").returncode == 2  # loads the libraries

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data import images
 from kit.data.kitti import BirdsEyeView, bev_cells, read_calibration
@@ -106,6 +107,32 @@ def test_an_evaluation_of_parts_merges_into_the_whole(tmp_path):
     assert set(written[0]["image"]) == {"all", "um_road", "uu_road"}
     names = {"MaxF", "AP", "PRE", "REC", "FPR", "FNR", "IoU", "F1", "IoU50", "images"}
     assert all(names <= set(block) for block in written[0]["image"].values())
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_images_that_are_ignored_as_a_whole_are_in_no_mean(exclusive):
+    classes = Classes(("a", "b"), ("0", "1"), exclusive)
+    truth = np.uint8([[0, 1, 1, 1]]) if exclusive else np.uint8([[[1, 1, 0, 0]], [[0, 1, 0, 0]]])
+    mask = np.uint8([[0, 0, 1, 1]]) if exclusive else truth[::-1] == 1
+    planes = np.stack([mask, 0 * mask]) if exclusive else np.uint8(255 * mask)
+    evaluations = [metrics.Evaluation(classes) for _ in range(2)]
+    for evaluation in evaluations:
+        evaluation.add(Sample(), planes, mask, truth)
+    evaluations[1].add(Sample(), planes, mask, np.full_like(truth, IGNORE))
+    assert evaluations[1].mean() == evaluations[0].mean()
+    assert evaluations[1].mean()["Dice"] < 100
+    assert "1 image is ignored as a whole, not in the means" in evaluations[1].summary()
+    assert "ignored" not in evaluations[0].summary()
+    assert np.isnan(utils.score(np.ones((2, 2)), np.full((2, 2), IGNORE))["Dice"])
+
+
+def test_ignored_images_choose_no_threshold():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 50, (5, 2, 256))
+    ignored = np.concatenate([counts, np.zeros_like(counts[:2])])
+    for metric in ("dice", "iou"):
+        values = metrics.scores_by_threshold(ignored, metric)
+        assert np.allclose(values.mean(0), metrics.scores_by_threshold(counts, metric).mean(0))
 
 
 def test_every_threshold_takes_its_own_level_in():

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 
 import numpy as np
 import pandas as pd
@@ -84,6 +85,16 @@ def test_a_refused_size_is_answered_with_the_nearest():
         settle("DPT", "tu-vit_tiny_patch16_224", (96, 320), GIVEN)
     with pytest.raises(UserError, match=r"--width 100: FPN.*take 96 or 128$"):
         settle("FPN", "resnet18", (96, 100), GIVEN)
+
+
+@pytest.mark.parametrize("free", [AUTO, GIVEN])
+def test_a_pair_that_takes_no_size_is_named_as_such(free):
+    """smp's DPT takes ViTs with patches of 8, 16 and 32; multiples of 14 do not help."""
+    for size in ((96, 320), (518, 518)):
+        with pytest.raises(UserError) as refused:
+            settle("DPT", "tu-vit_small_patch14_dinov2", size, free)
+        assert str(refused.value).startswith("--arch DPT --encoder tu-vit_small_patch14_dinov2: ")
+        assert "--height" not in str(refused.value)
 
 
 @pytest.mark.parametrize("arch", ["DeepLabV3Plus", "UPerNet"])
@@ -191,6 +202,20 @@ def test_channels_last_is_left_out_where_it_crashes(encoder, fast):
     assert (formats[0] == images.stride()) is fast
     model.set_memory_format(network, "cuda")
     assert first.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_conv3d_keeps_its_format_and_learns_in_float32(monkeypatch):
+    """Of lambda_resnet26t; bf16 on a CPU gives it random gradients."""
+    monkeypatch.setattr(model, "best_device", lambda: "cpu")
+    network = model.prepare_training(
+        model.build_network(ModelConfig(encoder="tu-lambda_resnet26t"))
+    )
+    first = next(part for part in network.modules() if isinstance(part, torch.nn.Conv2d))
+    assert first.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network.train()(torch.randn(4, 3, 64, 64))
+    logits.float().square().mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in network.parameters())
 
 
 def test_depthwise_convolutions_that_bf16_makes_slow_train_in_float32(monkeypatch):
@@ -319,6 +344,83 @@ def test_a_model_of_the_kit_gives_its_encoder(tmp_path):
     assert torch.equal(first.state_dict()[key], second.state_dict()[key])
 
 
+PREFIXES = ("_orig_mod.", "backbone.", "net.", "unet.", "module._orig_mod.unet.encoder.")
+WRAPPERS = (("model_state_dict",), ("ema",), ("teacher",), ("ema", "model"), ("model_ema",))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_other_libraries_are_taken_off(tmp_path, prefix):
+    encoder = model.build_network(ModelConfig(encoder="resnet18")).encoder.state_dict()
+    file = tmp_path / "w.pth"
+    torch.save({f"{prefix}{key}": tensor for key, tensor in encoder.items()}, file)
+    loaded = model.build_network(ModelConfig(encoder="resnet18"), str(file)).encoder.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in encoder.items())
+
+
+@pytest.mark.parametrize("names", WRAPPERS, ids=".".join)
+def test_weights_lie_under_names_of_other_libraries(tmp_path, names):
+    encoder = model.build_network(ModelConfig(encoder="resnet18")).encoder.state_dict()
+    content, file = encoder, tmp_path / "w.pth"
+    for name in reversed(names):
+        content = {name: content, "epoch": torch.tensor(3), "optimizer": {"state": {}}}
+    torch.save(content, file)
+    loaded = model.build_network(ModelConfig(encoder="resnet18"), str(file)).encoder.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in encoder.items())
+
+
+def test_names_that_become_one_are_refused(tmp_path):
+    encoder = model.build_network(ModelConfig(encoder="resnet18")).encoder.state_dict()
+    file = str(tmp_path / "w.pth")
+    same = {f"{prefix}{key}": tensor for prefix in ("", "net.") for key, tensor in encoder.items()}
+    torch.save(same, file)
+    model.build_network(ModelConfig(encoder="resnet18"), file)  # of the same content
+    torch.save(same | {"net.conv1.weight": 2 * encoder["conv1.weight"]}, file)
+    with pytest.raises(UserError, match="conv1.weight and net.conv1.weight .* differ"):
+        model.build_network(ModelConfig(encoder="resnet18"), file)
+    torch.save(same | {"net.fc.weight": torch.ones(2), "fc.weight": torch.zeros(2)}, file)
+    model.build_network(ModelConfig(encoder="resnet18"), file)  # nothing uses it
+
+
+def test_messages_have_no_escapes_of_a_file(tmp_path):
+    file, key = str(tmp_path / "w.pth"), "net.\x1b[31m\nconv1.weight"
+    other = key.replace("net.", "")
+    problem = UserError(file, f"holds {key} and {other}")
+    assert str(problem).isprintable()
+    assert "\\x1b[31m\\nconv1" in str(problem)
+    assert str(UserError("--data", "größe 漢字")) == "--data: größe 漢字"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "tag", "config.json", "model.pt"])
+def test_normalisation_follows_the_weights_file(tmp_path, kind):
+    """Where it says with which mean and std it was trained."""
+    state, half = timm_state("resnet18"), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    file = tmp_path / ("w.pth" if kind in ("pth", "model.pt") else "w.safetensors")
+    encoder, expected = "tu-resnet18", (0.5, 0.25)
+    if kind == "pth":
+        torch.save({"state_dict": state, "pretrained_cfg": half}, file)
+    elif kind == "model.pt":
+        config = ModelConfig(encoder="resnet18", mean=(0.5,) * 3, std=(0.25,) * 3)
+        network = model.build_network(config)
+        model.save_model(file, model.TrainedModel(network, config, {}, {}))
+    elif kind == "tag":  # the name that timm gives it
+        encoder, expected = "tu-tf_efficientnet_b0", (0.5, 0.5)
+        file = tmp_path / "tf_efficientnet_b0.ap_in1k.safetensors"
+        save_file(state, str(file))
+    else:
+        inside = {"pretrained_cfg": json.dumps(half)} if kind == "safetensors" else None
+        save_file(state, str(file), inside)
+        if not inside:
+            (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": half}))
+    found = encoders.normalisation("Unet", encoder, str(file))
+    assert (found["mean"][0], found["std"][0]) == expected
+
+
+def test_an_impossible_normalisation_of_a_file_is_refused(tmp_path):
+    torch.save({"pretrained_cfg": {"mean": [0.5], "std": [0, 0, 0]}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: its mean and std are none"):
+        encoders.normalisation("Unet", "resnet18", str(tmp_path / "w.pth"))
+
+
 def test_weights_of_another_encoder_are_counted(tmp_path):
     path = write(tmp_path, timm_state("convnext_atto"), "safetensors")
     with pytest.raises(UserError, match="weights of resnet18: 0 of 100 tensors fit .absent: conv1"):
@@ -351,7 +453,7 @@ def test_names_of_weights():
 )
 def test_normalisation_follows_the_encoder(tmp_path, encoder, mean, std):
     file = tmp_path / "w.pth"
-    file.write_bytes(b"")
+    torch.save({}, file)
     found = encoders.normalisation("Unet", encoder, str(file))
     assert (found["mean"][0], found["std"][0]) == (mean, std)
     words = ModelConfig(encoder=encoder, **found).describe()

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,11 @@ def scan_sample(sample: Any, classes: Classes, opener: Opener) -> dict[str, Any]
     image = {"height": header.size[0], "width": header.size[1]}
     image |= {"turn": header.turn, "deep": header.deep}
     return image | measure(mask, classes) | {"digest": zlib.crc32(mask.tobytes())}
+
+
+def portable_rows(samples: pd.DataFrame) -> list[SimpleNamespace]:
+    """The rows of the samples; those of `itertuples` do not reach workers that are spawned."""
+    return [SimpleNamespace(**row) for row in samples.to_dict("records")]
 
 
 def read_sample(

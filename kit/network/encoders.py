@@ -1,9 +1,11 @@
 """Encoders and decoders by name: what fits together, pretrained weights and their statistics."""
 
 import argparse
+import contextlib
 import functools
 import inspect
 import itertools
+import json
 import logging
 import os
 import re
@@ -19,6 +21,7 @@ import huggingface_hub.constants
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import constants
 
@@ -207,6 +210,9 @@ def normalisation(arch: str, encoder: str, weights: str) -> dict[str, tuple[floa
     check_names(arch, encoder)
     check_weights(encoder, weights)
     name = timm_name(encoder)
+    in_file = {} if weights in ("none", *weights_names(encoder)) else file_statistics(weights)
+    if in_file:
+        return in_file
     if weights == "none":
         mean, std = IMAGENET
     elif name:
@@ -234,7 +240,8 @@ def load_weights(network: torch.nn.Module, arch: str, encoder: str, weights: str
 
 def plain_name(key: str) -> str:
     """A tensor's name without prefixes; timm's `features_only` turns `stages.0` to `stages_0`."""
-    return re.sub(r"^((module|model|encoder)\.)+", "", key).replace(".", "_")
+    prefixes = r"^((module|model|encoder|_orig_mod|backbone|net|unet)\.)+"
+    return re.sub(prefixes, "", key).replace(".", "_")
 
 
 def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, torch.Tensor]:
@@ -242,18 +249,19 @@ def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, t
 
     timm's classifier, which a ViT keeps, may be of other classes or absent: nothing uses it.
     """
-    given = {plain_name(key): tensor for key, tensor in read_weights(file).items()}
-    initial = module.state_dict()
+    weights, initial = read_weights(file), module.state_dict()
+    given = {plain_name(key): tensor for key, tensor in weights.items()}
     state, missing, wrong = {}, [], []
     unused = "|".join((*classifier_names(module), "num_batches_tracked$"))
+    needed = [key for key in initial if not re.search(unused, plain_name(key))]
+    check_unique(weights, given, set(map(plain_name, needed)), file)
     for key, tensor in initial.items():
         other = given.get(plain_name(key))
         fits = other is not None and other.shape == tensor.shape
         state[key] = other if fits else tensor
-        if not fits and not re.search(unused, plain_name(key)):
+        if not fits and key in needed:
             (missing if other is None else wrong).append(key)
     if missing or wrong:
-        needed = [key for key in initial if not re.search(unused, plain_name(key))]
         fitting = len(needed) - len(missing) - len(wrong)
         faults = [f"absent: {first_five(missing)}"] * bool(missing)
         faults += [f"of other shape: {first_five(wrong)}"] * bool(wrong)
@@ -264,6 +272,24 @@ def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, t
             "name its own file",
         )
     return state
+
+
+def check_unique(
+    weights: dict[str, torch.Tensor], given: dict[str, torch.Tensor], needed: set[str], file: str
+) -> None:
+    """Raise UserError where tensors of a file that differ have one name without prefixes.
+
+    `given`: the last of each name; `needed`: the names that are looked at.
+    """
+    for key, tensor in weights.items():
+        name = plain_name(key)
+        if name in needed and not torch.equal(tensor, given[name]):
+            other = next(k for k, t in weights.items() if t is given[name])
+            raise UserError(
+                f"--encoder_weights {file}",
+                f"holds several networks: {key} and {other} are one name and differ",
+                "save the one that is meant as a file of its own",
+            )
 
 
 def classifier_names(module: torch.nn.Module) -> tuple[str, ...]:
@@ -310,24 +336,71 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"checksum of {damaged}")
 
 
-def read_weights(file: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or .pth file, without running code in it. Raises UserError.
+# Where checkpoints of other libraries keep their weights; the averaged ones first, as timm does.
+WRAPPERS = (
+    "state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model_state_dict", "model",
+    "module",
+)  # fmt: skip
 
-    They may lie under `state_dict` or `model`, as in a checkpoint of timm or a model.pt.
+
+def read_weights(file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or .pth file, also below `WRAPPERS`. Raises UserError."""
+    return find_tensors(read_file(file))
+
+
+def find_tensors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The first tensors below `WRAPPERS`, or those of the content itself."""
+    inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict)]
+    tensors = {key: value for key, value in content.items() if torch.is_tensor(value)}
+    return next(filter(None, map(find_tensors, inner)), tensors)
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """What a .safetensors or .pth file holds, without running code in it. Raises UserError.
+
+    The tensors and metadata of a .safetensors are `state_dict` and `pretrained_cfg`.
     """
     try:
         if file.endswith(".safetensors"):
-            return load_file(file)
+            with safe_open(file, "pt") as opened:
+                described = (opened.metadata() or {}).get("pretrained_cfg", "{}")
+            return {"state_dict": load_file(file), "pretrained_cfg": json.loads(described)}
         if zipfile.is_zipfile(file):  # torch's older files are not
             check_archive(Path(file))
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own settings
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise anything on a damaged file
         raise UserError(
             f"--encoder_weights {file}", f"cannot be read ({reason_of(error)})", "replace it"
         ) from None
-    for name in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    state = state if isinstance(state, dict) else {}
-    return {key: value for key, value in state.items() if torch.is_tensor(value)}
+    return content if isinstance(content, dict) else {}
+
+
+def file_statistics(file: str) -> dict[str, tuple[float, ...]]:
+    """The mean and std that a weights file was trained with; {} where it does not say.
+
+    timm's `pretrained_cfg` in it, or in the config.json next to it; the settings in a model.pt; a
+    file name that is one of timm's, such as tf_efficientnet_b0.ap_in1k. Raises UserError.
+    """
+    content, beside = read_file(file), Path(file).with_name("config.json")
+    blocks = [content.get("pretrained_cfg"), content.get("model")]
+    if file.endswith(".safetensors") and beside.is_file():
+        with contextlib.suppress(ValueError, AttributeError):  # of another program
+            blocks.append(json.loads(beside.read_bytes()).get("pretrained_cfg"))
+    with contextlib.suppress(RuntimeError):  # timm's, for a tag that it does not know
+        blocks.append(vars(timm.get_pretrained_cfg(Path(file).stem) or argparse.Namespace()))
+    for block in blocks:
+        if isinstance(block, dict) and {"mean", "std"} <= set(block):
+            try:
+                mean, std = (tuple(map(float, block[name])) for name in ("mean", "std"))
+                in_limits = -1 <= min(mean) <= max(mean) <= 2 and 1e-3 <= min(std) <= max(std) <= 10
+            except (TypeError, ValueError):
+                mean, std, in_limits = (), (), False
+            if not in_limits or (len(mean), len(std)) != (3, 3):
+                raise UserError(
+                    f"--encoder_weights {file}",
+                    "its mean and std are none (three numbers each, of 0..1)",
+                    "take them out of the file",
+                )
+            return {"mean": mean, "std": std}
+    return {}

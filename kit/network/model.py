@@ -79,7 +79,10 @@ def set_memory_format(network: torch.nn.Module, device: str) -> torch.nn.Module:
     if crashes:
         network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
         return network
-    return network.to(memory_format=torch.channels_last)
+    for weight in network.parameters():
+        if weight.dim() == 4:  # of lambda layers some have 5
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return network
 
 
 def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
@@ -87,6 +90,7 @@ def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
 
     With a stride or over 3x3 pixels their backward pass in bf16 takes 3 to 15 times as long (oneDNN
     of torch 2.14): a step of EfficientNet-lite0 at 128x640, batch 8, took 614 ms instead of 867.
+    That of a Conv3d (lambda layers) gives random numbers and NaN.
     """
     device = best_device()
     network = set_memory_format(network, device)
@@ -94,7 +98,8 @@ def prepare_training(network: torch.nn.Module) -> torch.nn.Module:
         return network
     for layer in network.modules():
         depthwise = isinstance(layer, torch.nn.Conv2d) and 1 < layer.groups == layer.in_channels
-        if depthwise and (max(layer.stride) > 1 or max(layer.kernel_size) > 3):
+        slow = depthwise and (max(layer.stride) > 1 or max(layer.kernel_size) > 3)
+        if slow or isinstance(layer, torch.nn.Conv3d):
             layer.forward = functools.partial(in_float32, layer.forward)
     return network
 

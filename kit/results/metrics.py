@@ -59,13 +59,15 @@ def pixel_counts(
 def count_hits(mask: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
     """True positives, false positives and misses of each of K planes, float64 (3, K).
 
-    `mask`: bool (K, h, w); ignored pixels do not count.
+    `mask`: bool (K, h, w); ignored pixels do not count. Of a plane that is ignored as a whole they
+    are NaN.
     """
     hits = np.zeros((3, len(mask)))
     for k, target in enumerate(ground_truth):
         positive = mask[k] == 1
         kinds = (target == 1) & positive, (target == 0) & positive, (target == 1) & ~positive
-        hits[:, k] = list(map(np.count_nonzero, kinds))
+        ignored = (target == IGNORE).all()
+        hits[:, k] = np.nan if ignored else list(map(np.count_nonzero, kinds))
     return hits
 
 
@@ -102,7 +104,7 @@ def count_image(
         above, below = table[:, :, 128:].sum(2), table[:, :, :128].sum(2)
         hits = np.stack([above[:, 1], above[:, 0], below[:, 1]])
     else:
-        hits = count_hits(mask, ground_truth)
+        hits = np.nan_to_num(count_hits(mask, ground_truth))
     return Sums(counts, hits, hits[1:].sum())
 
 
@@ -154,12 +156,13 @@ def in_percent(measures: dict[str, float]) -> dict[str, float]:
 def mask_scores(hits: np.ndarray, empty_score: str = "1") -> np.ndarray:
     """Dice and IoU of each class of an image, (K, 2), 0..1, from `count_hits`.
 
-    Where neither mask has any foreground they are what `EMPTY_SCORES` says; NaN does not count in
-    a mean.
+    Where neither mask has any foreground they are what `EMPTY_SCORES` says, where all is ignored
+    NaN, which does not count in a mean.
     """
     both, union = hits[0], hits.sum(0)
     values = np.stack([ratio(2 * both, both + union), ratio(both, union)], 1)
     values[union == 0] = EMPTY_SCORES[empty_score]
+    values[np.isnan(union)] = np.nan
     return values
 
 
@@ -249,14 +252,17 @@ def scores_by_threshold(counts: np.ndarray, metric: str, empty_score: str = "1")
     """A metric of each of n images at each of the 256 thresholds, (n, 256), 0..1.
 
     `counts`: (n, 2, 256). "dice" and "iou" are the image's own; without foreground 0, or where none
-    is found what `EMPTY_SCORES` says. "maxf" is the pooled F1 plus the image's part in it, to first
-    order: the mean over images is the pooled F1, their spread its error.
+    is found what `EMPTY_SCORES` says; of an ignored image the mean. "maxf" is the pooled F1 plus
+    the image's part in it, to first order: the mean over images is the pooled F1, their spread its
+    error.
     """
     fp, tp = at_thresholds(counts).transpose(1, 0, 2)
     union = fp + tp[:, :1]
     above, below = (tp, union) if metric == "iou" else (2 * tp, union + tp)
     if metric != "maxf":
-        return fill_nan(np.where(below > 0, ratio(above, below), EMPTY_SCORES[empty_score]))
+        values = np.where(below > 0, ratio(above, below), EMPTY_SCORES[empty_score])
+        values[~counts.any((1, 2))] = np.nan
+        return fill_nan(values)
     pooled = ratio(above.sum(0), below.sum(0))
     mean = np.broadcast_to(below.mean(0), below.shape)
     return pooled + ratio(above - pooled * below, mean)
@@ -309,7 +315,8 @@ class Evaluation:
         for view, (planes, final, target) in seen.items():
             sums = count_image(planes, target, self.classes, final)
             if view == "image":
-                self.image_hits.append(sums.hits)
+                counted = sums.counts.numpy().any(None if self.classes.exclusive else (1, 2))
+                self.image_hits.append(np.where(counted, sums.hits, np.nan))
             for category in dict.fromkeys(("all", sample.category or "all")):
                 self.add_sums(view, category, sums)
 
@@ -423,6 +430,10 @@ class Evaluation:
             values = "  ".join(f"{name} {measures['all'][name]:.2f} %" for name in self.shown)
             title = "" if view == "image" else f"{view}: "
             texts.append(f"{title}{values}  ({measures['all']['images']} images)")
+        ignored = sum(bool(np.isnan(hits).all()) for hits in self.image_hits)
+        if ignored:
+            images = "1 image is" if ignored == 1 else f"{ignored} images are"
+            texts.append(f"{images} ignored as a whole, not in the means")
         dice = self.mean()["Dice"]
         if not self.classes.several:
             return "; ".join([*texts, f"mean Dice of the masks {dice:.2f} %"])
@@ -476,9 +487,11 @@ def write_validation(
         mask = postprocess(planes, config)
         evaluation.add(prediction.sample, planes, mask, prediction.ground_truth)
     ious = [evaluation.image_iou(hits) for hits in evaluation.image_hits]
-    order = np.argsort(ious, kind="stable")[[0, len(ious) // 2, -1]]
+    order = np.argsort(ious, kind="stable")
+    order = [index for index in order if not np.isnan(evaluation.image_hits[index]).all()] or order
     rows = []
-    for name, index in zip(("worst", "median", "best"), order, strict=True):
+    for name, place in (("worst", 0), ("median", len(order) // 2), ("best", -1)):
+        index = order[place]
         prediction = predictions[index]
         caption = f"{name}: {prediction.sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
         mask, target = postprocess(prediction.planes, config), prediction.ground_truth

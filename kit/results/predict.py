@@ -1,6 +1,8 @@
 """From images to probabilities and masks: horizontal-flip TTA, tiles, ensembles, `postprocess`."""
 
 import functools
+import itertools
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +15,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from kit.config import ModelConfig
@@ -106,7 +109,7 @@ def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torc
             result = to_probabilities(model.network(inputs), config)
             if tta:
                 flipped = model.network(inputs.flip(-1)).flip(-1)
-                result = (result + to_probabilities(flipped, config)) / 2
+                result.add_(to_probabilities(flipped, config)).div_(2)
         return result
     except torch.OutOfMemoryError:
         if len(images) == 1:
@@ -127,31 +130,83 @@ def print_once(text: str) -> None:
     tqdm.write(text)
 
 
+# Part of the probabilities of an image: its first class, its first row, and (k, n, w) float32.
+# So that 150 classes of an image are never in memory at once.
+Block = tuple[int, int, torch.Tensor]
+CHANNELS = 16  # of a block
+
+
+def class_blocks(
+    probabilities: torch.Tensor, size: tuple[int, int], config: ModelConfig
+) -> Iterator[Block]:
+    """Probabilities of the network's size, (K, height, width), at the image's own, in blocks."""
+    for channel in range(0, len(probabilities), CHANNELS):
+        yield channel, 0, restore(probabilities[channel : channel + CHANNELS], size, config)
+
+
 @torch.inference_mode()
-def predict_tiles(
+def row_blocks(
     model: TrainedModel, image: np.ndarray, batch_size: int, tta: bool
-) -> torch.Tensor:
-    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: (K, h, w)."""
+) -> Iterator[Block]:
+    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: rows in blocks."""
     config, size = model.config, image.shape[:2]
-    total = torch.zeros((len(config.class_names), *size), device=model.device)
-    weights = torch.zeros(size, device=model.device)
+    corners = tile_corners(size, config, overlap=0.25)
     rows, columns = (
         torch.hann_window(n + 2)[1:-1].clamp(min=1e-3) for n in (config.height, config.width)
     )
-    window = torch.outer(rows, columns).to(total)
-    corners = tile_corners(size, config, overlap=0.25)
+    window = torch.outer(rows, columns).to(model.device)
+    top, total = 0, torch.zeros((len(config.class_names) + 1, 0, size[1]), device=model.device)
     for start in range(0, len(corners), batch_size):
         batch = corners[start : start + batch_size]
+        missing = min(size[0], batch[-1][0] + config.height) - top - total.shape[1]
+        total = F.pad(total, (0, 0, 0, missing))  # the last plane adds up the window
         tiles = torch.stack([to_tensor(cut_tile(image, corner, config)) for corner in batch])
         for (y, x), output in zip(batch, predict_inputs(model, tiles, tta), strict=True):
-            region = total[:, y : y + config.height, x : x + config.width]
+            region = total[:, y - top : y - top + config.height, x : x + config.width]
             height, width = region.shape[1:]
             inside = window[:height, :width]
-            region += output[:, :height, :width] * inside
-            weights[y : y + config.height, x : x + config.width] += inside
-    return total.div_(weights)
+            region[:-1] += output[:, :height, :width] * inside
+            region[-1] += inside
+        done = corners[start + batch_size][0] if start + batch_size < len(corners) else size[0]
+        if done > top:
+            finished = total[:, : done - top]
+            yield 0, top, finished[:-1].div_(finished[-1])
+            top, total = done, total[:, done - top :].clone()
 
 
+def join(blocks: Iterable[Block]) -> Block:
+    """All blocks of an image as one."""
+    parts = list(blocks)
+    return 0, 0, torch.cat([part for *_, part in parts], dim=0 if parts[-1][0] else 1)
+
+
+def average(
+    blocks: Iterable[tuple[Block, ...]], size: tuple[int, int], config: ModelConfig
+) -> np.ndarray:
+    """The prediction, see `to_prediction`, of the mean of the same blocks of each model."""
+    result: Any = None
+    for (channel, row, total), *others in blocks:
+        for *_, other in others:
+            total += other
+        total = total.div_(1 + len(others))
+        if result is None:
+            count = 2 if config.exclusive else len(config.class_names)
+            result = total.new_zeros((count, *size), dtype=torch.uint8)
+            best = total.new_zeros(size if config.exclusive else (0, 0))
+        rows = slice(row, row + total.shape[1])
+        if config.exclusive:
+            value, number = total.max(0)
+            higher = value > best[rows]
+            result[0, rows][higher] = (number[higher] + channel).byte()
+            best[rows][higher] = value[higher]
+        else:
+            result[channel : channel + len(total), rows] = to_prediction(total, config)
+    if config.exclusive:
+        result[1] = (best * 255).round().byte()
+    return result.cpu().numpy()
+
+
+@torch.inference_mode()
 def predict_images(
     models: list[TrainedModel], images: list[np.ndarray], batch_size: int, tta: str = "auto"
 ) -> list[np.ndarray]:
@@ -160,19 +215,23 @@ def predict_images(
     A prediction is what `to_prediction` makes. All images are one batch; of a large one
     `batch_size` tiles. `tta`: auto is as trained.
     """
-    sums: list[Any] = [0] * len(images)  # stay on the device until they are 8-bit
+    blocks: list[Any] = []  # of each model, of each image
     for model in models if images else ():
         config = model.config
         flip = config.tta if tta == "auto" else tta == "true"
         if config.tiles:
-            restored = [predict_tiles(model, image, batch_size, flip) for image in images]
+            blocks.append([row_blocks(model, image, batch_size, flip) for image in images])
         else:
             inputs = torch.stack([to_tensor(resize_image(image, config)) for image in images])
             outputs = zip(predict_inputs(model, inputs, flip), images, strict=True)
-            restored = [restore(output, image.shape[:2], config) for output, image in outputs]
-        sums = [total + summand for total, summand in zip(sums, restored, strict=True)]
-    averages = (to_prediction(total / len(models), models[0].config) for total in sums)
-    return [average.cpu().numpy() for average in averages]
+            blocks.append([class_blocks(p, image.shape[:2], config) for p, image in outputs])
+    tilings = {(m.config.height, m.config.width) if m.config.tiles else () for m in models}
+    if len(tilings) > 1:  # their blocks differ
+        blocks = [[[join(parts)] for parts in of_images] for of_images in blocks]
+    return [
+        average(zip(*parts, strict=True), image.shape[:2], models[0].config)
+        for image, *parts in zip(images, *blocks, strict=True)
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,18 +260,33 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
             )
         models += loaded
         print(f"model: {first_five(files)}")
-    if len({(model.config.class_names, model.config.exclusive) for model in models}) > 1:
-        kinds = " and ".join(sorted({model.config.classes.describe() for model in models}))
-        raise UserError(
-            "--model", f"the models have different classes, {kinds}", "name those of one kind"
-        )
-    if len({model.config.value_range for model in models}) > 1:
-        raise UserError(
-            f"--model {first_five(paths)}",
-            "were trained on images of different ranges (--window)",
-            "predict with one of them",
-        )
+    check_agreement([model.config for model in models])
     return models
+
+
+MUST_AGREE = {  # in what models that are averaged must be alike: ModelConfig's fields, for people
+    "class_names": "classes",
+    "class_values": "values of the classes",
+    "classes.kind": "kinds of classes",
+    "target": "targets",
+    "value_range": "ranges of values (--window)",
+    "rle": "orders of RLE",
+}
+
+
+def check_agreement(configs: list[ModelConfig]) -> None:
+    """Raise UserError for models whose average would mean nothing; it names both values."""
+    for config, (name, title) in itertools.product(configs[1:], MUST_AGREE.items()):
+        values = map(operator.attrgetter(name), (configs[0], config))
+        lists = [value if isinstance(value, tuple) else (value,) for value in values]
+        pairs = [
+            pair for pair in itertools.zip_longest(*lists, fillvalue="none") if len({*pair}) > 1
+        ]
+        if pairs:
+            texts = " and ".join(map(first_five, zip(*pairs, strict=True)))
+            raise UserError(
+                "--model", f"the models have different {title}, {texts}", "name those that agree"
+            )
 
 
 def ensemble_config(models: list[TrainedModel]) -> ModelConfig:

@@ -212,10 +212,11 @@ def stack(images: list[np.ndarray]) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def examples(rows: list[tuple[Any, np.ndarray, np.ndarray]], classes: Classes) -> np.ndarray:
+def examples(rows: Iterable[tuple[Any, np.ndarray, np.ndarray]], classes: Classes) -> np.ndarray:
     """Images with their masks laid over, ignored pixels black, in a grid: examples.jpg.
 
-    `rows`: a sample of `samples.scan`, its image (h, w, 3) uint8 and its mask.
+    `rows`: a sample of `samples.scan`, its image (h, w, 3) uint8 and its mask; a generator keeps
+    one of them in memory at a time.
     """
     panels = []
     for row, image, mask in rows:

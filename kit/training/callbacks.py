@@ -1,5 +1,6 @@
 """What happens around the steps: the clock, checkpoints and resuming, interruption, full memory."""
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -8,9 +9,10 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import torch
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from kit.errors import UserError
+from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
 from kit.network.model import (
     TrainedModel,
@@ -105,6 +108,11 @@ class TrainingCallback(pl.Callback):
         self.best = -1.0  # the largest MaxF, or mIoU
         self.saved = 0.0  # when last.ckpt was written, time.monotonic()
         self.checkpoint: Path | None = None  # that the run is resumed from
+        self.signals: list[int | Stopped] = []  # that end the training, see `interruptible`
+        self.together = settings.get("devices", 1) > 1  # several processes train
+        self.handler: Any = None  # of signals, see `interruptible`
+        self.meets = False  # the others are on their way to `meet`
+        self.step_started, self.step = 0.0, math.inf  # time.monotonic(); seconds, the shortest
 
     @functools.cached_property
     def identity(self) -> resume.Identity:
@@ -126,19 +134,31 @@ class TrainingCallback(pl.Callback):
 
     def reserve_for(self, validation: float) -> None:
         """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export."""
-        self.clock.reserve = 6 + 4 * validation
+        self.clock.reserve = 6 + min(self.step, self.clock.seconds()) + 4 * validation
+
+    def measure_step(self, trainer: pl.Trainer, index: int, batch_size: int) -> None:
+        """Before the first validation: what it will take, from the shortest step so far.
+
+        A forward pass takes a third of a step. Of the 128 images that BatchNorm is re-estimated on
+        a quarter, as `reserve_for` takes everything four times.
+        """
+        now, earlier, self.step_started = time.monotonic(), self.step_started, time.monotonic()
+        if index:
+            self.step = min(self.step, now - earlier)
+        if index > 1 and not self.rows:  # the first step alone may be slow
+            batches = min(128 / batch_size, trainer.num_training_batches) / 4
+            batches += trainer.num_val_batches[0]
+            self.reserve_for(self.step / 3 * batches)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
     ) -> None:
+        self.meet(module.device)
         if index == 0:
             seed = self.settings["seed"] + trainer.current_epoch
             torch.manual_seed(seed)  # of dropout: the same in a resumed run
-            self.epoch_started = time.monotonic()
             self.clock.begun = self.clock.begun or self.clock.seconds()
-        if index == 20 and not self.clock.reserve:  # no validation yet: it takes a third of a step
-            step = (time.monotonic() - self.epoch_started) / index
-            self.reserve_for(step / 3 * trainer.num_val_batches[0])
+        self.measure_step(trainer, index, len(batch["name"]))
         parts = trainer.accumulate_grad_batches
         steps = -(-trainer.num_training_batches // parts)
         step = trainer.current_epoch * steps + index // parts  # global_step lacks epochs cut short
@@ -147,7 +167,43 @@ class TrainingCallback(pl.Callback):
         module.set_progress(progress)
         trainer.should_stop = session_over or (self.clock.limit > 0 and progress >= 1)  # last step
 
+    def meet(self, device: torch.device, reason: int = 0) -> None:
+        """Between batches and before the backward pass: all processes leave where one has to.
+
+        Elsewhere one that leaves is missed by the others' next reduction. `reason`: of `REASONS`.
+        Raises the error of the gravest.
+        """
+        if not self.together:
+            return
+        reason = max(reason, 2 if self.signals else 0)
+        shared = torch.tensor(reason, device=device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        if int(shared):
+            self.together = self.meets = False
+            raise REASONS[int(shared)](2)  # SystemExit's status
+
+    def on_train_start(self, *_: Any) -> None:
+        for number in END_SIGNALS if self.handler and not self.signals else ():
+            signal.signal(number, self.handler)  # Lightning's would end one process alone
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.together = self.meets = trainer.world_size > 1
+        self.device = module.device
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, module: pl.LightningModule, loss: torch.Tensor
+    ) -> None:
+        self.meet(module.device)
+        self.meets = False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.meets = self.together
+
+    def on_train_end(self, *_: Any) -> None:
+        self.together = self.meets = False
+
     def on_validation_start(self, *_: Any) -> None:
+        self.meets = False
         self.validation_started = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -223,6 +279,13 @@ class TrainingCallback(pl.Callback):
             return ""
         remedy = "for more raise --epochs or --max_minutes, to start over --resume none"
         return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}\n"
+
+    def describe_end(self) -> str:
+        """What the same command does after an early end, as far as it is reached."""
+        if not any(self.root.rglob("last.ckpt")):
+            return "no epoch is finished; the same command starts over"
+        flag = "" if self.settings["resume"] == "auto" else " with --resume auto"
+        return f"the same command{flag} resumes"
 
     def restart(self) -> Path | None:
         """After memory ran out: the run's own last.ckpt, else the one that it is resumed from."""
@@ -302,49 +365,123 @@ def around_training(run: TrainingCallback, seed: int) -> list[pl.Callback]:
 # --------------------------------------------------------------------------------------------------
 
 
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM."""
 
 
+class Stopped(UserError):
+    """Another process ended, such as a worker of a loader: what was trained is exported."""
+
+
+# Why processes leave the training; the gravest of all processes counts.
+REASONS = {1: torch.OutOfMemoryError, 2: Interrupted, 3: SystemExit}
+
+
 @contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible(run: TrainingCallback) -> Iterator[list[int | Stopped]]:
     """Leave the block on Ctrl-C and SIGTERM; a second one ends the process at once.
 
-    Yields a list that holds the signal's number afterwards.
+    Also where it is `Stopped`. Several processes leave at their next meeting. Yields a list that
+    holds the signal's number, or the error, afterwards (`end_process`).
     """
-    signals: list[int] = []
+    signals = run.signals
 
     def interrupt(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         signals.append(number)
-        raise Interrupted
+        if not run.together:
+            raise Interrupted
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    run.handler = interrupt
+    handlers = {number: signal.signal(number, interrupt) for number in END_SIGNALS}
     try:
         yield signals
-    except Interrupted:
-        print("\ninterrupted: exports what was reached; the same command resumes", flush=True)
+    except (Interrupted, Stopped) as end:
+        signals += [end] if isinstance(end, Stopped) else []
+        exports = "exports what was reached; " if run.rows else ""
+        print(f"\ninterrupted: {exports}{run.describe_end()}", flush=True)
     finally:
-        for number in numbers:  # Lightning has put back the handler that it found
+        for number in END_SIGNALS:  # Lightning has put back the handler that it found
             signal.signal(number, signal.SIG_DFL if number in signals else handlers[number])
 
 
-def end_process(signals: list[int]) -> None:
-    """End the process as the signal would have, if one came."""
-    for number in signals:
-        os.kill(os.getpid(), number)
+def end_process(signals: list[int | Stopped]) -> None:
+    """End all processes as the signal would have, if one came; or raise the error."""
+    for ends in in_all_processes(signals):
+        for signal_or_error in ends:
+            if isinstance(signal_or_error, Stopped):
+                raise signal_or_error
+            signal.signal(signal_or_error, signal.SIG_DFL)  # it may have come to another process
+            os.kill(os.getpid(), signal_or_error)
+
+
+def in_all_processes(value: Any) -> list[Any]:
+    """The values of all processes, in each of them: they wait for each other.
+
+    Where another one is gone, the first one has its own value alone, and the others end.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    atexit.register(close_group)
+    try:
+        torch.distributed.all_gather_object(values, value)
+    except RuntimeError:
+        if rank_zero_only.rank:
+            raise SystemExit(2) from None
+        return [value]
+    return values
+
+
+def no_time_for_a_fold(clock: Clock) -> bool:
+    """Whether this session ends before another fold; the first process decides for all."""
+    over = clock.session_over() or clock.deadline - time.monotonic() < 60
+    return in_all_processes(over)[0]
+
+
+def close_group() -> None:
+    """At the end of a process; with gloo's threads still there it would abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leave_together(run: TrainingCallback) -> Iterator[None]:
+    """Where a process leaves the block by an error, the others leave it, too, see `meet`."""
+    try:
+        with clear_loader_errors():
+            yield
+    except BaseException as error:
+        politely = isinstance(error, (Interrupted, Stopped, SIGTERMException))
+        reason = 2 if politely else 3
+        reason = 1 if isinstance(error, torch.OutOfMemoryError) else reason
+        if run.meets:
+            # this error is raised instead; the others may be gone
+            with contextlib.suppress(REASONS[reason], RuntimeError):
+                run.meet(run.device, reason)
+        run.together = run.meets = False
+        if isinstance(error, SIGTERMException):  # of Lightning, in all processes
+            raise Interrupted from None
+        raise
 
 
 @contextlib.contextmanager
 def clear_loader_errors() -> Iterator[None]:
-    """Name the remedy where shared memory is too small for the loaders' workers."""
+    """Name the remedy where workers died, such as for want of memory, or another process."""
     try:
         yield
     except RuntimeError as error:
-        if "bus error" not in str(error).lower():  # of a worker
+        if "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
+            problem, remedy = "another process ended", "its message says why"
+            raise Stopped("--devices", problem, remedy) from None
+        if "DataLoader worker (pid" not in str(error):
             raise
-        raise UserError("shared memory", "is used up by the workers", "take --workers 0") from None
+        full = "bus error" in str(error).lower()
+        problem = "shared memory is used up" if full else f"one was killed ({reason_of(error)})"
+        raise Stopped("the workers that load data", problem, "take --workers 0") from None
 
 
 def more_parts(parts: int, batch_size: int, device: str) -> int:
@@ -377,13 +514,19 @@ def check_loss(value: torch.Tensor, epoch: int, names: list[str]) -> None:
         )
 
 
-def find_lr(trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> float:
+def find_lr(
+    module: pl.LightningModule, loader: Any, make_trainer: Callable[..., pl.Trainer], parts: int
+) -> float:
     """Lightning's learning-rate finder: 50 steps. Raises UserError.
 
-    `trainer`: without end, and not the training's own: a short run would end before the finder.
+    `make_trainer`: of train.py; the training's own might end before the finder. `parts`: of a
+    batch, for gradient accumulation.
     """
+    endless = {"max_epochs": -1, "limit_val_batches": 0, "accumulate_grad_batches": parts}
     options = {"num_training": 50, "min_lr": 1e-6, "max_lr": 0.1, "update_attr": False}
-    finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
+    with tempfile.TemporaryDirectory() as folder:  # for a checkpoint
+        trainer = make_trainer(module.config, default_root_dir=folder, **endless)
+        finder = Tuner(trainer).lr_find(copy.deepcopy(module), loader, **options)
     lr = finder.suggestion()
     if lr is None:
         raise UserError("--lr auto", "found none, the loss left the numbers", "give --lr 5e-4")

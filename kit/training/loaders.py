@@ -99,6 +99,8 @@ class ShardedSampler(Sampler):
             epoch = int(self.dataset.epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
             order = order[: len(order) // self.processes * self.processes]
+        elif len(order) < self.processes:  # every process validates all: no score changes
+            return order.tolist()
         rank = torch.distributed.get_rank() if self.processes > 1 else 0
         return order[rank :: self.processes].tolist()
 

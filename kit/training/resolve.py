@@ -241,7 +241,7 @@ def try_network(
             network = build_network(config)
     batch_size, processes = resolved.batch_size, resolved.devices
     batch = min(2, images_per_step(batch_size, len(item_places(training, config)), processes))
-    check_step(config, size_step(network), free)
+    check_step(network, config, free, batch)
     size = settle_size(network, config, free, batch, batch_size, processes)
     config = replace(config, height=size[0], width=size[1])
     grow = resolved.grow
@@ -253,17 +253,23 @@ def try_network(
     return replace(resolved, **changes, grow=grow, lr=resolved.lr or lr), config
 
 
-def check_step(config: ModelConfig, step: int, free: tuple[bool, bool]) -> None:
-    """Raise UserError for a height or width of the user's that is no multiple of a step."""
-    sizes = {"height": config.height, "width": config.width}
+def check_step(
+    network: torch.nn.Module, config: ModelConfig, free: tuple[bool, bool], batch: int
+) -> None:
+    """Raise UserError for a height or width of the user's that is no multiple of a step.
+
+    It names those next to it that the network takes; where it takes none, `settle_size` speaks.
+    """
+    step, sizes = size_step(network), {"height": config.height, "width": config.width}
     for (flag, value), may_change in zip(sizes.items(), free, strict=True):
-        if value % step and not may_change:
-            below, above = value // step * step, -(-value // step) * step
-            near = f"{below} or {above}" if below else f"{above}"
+        around = (value // step * step, -(-value // step) * step)
+        changed = {n: tuple((sizes | {flag: n}).values()) for n in around if n != value}
+        near = [f"{n}" for n, size in changed.items() if n and not refusal(network, batch, size)]
+        if near and not may_change:
             raise UserError(
                 f"--{flag} {value}",
                 f"{config.arch} with {config.encoder} takes multiples of {step}",
-                f"take {near}",
+                f"take {' or '.join(near)}",
             )
 
 
@@ -311,11 +317,14 @@ def settle_size(
     flags = "--height {} --width {}".format(*nearest) if nearest else ""
     if too_few:
         raise one_image_error(f"{names} cannot learn", reason, flags, batch_size, processes)
-    raise UserError(
-        f"--height {height} --width {width}",
-        f"not possible with {names} ({reason})",
-        f"take {flags}" if flags else "take another --encoder or --arch",
-    )
+    if not nearest:
+        raise UserError(
+            f"--arch {config.arch} --encoder {config.encoder}",
+            f"do not fit together: {height}x{width} and the sizes near it fail ({reason})",
+            "take another --encoder or --arch; docs/models.md lists pairs that fit",
+        )
+    problem = f"not possible with {names} ({reason})"
+    raise UserError(f"--height {height} --width {width}", problem, f"take {flags}")
 
 
 def one_image_error(
