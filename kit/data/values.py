@@ -341,7 +341,7 @@ def check_foreground(values: MaskValues, pixels: Counter[float], count: int) -> 
 
 
 def check_labels(counts: list[ValueCounts], channel: str, request: ClassRequest | None) -> None:
-    """Raise UserError where the values are not those of classes: few whole numbers, not a JPEG's."""
+    """Raise UserError where the values are not those of classes: few whole numbers, no JPEG."""
     pixels = sum_pixels(counts)
     whole = all(value == int(value) >= 0 for value in pixels) and len(pixels) <= MOST_LABELS + 1
     lossy = any(count.lossy for count in counts)
