@@ -42,7 +42,11 @@ class Options:
     # submission.csv, submission_kitti.zip, or png: label maps in submission.zip
     submission: Literal["none", "rle", "kitti", "png"] = "none"
     empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
-    sample_submission: str = "auto"  # csv with header and ids; auto: the one next to the data
+    # csv with header and ids; auto: the one with the data, or above; none: a header of its own
+    sample_submission: str = "auto"
+    submission_size: str = ""  # height,width of the masks in it, such as 350,525; "": the images'
+    # rows: a row for each object; union: for each image; auto: union, or as the sample has it
+    instances: Literal["auto", "rows", "union"] = "auto"
     on_missing: Literal["error", "empty"] = "error"  # an id of it that has no image
 
 
@@ -52,6 +56,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -155,14 +160,23 @@ def make_submission(options: Options, samples: pd.DataFrame, config: ModelConfig
     """The submission that is asked for, or None; says which sample it follows. Raises UserError."""
     if options.submission == "none":
         return None
-    sample = options.sample_submission
+    sample = "" if options.sample_submission == "none" else options.sample_submission
     if sample == "auto" and options.submission != "png":
-        folder = Path(samples.image[0]).parent if len(samples) else Path(options.data)
-        sample = submissions.find_sample_submission(folder, samples.id)
+        root = Path(os.path.abspath(options.data))
+        root = root.parent if root.is_file() else root
+        folder = Path(samples.image[0]).parent if len(samples) else root
+        sample = submissions.find_sample_submission(folder, samples.id, root)
     rerun = os.environ.get("KAGGLE_IS_COMPETITION_RERUN")  # on hidden images an error costs all
-    on_missing = "empty" if rerun else options.on_missing
+    on_missing = "rerun" if rerun else options.on_missing
     order = config.rle if options.rle == "auto" else options.rle
-    return SUBMISSIONS[options.submission](samples, config.classes, sample, on_missing, order)
+    size = tuple(map(int, re.findall(r"\d+", options.submission_size)))
+    if options.submission_size and (len(size) != 2 or not all(size)):
+        where = f"--submission_size {options.submission_size}"
+        raise UserError(where, "is no height and width", "name both, such as 350,525")
+    if config.instances and options.instances == "auto" and options.submission == "rle":
+        print("THE TRAINING CSV HAS A ROW FOR EACH OBJECT; --instances rows submits them so")
+    submission, classes = SUBMISSIONS[options.submission], config.classes
+    return submission(samples, classes, sample, on_missing, order, size, options.instances)
 
 
 def check_views(samples: pd.DataFrame) -> None:

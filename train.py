@@ -98,7 +98,7 @@ from kit.data import folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
-from kit.results import metrics, predict, visualize
+from kit.results import metrics, predict, submissions, visualize
 from kit.training import callbacks, loaders
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
@@ -228,7 +228,7 @@ def label_terms(
 
     The probabilities (N, K, H, W), and of each class their sum where it is right, and its pixels.
     """
-    number = target.long()
+    number = target.long()  # not one-hot, a copy of the mask for each class
     pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
     pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
     p = logits.softmax(1) * counted
@@ -423,6 +423,7 @@ def train(config: Config, started: float | None = None) -> Path:
         seed=config.seed,
         group=config.group,
     )
+    submissions.check_sample(config.data, collection.classes)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")

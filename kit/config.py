@@ -54,6 +54,7 @@ class ModelConfig:
     value_range: tuple[float, ...] = ()  # black and white where images have over 8 bits
     target: str = "road"  # what the mask means, for layouts with several targets
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
+    instances: bool = False  # the training csv has a row for each object of an image
     tta: bool = True  # average with the prediction of the horizontally flipped image
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
     temperature: float = 3.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)

@@ -459,6 +459,7 @@ def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
     (tmp_path / "whole.csv").write_text("id,rle_mask\num_000000,1 4 9 2\num_000001,\n")
     Image.new("L", size[::-1], 255).save(tmp_path / "mask.png")
     stems = {"um_000000", "um_000001"}
+    named = [Path(f"{stem}.png") for stem in stems]
 
     def read_image(path):
         return images.read_image(path).shape[2] == 3
@@ -476,7 +477,7 @@ def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
         (tmp_path / "mask.png", read_mask(masks.MaskFile)),
         (tmp_path / "whole.jpg", read_image),
         (tmp_path / "phone.webp", read_image),
-        (tmp_path / "whole.csv", lambda path: set(csvs.read_masks(path, stems)[0]) == stems),
+        (tmp_path / "whole.csv", lambda path: set(csvs.read_masks(path, named).rows) == stems),
         (row.views[0].calibration, lambda path: kitti.read_calibration(path).shape == (3, 4)),
         (
             trained / "model.pt",
@@ -521,7 +522,7 @@ def test_any_csv_is_refused_or_read(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("csv") / "train.csv"
     path.write_bytes(b"id,rle_mask\n" + content)
     try:
-        read, *_ = csvs.read_masks(path, {"a"})
+        read = csvs.read_masks(path, [Path("a.png")]).planes(path)
         shape, message = read["a"].read((4, 4)).shape, "train.csv"
     except UserError as error:
         read, shape, message = {"a": None}, (1, 4, 4), str(error)

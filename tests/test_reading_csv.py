@@ -14,7 +14,7 @@ from kit.config import Classes
 from kit.data import rle
 from kit.data.samples import find_samples
 from kit.errors import UserError
-from kit.results.submissions import RleSubmission, find_sample_submission
+from kit.results.submissions import RleSubmission, check_sample, find_sample_submission
 
 ORDERS = ("columns", "rows", "columns from 0", "rows from 0", "relative")
 EMPTY = ("", "-", "-1", "1 0", "0 0", "NaN", "null")
@@ -285,6 +285,150 @@ def test_several_classes_are_found_and_one_alone_is_none(tmp_path, name):
         read(tmp_path, masks)
 
 
+COUNTERS = {
+    "from 1": (("", "name", "rle"), 1, 12),
+    "from 0": (("", "name", "rle"), 0, 12),
+    "with gaps": (("", "name", "rle"), 3, 12),
+    "of annotations": (("annotation_id", "image_id", "rle"), 1, 9),
+    "without a name": (("id", "photo", "rle"), 1, 12),
+    "of a part": (("id", "image_id", "rle"), 1, 9),
+}
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_a_counter_is_no_id_of_images_that_are_numbers(tmp_path, name):
+    """Rows in another order than the images; of annotations two rows for each image."""
+    header, first, filled = COUNTERS[name]
+    masks = write_images(tmp_path / "train", 12, name="{}.png", first=1)
+    stems = sorted(masks, key=lambda stem: int(stem) * 5 % 13)[:filled]
+    for stem in set(masks) - set(stems):
+        masks[stem] = np.zeros_like(masks[stem])
+    rows = [(stem, plain_encode(masks[stem])) for stem in stems]
+    if name == "of annotations":
+        rows = [row for row in rows for _ in range(2)]
+    step = 2 if name == "with gaps" else 1
+    rows = [(first + step * number, *row) for number, row in enumerate(rows)]
+    write_csv(tmp_path / "train.csv", [header, *rows])
+    read(tmp_path, masks)
+
+
+def test_names_are_ids_before_numbers(tmp_path):
+    masks = write_images(tmp_path / "train", 12, name="{}.png", first=1)
+    rows = [(n, f"train/{stem}.png", plain_encode(masks[stem])) for n, stem in enumerate(masks)]
+    write_csv(tmp_path / "train.csv", [("id", "file", "rle"), *rows])
+    read(tmp_path, masks)
+
+
+def test_two_columns_of_ids_are_asked_about(tmp_path):
+    masks = write_images(tmp_path / "train", 8, name="{}.png", first=1)
+    rows = [(s, 1 + (int(s) - 1) * 5 // 8, plain_encode(m)) for s, m in masks.items()]
+    write_csv(tmp_path / "train.csv", [("number", "organ", "rle"), *rows])
+    refused(tmp_path, "train.csv", "'number'", "'organ'", "image_id")
+    write_csv(tmp_path / "train.csv", [("image_id", "organ", "rle"), *rows])
+    read(tmp_path, masks)
+
+
+@pytest.mark.parametrize("place", ["train_v2", "train_img", "train_images/train_images"])
+def test_images_in_folders_of_any_name(tmp_path, place):
+    root = tmp_path / "data"
+    masks = write_images(root / place)
+    write_images(root / place.replace("train", "test"), first=40)
+    write_images(root / "unlabelled", name="u{}.png")
+    (tmp_path / "other_masks").mkdir()  # of something else
+    rows = [(f"./{place}/{stem}.png", plain_encode(mask)) for stem, mask in masks.items()]
+    write_csv(root / "train_runs.csv", [("img_path", "mask_rle"), *rows])
+    read(root, masks)
+    found = find_samples(str(root)).samples
+    assert found.id[0] == "p40", "infer.py predicts the test"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{case}/{case}_day0/scans/slice_{n:04d}_60_44_1.50.png",
+        "{case}_day0/images/slice_{n:04d}.png",
+    ],
+)
+def test_ids_that_a_rule_makes_of_folders(tmp_path, path):
+    drawn, rows, masks = write_images(tmp_path / "drawn"), [], {}
+    for number, (stem, mask) in enumerate(drawn.items()):
+        case, n = f"case{number // 4}", number % 4
+        target = tmp_path / "data" / "train" / path.format(case=case, n=n)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "drawn" / f"{stem}.png").rename(target)
+        masks[f"{case}_day0_slice_{n:04d}"] = mask
+        rows += [(f"{case}_day0_slice_{n:04d}", label, plain_encode(mask)) for label in "ab"]
+    write_csv(tmp_path / "data" / "train.csv", [("id", "class", "segmentation"), *rows])
+    found = find_samples(str(tmp_path / "data"), training=True)
+    assert found.samples.id.tolist() == sorted(masks)
+    for row in found.samples.itertuples():
+        assert np.array_equal(row.mask.read((44, 60)), 2 * [masks[row.id]])
+
+
+@pytest.mark.parametrize("header", [("Left Lung", "Right Lung"), ("EncodedPixels_1", "rle_2")])
+def test_columns_of_runs_are_classes(tmp_path, header):
+    masks = write_images(tmp_path / "images")
+    rows = [(s, 0.9, plain_encode(m) * (s > "p05"), plain_encode(m)) for s, m in masks.items()]
+    write_csv(tmp_path / "train.csv", [("image_id", "quality", *header), *rows])
+    found = find_samples(str(tmp_path), training=True)
+    assert found.classes == Classes(header, header)
+    for row in found.samples.itertuples():
+        expected = [masks[row.id] * (row.id > "p05"), masks[row.id]]
+        assert np.array_equal(row.mask.read((44, 60)), expected)
+
+
+def test_a_flag_is_no_class(tmp_path, capsys):
+    masks = write_images(tmp_path / "train")
+    for stem in list(masks)[::2]:
+        masks[stem] = np.zeros_like(masks[stem])
+    rows = [(s, plain_encode(m) or "-1", int(m.any())) for s, m in masks.items()]
+    write_csv(tmp_path / "train.csv", [("ImageId", "EncodedPixels", "label"), *rows])
+    assert read(tmp_path, masks).classes == Classes()
+    assert "no classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_class_of_a_label_with_attributes(tmp_path, joined):
+    masks = write_images(tmp_path / "train")
+    labels = {stem: ("6_20_116", "6", "23")[n % 3] for n, stem in enumerate(masks)}
+    rows = [(s, labels[s], plain_encode(m)) for s, m in masks.items()]
+    if joined:
+        rows = [(f"{stem}.png_{label}", runs) for stem, label, runs in rows]
+    header = ("Image_Label", "rle") if joined else ("ImageId", "ClassId", "EncodedPixels")
+    write_csv(tmp_path / "train.csv", [header, *rows])
+    found = find_samples(str(tmp_path), training=True)
+    assert found.classes.values == ("6", "23")
+    for row in found.samples.itertuples():
+        number = int(labels[row.id] == "23")
+        assert np.array_equal(row.mask.read((44, 60))[number], masks[row.id])
+
+
+def test_joined_ids_of_images_of_which_few_are_there(tmp_path, capsys):
+    masks = write_images(tmp_path / "train", 12)
+    rows = [(f"{s}.jpg_{c}", plain_encode(m)) for s, m in masks.items() for c in ("Fish", "Sugar")]
+    write_csv(tmp_path / "train.csv", [("Image_Label", "EncodedPixels"), *rows])
+    for stem in list(masks)[4:]:
+        (tmp_path / "train" / f"{stem}.png").unlink()
+    found = find_samples(str(tmp_path), training=True)
+    assert found.classes.names == ("Fish", "Sugar")
+    assert len(found.samples) == 4
+    assert "8 ids have no image" in capsys.readouterr().out
+
+
+def test_lists_of_runs_and_a_word_for_empty_masks(tmp_path, capsys):
+    masks = write_images(tmp_path / "train")
+    rows = []
+    for stem, mask in masks.items():
+        runs = plain_encode(mask).split()
+        rows.append((stem, "[9, 9, 30, 40]", f"[{', '.join(runs[20:])}];[{', '.join(runs[:20])}]"))
+    for stem in list(masks)[::2]:
+        rows[int(stem[1:])] = (stem, "[9, 9, 30, 40]", "authentic")
+        masks[stem] = np.zeros_like(masks[stem])
+    write_csv(tmp_path / "train.csv", [("case_id", "box", "annotation"), *rows])
+    assert read(tmp_path, masks).rle == "columns"
+    assert "annotation is 'authentic' in 4 rows" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------
 #  Submissions
 # --------------------------------------------------------------------------------------------------
@@ -361,6 +505,203 @@ def test_no_sample_is_said(tmp_path, capsys):
     written = submission_of(tmp_path, "", [])
     assert written[1:] == [("t00", "10 1 14 1 18 1 22 1"), *((stem, "") for stem in STEMS[1:])]
     assert "sample submission: none found" in capsys.readouterr().out
+
+
+def answers_of(root, rows, masks, classes=Classes(), order="columns", **options):  # noqa: B008
+    """submission.csv, and what it holds: {(id, ...): masks} by a plain decoder.
+
+    `masks`: {path of a test image below `root`: planes (K, h, w)}.
+    """
+    write_csv(root / "sample_submission.csv", rows)
+    samples = pd.DataFrame({"id": [p.replace("/", "_")[:-4] for p in masks]})
+    samples["image"] = [root / path for path in masks]
+    for path, planes in zip(samples.image, masks.values(), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(planes[0])).save(path)
+    found = find_sample_submission(samples.image[0].parent, samples.id, root)
+    submission = RleSubmission(samples, classes, found, "error", order, **options)
+    for row, planes in zip(samples.itertuples(), masks.values(), strict=True):
+        submission.add(row, None, planes)
+    submission.write(root)
+    with (root / "submission.csv").open() as file:
+        return [tuple(row) for row in csv.reader(file)]
+
+
+def two_objects(size=(24, 30), shift=0):
+    mask = np.zeros((1, *size), bool)
+    mask[0, 3 : 9 + shift, 4:11] = mask[0, 14:20, 15 : 22 + shift] = True
+    return mask
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_instances_are_rows(tmp_path, capsys, order):
+    masks = {f"test/t{n}.png": two_objects(shift=n) for n in range(3)}
+    masks["test/t1.png"][:] = False
+    rows = [("ImageId", "EncodedPixels"), *((f"t{n}.png", "-1") for n in (2, 1, 0))]
+    written = answers_of(tmp_path, rows, masks, order=order, instances="rows")
+    assert [row[0] for row in written[1:]] == ["t2.png", "t2.png", "t1.png", "t0.png", "t0.png"]
+    assert written[3] == ("t1.png", "-1"), "one row where there is no object"
+    for number, pair in ((2, written[1:3]), (0, written[4:])):
+        both = [rle.rle_decode(runs, (24, 30), order=order) for _, runs in pair]
+        assert not (both[0] & both[1]).any()
+        assert ((both[0] | both[1]) == two_objects(shift=number)[0]).all()
+    assert "--instances union" in capsys.readouterr().out
+    united = answers_of(tmp_path, rows, masks, order=order)
+    assert united[1:] == [
+        (f"t{n}.png", plain_encode(masks[f"test/t{n}.png"][0], order) or "-1") for n in (2, 1, 0)
+    ]
+
+
+def test_the_size_of_the_masks(tmp_path, capsys):
+    masks = {f"test/t{n}.png": np.kron(two_objects(shift=n), np.ones((4, 4))) > 0 for n in (0, 1)}
+    rows = [("id", "rle"), ("t0", "1 1"), ("t1", "1 1")]
+    small = [(f"t{n}", plain_encode(two_objects(shift=n)[0])) for n in (0, 1)]
+    assert answers_of(tmp_path, rows, masks, size=(24, 30))[1:] == small
+    assert "30x24" in capsys.readouterr().out
+    own = [(f"t{n}", plain_encode(masks[f"test/t{n}.png"][0])) for n in (0, 1)]
+    assert answers_of(tmp_path, rows, masks)[1:] == own
+    full = [("id", "rle"), ("t0", f"1 {24 * 30}"), ("t1", f"1 {24 * 30}")]
+    assert answers_of(tmp_path, full, masks)[1:] == small, "told by the sample's full masks"
+    beyond = [("id", "rle"), ("t0", "1 4"), ("t1", "99999 4")]
+    with pytest.raises(UserError, match=r"120x96; .*--submission_size"):
+        answers_of(tmp_path, beyond, masks)
+
+
+@pytest.mark.parametrize("separator", [", ", ",", " "])
+def test_lists_of_runs_as_in_the_sample(tmp_path, separator):
+    masks = {f"test/t{n}.png": two_objects(shift=n) for n in range(3)}
+    masks["test/t1.png"][:] = False
+    rows = [("case_id", "annotation"), ("t0", "authentic"), ("t1", "authentic")]
+    with pytest.raises(UserError, match=r"'authentic', not RLE; .*such as 1 2 or \[1, 2\]"):
+        answers_of(tmp_path, [*rows, ("t2", "authentic")], masks)
+    example = f"[1{separator}2];[9{separator}2]"
+    written = dict(answers_of(tmp_path, [*rows, ("t2", example)], masks)[1:])
+    assert written["t1"] == "authentic"
+    for name in ("t0", "t2"):
+        parts = [part.strip("[]").split(separator) for part in written[name].split(";")]
+        both = [rle.rle_decode(" ".join(part), (24, 30)) for part in parts]
+        assert len(both) == 2
+        assert ((both[0] | both[1]) == masks[f"test/{name}.png"][0]).all()
+    words = answers_of(tmp_path, [*rows, ("t2", "1 2")], masks)
+    assert words[1:] == [
+        (f"t{n}", plain_encode(masks[f"test/t{n}.png"][0]) or "authentic") for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "answers", [("predictions/t0_mask.png", "predictions/t1_mask.png"), ("0", "0"), ("0", "1")]
+)
+def test_what_is_no_rle_is_not_overwritten(tmp_path, answers):
+    masks = {f"test/t{n}.png": two_objects() for n in range(2)}
+    with pytest.raises(UserError, match="prediction holds .*, not RLE; "):
+        answers_of(tmp_path, [("id", "prediction"), ("t0", answers[0]), ("t1", answers[1])], masks)
+
+
+@pytest.mark.parametrize("place", ["test/kidney_{}/images", "test/case{0}/case{0}_day1/scans"])
+def test_ids_of_a_sample_that_a_rule_makes(tmp_path, place):
+    masks = {}
+    for number in (5, 6):
+        for part in range(3):
+            name = f"{part:04d}" if "kidney" in place else f"slice_{part:04d}_30_24"
+            masks[f"{place.format(number)}/{name}.png"] = two_objects(shift=part + number - 5)
+    start, slices = ("kidney_{}", "") if "kidney" in place else ("case{}_day1", "slice_")
+    names = [f"{start.format(n)}_{slices}{part:04d}" for n in (6, 5) for part in range(3)]
+    written = answers_of(tmp_path, [("id", "rle"), *((name, "1 0") for name in names)], masks)
+    expected = [two_objects(shift=part + n - 5)[0] for n in (6, 5) for part in range(3)]
+    assert written[1:] == list(zip(names, map(plain_encode, expected), strict=True))
+
+
+def test_ids_of_a_sample_that_another_table_names(tmp_path):
+    masks = {f"test/p{n}7.png": two_objects(shift=n) for n in range(3)}
+    (tmp_path / "test").mkdir()
+    files = [(12, "p17.png"), (13, "p27.png"), (14, "p07.png")]
+    write_csv(tmp_path / "test.csv", [("id", "image_filename"), *files])
+    rows = [("id", "rle"), (14, "1 1"), (13, "1 1"), (12, "1 1")]
+    written = answers_of(tmp_path, rows, masks)
+    expected = [plain_encode(two_objects(shift=n)[0]) for n in (0, 2, 1)]
+    assert written[1:] == list(zip(("14", "13", "12"), expected, strict=True))
+
+
+CLASSES_OF_A_MODEL = Classes(("1", "2"), ("1", "2"))
+
+
+@pytest.mark.parametrize("label", ["0", ""])
+def test_a_class_that_is_none_stands_for_all(tmp_path, capsys, label):
+    mask = np.concatenate([two_objects(), two_objects(shift=2)])
+    rows = [("ImageId", "EncodedPixels", "ClassId"), ("t0.png", "1 720", label)]
+    written = answers_of(tmp_path, rows, {"test/t0.png": mask}, CLASSES_OF_A_MODEL)
+    assert written[1:] == [("t0.png", plain_encode(mask[k]), str(k + 1)) for k in (0, 1)]
+    assert f"instead of {label!r}" in capsys.readouterr().out
+
+
+def test_samples_of_fewer_classes_of_one_column_and_of_several(tmp_path, capsys):
+    mask = {"test/t0.png": np.concatenate([two_objects(), two_objects(shift=2)])}
+    rows = [("ImageId", "ClassId", "rle"), ("t0", "2.0", "")]
+    assert answers_of(tmp_path, rows, mask, CLASSES_OF_A_MODEL)[1:] == [
+        ("t0", "2.0", plain_encode(mask["test/t0.png"][1]))
+    ]
+    assert "1 classes are not asked for and left out: 1" in capsys.readouterr().out
+    for rows, words in (
+        ([("ImageId",), ("t0",)], "one column"),
+        ([("id", "a", "b"), ("t0", "1 1", "1 1")], "several columns"),
+        ([("id", "rle"), ("t0", "")], "name no class"),
+    ):
+        with pytest.raises(UserError, match=f"{words}.*--sample_submission none"):
+            answers_of(tmp_path, rows, mask, CLASSES_OF_A_MODEL)
+    rows = [("ImageId", "ClassId", "rle"), ("t0", "1", ""), ("t0", "2", "")]
+    with pytest.raises(UserError, match="asks for classes 1, 2, the model has one"):
+        answers_of(tmp_path, rows, {"test/t0.png": two_objects()})
+
+
+def test_a_submission_of_empty_masks_alone_is_refused_and_in_the_rerun_said(tmp_path, capsys):
+    write_csv(tmp_path / "sample.csv", [("id", "rle"), ("x", ""), ("y", "")])
+    samples, sample = pd.DataFrame({"id": STEMS}), str(tmp_path / "sample.csv")
+    for on_missing in ("error", "empty"):
+        with pytest.raises(UserError, match="2 ids without an image"):
+            RleSubmission(samples, Classes(), sample, on_missing)
+    RleSubmission(samples, Classes(), sample, "rerun").write(tmp_path)
+    assert "ALL MASKS ARE EMPTY" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["", "test", "test/stage1", "test/t0/images", "test_images/a"])
+def test_the_sample_is_found_from_nested_folders(tmp_path, place):
+    sample = tmp_path / "data" / "sample_submission.csv"
+    folder = tmp_path / "data" / "test" / place
+    folder.mkdir(parents=True)
+    write_csv(sample, [("id", "rle"), ("t00", "")])
+    assert find_sample_submission(folder, STEMS, tmp_path / "data") == str(sample)
+    folder = tmp_path / "data" / place
+    folder.mkdir(parents=True, exist_ok=True)
+    if "t0" not in place and "/a" not in place:
+        assert find_sample_submission(folder, STEMS) == str(sample)
+
+
+def test_the_order_of_a_csv_next_to_mask_files(tmp_path, capsys):
+    masks = write_images(tmp_path / "train", name="p{:02d}.jpg")
+    (tmp_path / "train_masks").mkdir()
+    rows = []
+    for stem, mask in masks.items():
+        Image.fromarray(mask).save(tmp_path / "train_masks" / f"{stem}_mask.gif")
+        upper = mask & (np.arange(44) < 22)[:, None]
+        rows += [(f"{stem}.jpg", plain_encode(m, "rows")) for m in (upper, mask & ~upper)]
+    write_csv(tmp_path / "train_masks.csv", [("img", "rle_mask"), *rows])
+    found = find_samples(str(tmp_path), training=True)
+    assert (found.rle, found.instances) == ("rows", True)
+    assert "train_masks.csv: RLE rows (equals 8 of 8 mask files)" in capsys.readouterr().out
+    assert find_samples(str(tmp_path), training=True, rle="columns").rle == "columns"
+
+
+def test_a_sample_that_cannot_be_filled_is_said_before_training(tmp_path, capsys):
+    write_csv(tmp_path / "sample_submission.csv", [("ImageId",), ("t00",)])
+    check_sample(str(tmp_path), CLASSES_OF_A_MODEL)
+    assert "one column" in capsys.readouterr().out
+    write_csv(tmp_path / "sample_submission.csv", [("id", "ClassId", "rle"), ("t00", "1", "")])
+    check_sample(str(tmp_path), CLASSES_OF_A_MODEL)  # its images may be hidden
+    check_sample(str(tmp_path / "nowhere"), CLASSES_OF_A_MODEL)
+    assert not capsys.readouterr().out
+    write_images(tmp_path / "test")
+    check_sample(str(tmp_path), CLASSES_OF_A_MODEL)
+    assert "1 ids without an image" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """Layouts that are a csv: RLE masks next to images, or a manifest of both. Columns and ids."""
 
+import contextlib
+import functools
 import itertools
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection as Container
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,27 +17,43 @@ import pandas as pd
 from kit.config import Classes
 from kit.data.classes import sort_values
 from kit.data.folders import (
+    SPLIT_WORDS,
     Collection,
+    choose_split,
     image_folder,
+    image_paths,
     list_files,
     list_images,
     make_ids,
     masks_next_to,
+    split_words,
 )
 from kit.data.images import read_header
-from kit.data.masks import MaskFile, Planes
-from kit.data.rle import EMPTY, RUNS, RunLengths
+from kit.data.masks import LabelMap, MaskFile, Planes
+from kit.data.rle import (
+    HEAD,
+    ORDERS,
+    RLE_COLUMNS,
+    RUNS,
+    RunLengths,
+    is_empty,
+    rle_columns,
+    split_lists,
+)
 from kit.errors import UserError, first_five
 from kit.files import list_tables, read_rows, read_table
 
-ID_COLUMNS = {
-    "id", "imageid", "image_id", "img", "record_id", "image", "filename", "file_name",
+IMAGE_COLUMNS = {
+    "imageid", "image_id", "img", "img_id", "record_id", "image", "image_label", "filename",
+    "file_name", "img_path", "image_path",
 }  # fmt: skip
-RLE_COLUMNS = {"rle", "rle_mask", "mask_rle", "encodedpixels", "encoded_pixels"}
+ID_COLUMNS = IMAGE_COLUMNS | {"id"}  # which may be that of an object
+INDEX_COLUMNS = {"", "index", "unnamed: 0"}  # as pandas writes a table's index
 CLASS_COLUMNS = {"classid", "class_id", "class", "classname", "class_name", "label", "category_id"}
-HEAD = 200  # rows from which the columns of a csv are understood
+COMPARED = 20  # masks in a csv that are compared with files
 Match = Callable[[str], str]  # from an id to an image's stem, see `id_matcher`
 Rows = list[tuple[int, str]]  # the number of a row of a csv, and its mask
+ClassRows = list[tuple[int, str, str]]  # the same, and the class; "" where there is none
 
 # --------------------------------------------------------------------------------------------------
 #  Columns and ids
@@ -54,38 +74,103 @@ def id_matcher(stems: Iterable[str]) -> Match:
     for stem in sorted(exact):
         loose[simplified(stem)] = "" if simplified(stem) in loose else stem  # "": two images
 
+    @functools.cache
     def match(name: str) -> str:
         base = re.split(r"[\\/]", name)[-1]
-        names = (name, base, re.sub(r"\.[A-Za-z0-9]{1,5}$", "", base))
+        path = re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name)
+        parts = re.split(r"[\\/]", path)
+        names = (name, base, parts[-1], "_".join(parts[-2:]))
         stem = next((each for each in names if each in exact), "")
         return stem or next((loose[n] for n in map(simplified, names) if n in loose), "")
 
     return match
 
 
-def id_column(header: list[str], rows: list[list[str]], column: int, match: Match) -> int:
-    """The column with the most ids of images, else the one whose name says so, else the first."""
+def ways_to_name(paths: list[Path]) -> Iterator[dict[str, Path]]:
+    """What the ids of a csv may call images: {name: path} in each way that names each image once.
 
-    def rank(other: int) -> tuple[int, bool, int]:
-        matched = {row[other]: match(row[other]) for row in rows}
-        exact = sum(value == stem for value, stem in matched.items())
-        matching = sum(stem != "" for stem in matched.values())
-        return matching, header[other].lower() in ID_COLUMNS, exact
+    By their stems, or by a folder above them, alone or joined with the start of the stem:
+    test/kidney_5/images/0001.tif is kidney_5_0001, and case1/case1_day0/scans/slice_0001_266.png is
+    case1_day0_slice_0001.
+    """
+    ways = [slice(0), *(slice(depth, depth + 1) for depth in range(3))]  # of the folders above
+    for folders, count in itertools.product(ways, (None, 0, 1, 2, 3)):
+        names = {
+            "_".join(
+                [*(up.name for up in path.parents[folders]), *path.stem.split("_")[:count]]
+            ): path
+            for path in paths
+        }
+        if len(names) == len(paths) and "" not in names:
+            yield names
 
-    return max((c for c in range(len(header)) if c != column), key=rank)
+
+def name_images(paths: list[Path], ids: Iterable[str]) -> dict[str, Path]:
+    """The stems of images if ids mean any, else that of `ways_to_name` with the most, else paths."""
+    ids, best, most = set(ids), {}, -1
+    for names in ways_to_name(paths):
+        count = count_images(names, ids)
+        if count > most:
+            best, most = names, count
+        if count and all(path.stem == name for name, path in names.items()):
+            break
+    return best or {str(path): path for path in paths}
 
 
-def rle_column(header: list[str], rows: list[list[str]], names: set[str]) -> int | None:
-    """The column whose values are RLE, else the one with one of the names; None for neither."""
-    by_name = [c for c, name in enumerate(header) if name.lower() in names]
-    by_value = []
-    for column in range(len(header)):
-        values = [row[column] for row in rows[:HEAD] if len(row) > column]
-        values = [value for value in values if value.lower() not in EMPTY]
-        if 2 * sum(RUNS.fullmatch(value) is not None for value in values) > len(values):
-            by_value.append(column)
-    both = [column for column in by_value if column in by_name]
-    return next(iter(both or by_value or by_name), None)
+def count_images(names: Iterable[str], ids: Iterable[str]) -> int:
+    """How many of the names some of the ids mean, also where they are joined with classes."""
+    match = id_matcher(names)
+    return len({match(split_id(name, match)[0]) for name in ids} - {""})
+
+
+def id_column(
+    where: Any, header: list[str], rows: list[list[str]], others: Container[int], match: Match
+) -> int:
+    """The column whose values are ids of images; not one of the `others`.
+
+    Where several are: names before numbers, a column that is called like images, one that does not
+    just count the rows. Of none the first, or one that is called like ids. Raises UserError where
+    two columns mean different images, and nothing tells.
+    """
+    columns = [column for column in range(len(header)) if column not in others]
+    names = {column: header[column].lower() for column in columns}
+    for read in (match, lambda name: match(split_id(name, match)[0])):
+        stems = {column: [read(row[column]) for row in rows] for column in columns}
+        images = {column: len(set(stems[column]) - {""}) for column in columns}
+        if any(images.values()):
+            break
+    else:
+        return max(columns, key=lambda column: names[column] in ID_COLUMNS)
+    few = [column for column in columns if 2 * images[column] < max(images.values())]
+    columns = [column for column in columns if column not in few]
+    values = {column: [row[column] for row in rows] for column in columns}
+    counter = {column: is_counter(values[column]) for column in columns}
+    misfit = {column: stems[column].count("") - images[column] for column in columns}
+    least = min((misfit[column] for column in columns if counter[column]), default=0)
+    for prefers in (
+        lambda column: names[column] not in CLASS_COLUMNS,
+        lambda column: not all(map(str.isdecimal, values[column])),
+        lambda column: names[column] in IMAGE_COLUMNS,
+        lambda column: names[column] not in INDEX_COLUMNS,
+        lambda column: not counter[column] and misfit[column] <= least,
+    ):
+        columns = list(filter(prefers, columns)) or columns
+    unlike = next((c for c in columns if stems[c] != stems[columns[0]]), None)
+    if unlike is not None:
+        raise UserError(
+            where,
+            f"its columns {header[columns[0]]!r} and {header[unlike]!r} both hold ids of images",
+            "name the right one image_id, or take the other out",
+        )
+    return max(columns, key=lambda column: sum(map(str.__eq__, values[column], stems[column])))
+
+
+def is_counter(values: list[str]) -> bool:
+    """Whether the values of a column are numbers that grow from row to row, such as an index."""
+    if not all(map(str.isdecimal, values)):
+        return False
+    numbers = list(map(int, values))
+    return all(first < second for first, second in itertools.pairwise(numbers))
 
 
 def class_column(header: list[str], ids: int) -> int | None:
@@ -94,14 +179,24 @@ def class_column(header: list[str], ids: int) -> int | None:
     return next(columns, None)
 
 
-def split_id(name: str, match: Match) -> tuple[str, str]:
-    """An id joined with a class, such as a.jpg_3, in its two parts; (name, "") for any other."""
+def split_id(name: str, match: Match, labels: Container[str] = ()) -> tuple[str, str]:
+    """An id joined with a class, such as a.jpg_3, in its two parts; (name, "") for any other.
+
+    `labels`: classes by which the id of an image that is not there is split, too.
+    """
     if match(name):
         return name, ""
     for place in reversed(list(re.finditer("_", name))):
-        if match(name[: place.start()]):
-            return name[: place.start()], name[place.end() :]
+        head, label = name[: place.start()], name[place.end() :]
+        if label in labels or match(head):
+            return head, label
     return name, ""
+
+
+def class_of(label: str) -> str:
+    """The class in a label: 3 for 3.0, as pandas writes it, and 6 for 6_20_116 (attributes)."""
+    number = re.fullmatch(r"(\d+)(\.0|(_\d+)+)", label)
+    return number[1] if number else label
 
 
 def row_classes(
@@ -113,15 +208,21 @@ def row_classes(
     """
     column = class_column(header, ids)
     if column is not None:
-        return table, {line: row[column] for line, row in table.items()}
-    pairs = {line: split_id(row[ids], match) for line, row in table.items()}
-    labels = {line: label for line, (_, label) in pairs.items() if label}
+        return table, {line: class_of(row[column]) for line, row in table.items()}
+    known = {split_id(row[ids], match)[1] for row in table.values()} - {""}
+    pairs = {line: split_id(row[ids], match, known) for line, row in table.items()}
+    labels = {line: class_of(label) for line, (_, label) in pairs.items() if label}
     if len(set(labels.values())) < 2 or 2 * len(labels) <= len(table):
         return table, {}
     rows = {}
     for line, row in table.items():
         rows[line] = [*row[:ids], pairs[line][0], *row[ids + 1 :]]
     return rows, labels
+
+
+def is_flag(labels: dict[int, str], filled: Iterable[int]) -> bool:
+    """Whether a column of 0 and 1 says which rows, of those with their numbers, have a mask."""
+    return set(labels.values()) == {"0", "1"} and "0" not in {labels[line] for line in filled}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,14 +241,17 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
                 f"--masks {masks}", "not found", "name a folder of masks or a csv of RLE"
             )
         return place
-    if folder.name in ("test", "test_images") or (folder.name, parent.name) == ("images", "test"):
+    words = split_words(folder.name) + split_words(parent.name) * (folder.name == "images")
+    if not training and "test" in map(SPLIT_WORDS.get, words):
         return None
     roots = [folder, parent, parent.parent][: 3 if folder.name == "images" else 2]
     tables = [path for root in roots for path in list_tables(root) if holds_masks(path)]
     train = [path for path in tables if path.name.lower() == "train.csv"]
     if train:
         return train[0]
-    if masks_next_to(folder) or any(file.role for file in list_files(folder)):
+    if any(file.role for file in list_files(folder)):
+        return None
+    if image_paths(folder) and masks_next_to(folder):  # not next to a folder of folders
         return None
     if len(tables) > 1 and training:
         raise UserError(
@@ -157,22 +261,34 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
 
 
 def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collection | None:
-    """A folder of images with a csv of RLE, one row per image, object or class."""
-    folder = image_folder(root, training)
-    place = csv_place(folder, masks, training) if folder else None
-    if not place:
+    """Images, in a folder or in several, with a csv of RLE, one row per image, object or class."""
+    if not root.is_dir():
         return None
-    paths = list_images(folder)
+    folder = image_folder(root, training)
+    below = [] if folder else [file for file in list_files(root) if not file.role]
+    if masks == "auto" and not training and choose_split(below, True):
+        return None  # predicts those
+    place = csv_place(folder or root, masks, training)
+    if not place or not (folder or below):
+        return None
+    paths = list(list_images(folder).values()) if folder else []
     try:
-        planes, classes, fields = read_masks(place, set(paths))
-        check_sizes(place, fields, paths)
+        table = read_masks(place, paths or [file.path for file in choose_split(below, False)])
+        if training and folder and not table.fields:  # those of another folder then
+            below = [file for file in list_files(root) if not file.role]
+            table = read_masks(place, [file.path for file in choose_split(below, False)])
+        names = images_with_rows(place, table)
+        planes = table.planes(place)
+        check_sizes(place, table.fields, names)
     except UserError as error:
         if training or masks != "auto":
             raise
         print(f"no scores: {error}")  # nobody named this csv
         return None
-    rows = {"id": list(paths), "image": list(paths.values()), "mask": [planes[s] for s in paths]}
-    samples = pd.DataFrame(rows).assign(fields=[fields.get(stem) for stem in paths])
+    rows = {"id": list(names), "image": list(names.values()), "mask": [planes[n] for n in names]}
+    samples = pd.DataFrame(rows).assign(fields=[table.fields.get(name) for name in names])
+    samples["folder"] = [os.path.relpath(path.parent, root) for path in names.values()]
+    classes = Classes(table.classes, table.classes) if table.classes else Classes()
     return Collection("csv of RLE masks", samples, classes=classes)
 
 
@@ -184,79 +300,156 @@ def holds_masks(path: Path) -> bool:
         header, *rows = [fields for _, fields in itertools.islice(read_rows(path, "replace"), HEAD)]
     except (UserError, ValueError):  # ValueError: no row
         return False
-    return len(header) > 1 and rle_column(header, rows, RLE_COLUMNS) is not None
+    return len(header) > 1 and bool(rle_columns(header, rows, RLE_COLUMNS))
 
 
-def read_masks(
-    path: Path, stems: set[str]
-) -> tuple[dict[str, Planes], Classes, dict[str, dict[str, str]]]:
-    """Read a csv with one row per image, object or class; an image without a row is empty.
+class MaskTable(NamedTuple):
+    """A csv of masks."""
 
-    Returns {stem: mask}, the classes, and {stem: {column: value}}. Raises UserError.
-    """
+    names: dict[str, Path]  # what its ids call the images
+    rows: dict[str, ClassRows]  # of each image, with a mask
+    classes: tuple[str, ...]  # () for one
+    fields: dict[str, dict[str, str]]  # {name: {column: value}} of images with a row
+    unknown: list[str]  # ids without an image
+
+    def planes(self, path: Path) -> dict[str, Planes]:
+        """{name: mask}; `path`: of the csv. Raises UserError."""
+
+        def make(some: Rows) -> RunLengths:
+            return RunLengths(path, tuple(some))
+
+        return {n: make_planes(path, rows, self.classes, make) for n, rows in self.rows.items()}
+
+
+def read_masks(path: Path, images: list[Path]) -> MaskTable:
+    """Read a csv with one row per image, object or class, or a column for each class. UserError."""
     header, table = read_table(path)
-    column = rle_column(header, list(table.values()), RLE_COLUMNS)
-    if column is None or len(header) < 2:
+    columns = rle_columns(header, list(table.values()), RLE_COLUMNS)
+    if not columns or len(header) < 2:
         raise UserError(
             f"--masks {path}", "expected a csv with a column of ids and one of RLE (start, length)"
         )
-    match = id_matcher(stems)
-    ids = id_column(header, list(table.values()), column, match)
-    table, labels = row_classes(header, table, ids, match)
+    for column in columns:
+        clear_word(path, header[column], table, column)
+    others = [column for column in range(len(header)) if column not in columns]
+    names = name_images(images, (row[column] for row in table.values() for column in others))
+    match = id_matcher(names)
+    ids = id_column(path, header, list(table.values()), columns, match)
+    if len(columns) > 1:
+        labels, classes = {}, tuple(header[column] for column in columns)
+    else:
+        table, labels = row_classes(header, table, ids, match)
+        if is_flag(labels, (line for line, row in table.items() if not is_empty(row[columns[0]]))):
+            print(f"{path.name}: 0 and 1 say which images have a mask, they are no classes")
+            labels = {}
+        classes = sort_values(filter(None, labels.values()))
+    rows: dict[str, ClassRows] = {name: [] for name in names}
+    for line, row in table.items():
+        for column in columns:
+            label = header[column] if len(columns) > 1 else labels.get(line, "")
+            if not is_empty(row[column]):
+                runs = ((line, part, label) for part in split_lists(row[column]))
+                rows.get(match(row[ids]), []).extend(runs)
     fields = {match(row[ids]): dict(zip(header, row, strict=True)) for row in table.values()}
     fields.pop("", None)
     unknown = list(dict.fromkeys(row[ids] for row in table.values() if not match(row[ids])))
-    check_rows(path, unknown, sorted(stems - set(fields)), bool(fields))
-    rows: dict[str, Rows] = {stem: [] for stem in stems}
-    for line, row in table.items():
-        if row[column].lower() not in EMPTY:
-            rows.get(match(row[ids]), []).append((line, row[column]))
-    values = sort_values(filter(None, labels.values()))
-
-    def make(some: Rows) -> RunLengths:
-        return RunLengths(path, tuple(some))
-
-    planes = {stem: make_planes(path, some, labels, values, make) for stem, some in rows.items()}
-    return planes, Classes(values, values) if values else Classes(), fields
+    return MaskTable(names, rows, classes, fields, unknown)
 
 
-def check_rows(path: Path, unknown: list[str], without: list[str], matched: bool) -> None:
-    """Print ids without an image, or images without a row. Raises UserError where both occur."""
-    rows = f"{len(unknown)} ids have no image: {first_five(unknown)}"
+def clear_word(path: Path, title: str, table: dict[int, list[str]], column: int) -> None:
+    """Make the masks empty that are one word, such as authentic, where no other occurs; says so."""
+    words = Counter(row[column] for row in table.values() if len(row[column]) > 2)
+    words = [
+        (word, count) for word, count in words.items() if word.isalpha() and not is_empty(word)
+    ]
+    if len(words) == 1:
+        [(word, count)] = words
+        print(f"{path.name}: {title} is {word!r} in {count} rows, read as empty masks")
+        for row in table.values():
+            row[column] = row[column].replace(word, "")
+
+
+def images_with_rows(path: Path, table: MaskTable) -> dict[str, Path]:
+    """{name: image} of the folders in which an image has a row; prints what has no row or no image.
+
+    An image without a row is empty. Raises UserError where ids and images are without each other.
+    """
+    folders = {table.names[name].parent for name in table.fields}
+    names = {n: image for n, image in table.names.items() if image.parent in folders or not folders}
+    without = sorted(set(names) - set(table.fields))
+    rows = f"{len(table.unknown)} ids have no image: {first_five(table.unknown)}"
     empty = f"{len(without)} images have no row: {first_five(without)}"
-    if unknown and without:
-        none = "" if matched else "none of its ids is an image, "
+    if table.unknown and without:
+        none = "" if table.fields else "none of its ids is an image, "
         raise UserError(path, f"{none}{rows}; {empty}", "fix the ids, or add rows of empty masks")
-    if unknown:
+    if table.unknown:
         print(f"{path.name}: {rows}; left out")
     if without:
         print(f"{path.name}: {empty}; read as empty masks")
+    others = {image.parent.name for image in table.names.values() if image.parent not in folders}
+    if folders and others:
+        print(f"{path.name}: no rows for the images in {first_five(sorted(others))}; left out")
+    return names
 
 
 def make_planes(
-    path: Path,
-    rows: Rows,
-    labels: dict[int, str],
-    values: tuple[str, ...],
-    make: Callable[[Rows], Any],
+    path: Path, rows: ClassRows, values: tuple[str, ...], make: Callable[[Rows], Any]
 ) -> Planes:
     """The mask of an image, of what `make` makes of its rows, or of the rows of each class.
 
-    `labels`: {row: class}; `values`: the classes of all images, () for one class. Raises UserError
-    for a row of `path` with a mask and without a class.
+    `values`: the classes of all images, () for one class. Raises UserError for a row of `path` with
+    a mask and without a class.
     """
     if not values:
-        return Planes((make(rows),))
-    filled = [line for line, mask in rows if mask.lower() not in EMPTY]
-    nameless = [f"row {line}" for line in filled if not labels.get(line)]
+        return Planes((make([row[:2] for row in rows]),))
+    nameless = [f"row {line}" for line, mask, label in rows if not (label or is_empty(mask))]
     if nameless:
         raise UserError(
             path,
             f"a mask without a class in {first_five(nameless)}, others have one",
             "give it a class, or take the row out",
         )
-    by_class = [[row for row in rows if labels.get(row[0]) == value] for value in values]
+    by_class = [[row[:2] for row in rows if row[2] == value] for value in values]
     return Planes(tuple(map(make, by_class)))
+
+
+def follow_csv(collection: Collection, root: Path, rle: str) -> Collection:
+    """Whether a csv of RLE has a row for each object, and of one next to mask files its order.
+
+    The order that gives the masks in the files, which is printed; taken where `rle` is auto.
+    """
+    masks = dict(zip(collection.samples.image, collection.samples["mask"], strict=True))
+    if any(isinstance(mask, LabelMap) for mask in masks.values()):
+        return collection
+    if any(isinstance(part, RunLengths) for mask in masks.values() for part in mask.parts):
+        return collection._replace(instances=has_objects(masks.values()))
+    tables = (path for folder in (root, root.parent) for path in list_tables(folder))
+    for path in filter(holds_masks, tables):
+        agree: Counter[str] = Counter()
+        try:
+            table = read_masks(path, list(masks))
+            planes = table.planes(path)
+            filled = [name for name in table.names if table.rows[name]][:COMPARED]
+            for name, order in itertools.product(filled, ORDERS):
+                image = table.names[name]
+                size = read_header(image).size
+                mask = (masks[image].read(size) == 1).any(0)
+                with contextlib.suppress(UserError):  # impossible in this order
+                    found = planes[name].change(RunLengths, order=order).read(size).any(0)
+                    agree[order] += int((mask & found).sum() > 0.95 * (mask | found).sum())
+        except UserError:  # of something else
+            continue
+        order, count = max(agree.items(), key=lambda item: item[1], default=("", 0))
+        if 2 * count > len(filled):
+            print(f"{path.name}: RLE {order} (equals {count} of {len(filled)} mask files)")
+            order = order if rle == "auto" else collection.rle
+            return collection._replace(rle=order, instances=has_objects(planes.values()))
+    return collection
+
+
+def has_objects(masks: Iterable[Planes]) -> bool:
+    """Whether some mask has several rows of a csv for one class."""
+    return any(len(getattr(part, "rows", ())) > 1 for mask in masks for part in mask.parts)
 
 
 def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, Path]) -> None:
@@ -334,7 +527,7 @@ def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collecti
     paths = list(lines)
     ids = make_ids(paths, [path.stem for path in paths], root.parent)
     samples, classes = pd.DataFrame({"id": ids, "image": paths, "mask": None}), Classes()
-    filled = "mask" in rows and ~rows["mask"].str.lower().isin(EMPTY)
+    filled = "mask" in rows and ~rows["mask"].map(is_empty)
     if training or np.any(filled):  # a column of nothing is no ground truth to score with
         samples["mask"], classes = manifest_masks(root, records, lines)
     first = (records[own[0]] for own in lines.values())
@@ -382,22 +575,21 @@ def manifest_masks(
     root: Path, records: dict[int, dict], lines: dict[Path, list[int]]
 ) -> tuple[list[Planes], Classes]:
     """The mask of each image, and the classes. `lines`: its rows. Raises UserError."""
-    labels = {line: record.get("class", "") for line, record in records.items()}
-    values = sort_values(filter(None, labels.values()))
+    values = sort_values(filter(None, (row.get("class", "") for row in records.values())))
     masks = []
     for image, own in lines.items():
-        rows = [(line, records[line]["mask"]) for line in own]
+        rows = [(line, records[line]["mask"], records[line].get("class", "")) for line in own]
 
         def make(some: Rows, image: Path = image) -> MaskFile | RunLengths:
             return manifest_mask(root, image, some)
 
-        masks.append(make_planes(root, rows, labels, values, make))
+        masks.append(make_planes(root, rows, values, make))
     return masks, Classes(values, values) if values else Classes()
 
 
 def manifest_mask(root: Path, image: Path, rows: Rows) -> MaskFile | RunLengths:
     """The mask in the rows of one image: a file or several, RLE, or empty. Raises UserError."""
-    filled = [(line, name) for line, name in rows if name.lower() not in EMPTY]
+    filled = [(line, name) for line, name in rows if not is_empty(name)]
     if all(RUNS.fullmatch(name) for _, name in filled):
         return RunLengths(root, tuple(filled))
     paths = [resolve_path(root, name) for _, name in filled]

@@ -48,6 +48,7 @@ class Collection(NamedTuple):
     top: float = 0.0  # default of --top
     metric: str = "dice"  # default of --metric
     rle: str = "columns"  # order of RLE in submission.csv, see rle.py
+    instances: bool = False  # a csv has a row for each object of an image
     classes: Classes = Classes()  # that the masks tell apart
     value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `images.read_image`
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -19,8 +20,49 @@ from kit.data.images import read_header, read_image
 from kit.data.masks import outline_length
 from kit.errors import UserError
 
-EMPTY = {"", "-", "-1", "1 0", "0 0", "nan", "null", "none"}  # a mask without foreground
+EMPTY = {"", "-", "-1", "1 0", "0 0", "[]", "nan", "null", "none"}  # a mask without foreground
+RLE_COLUMNS = {"rle", "rle_mask", "mask_rle", "encodedpixels", "encoded_pixels"}
+HEAD = 200  # rows from which the columns of a csv are understood
 RUNS = re.compile(r"\d+ \d+( \d+ \d+)*")
+LISTS = re.compile(r"\[[\d, ]*\]( *[;,] *\[[\d, ]*\])*")  # [1, 4];[9, 2]: a list for each object
+
+
+def is_empty(mask: str) -> bool:
+    """Whether a field of a csv is a mask without foreground."""
+    return mask.lower() in EMPTY
+
+
+def split_lists(mask: str) -> list[str]:
+    """The RLE of each object in a field that holds `LISTS`; any other field as it is."""
+    if not LISTS.fullmatch(mask):
+        return [mask]
+    lists = (" ".join(re.findall(r"\d+", part)) for part in mask.split("]"))
+    return [runs for runs in lists if runs]
+
+
+def is_runs(mask: str) -> bool:
+    """Whether a field of a csv is RLE."""
+    return RUNS.fullmatch(mask) is not None or LISTS.fullmatch(mask) is not None
+
+
+def rle_columns(header: list[str], rows: list[list[str]], names: set[str]) -> list[int]:
+    """The columns whose values are RLE, of several those with one of the names; else by name.
+
+    By name alone at most one.
+    """
+    by_name = [c for c, name in enumerate(header) if name.lower() in names]
+    by_value: dict[re.Pattern, list[int]] = {RUNS: [], LISTS: []}
+    for column, (form, columns) in itertools.product(range(len(header)), by_value.items()):
+        values = (row[column] for row in rows if len(row) > column)
+        filled = (value for value in values if not (is_empty(value) or value.isalpha()))
+        fits = [form.fullmatch(value) is not None for value in itertools.islice(filled, HEAD)]
+        if 2 * sum(fits) > len(fits):
+            columns.append(column)
+    lists = [c for c in by_value[LISTS] if header[c].lower() in {*names, "annotation"}]
+    found = by_value[RUNS] or lists  # other lists are boxes or points
+    both = [column for column in found if column in by_name]
+    return both or found or by_name[:1]
+
 
 # --------------------------------------------------------------------------------------------------
 #  Codec
@@ -28,6 +70,7 @@ RUNS = re.compile(r"\d+ \d+( \d+ \d+)*")
 
 # An order is "columns" or "rows", with " from 0" where starts count from 0, or "relative": down the
 # columns, from 0, each start counted from the end of the run before (SIIM-ACR Pneumothorax).
+ORDERS = ("columns", "rows", "columns from 0", "rows from 0", "relative")
 
 
 def rle_encode(mask: np.ndarray, order: str = "columns") -> str:
@@ -42,6 +85,20 @@ def rle_encode(mask: np.ndarray, order: str = "columns") -> str:
         edges[1::2] -= edges[::2]
         edges[::2] -= order.endswith("from 0")
     return " ".join(map(str, edges.tolist()))
+
+
+def rle_objects(mask: np.ndarray, order: str = "columns") -> list[str]:
+    """The RLE of each connected component of a mask, (h, w) bool."""
+    absolute = "columns from 0" if order == "relative" else order
+    runs = parse_runs(rle_encode(mask, absolute), "mask")
+    labels = cv2.connectedComponents(mask.astype(np.uint8))[1]
+    flat = labels.ravel("C" if order.startswith("rows") else "F")
+    owner = flat[runs[:, 0] - (not absolute.endswith("from 0"))]
+    components = [runs[owner == number] for number in range(1, labels.max() + 1)]
+    if order == "relative":
+        for component in components:
+            component[1:, 0] -= component[:-1].sum(1)
+    return [" ".join(map(str, component.ravel().tolist())) for component in components]
 
 
 def parse_runs(runs: str, where: str) -> np.ndarray:

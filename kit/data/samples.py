@@ -137,9 +137,9 @@ def find_samples(
         print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
-    return decide_classes(
-        collection._replace(rle=order), request, foreground, ignore, training, opener
-    )
+    collection = collection._replace(rle=order)
+    collection = decide_classes(collection, request, foreground, ignore, training, opener)
+    return csvs.follow_csv(collection, root, rle) if training else collection
 
 
 def find_root(data: str, target: str, training: bool) -> Path:

@@ -109,6 +109,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     weights = "none" if resolved.check else resolved.encoder_weights
     settings = {name: getattr(resolved, name) for name in shared} | {
         "precision": precision,
+        "instances": collection.instances,
         "value_range": collection.value_range,
         "class_names": classes.names,
         "class_values": classes.values,
