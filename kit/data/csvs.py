@@ -106,7 +106,7 @@ def ways_to_name(paths: list[Path]) -> Iterator[dict[str, Path]]:
 
 
 def name_images(paths: list[Path], ids: Iterable[str]) -> dict[str, Path]:
-    """The stems of images if ids mean any, else that of `ways_to_name` with the most, else paths."""
+    """The stems of images if ids mean any, else the best of `ways_to_name`, else their paths."""
     ids, best, most = set(ids), {}, -1
     for names in ways_to_name(paths):
         count = count_images(names, ids)
