@@ -3,11 +3,10 @@
 What could be read in two ways is asked about. `Collection` is what every layout returns.
 """
 
-import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,47 +17,30 @@ from kit.config import Classes
 from kit.data.classes import sort_values
 from kit.data.images import IMAGE_SUFFIXES, open_image
 from kit.data.masks import MaskFile, Planes
+from kit.data.names import (
+    LOSSY,
+    MASK_WORDS,
+    SHOWN,
+    SPLIT_WORDS,
+    ImageFile,
+    check_names,
+    colours,
+    image_paths,
+    list_files,
+    list_images,
+    make_ids,
+    split_of,
+    split_words,
+    tail_of,
+    words_of_place,
+)
 from kit.errors import UserError, first_five
 
-MASK_WORDS = {
-    "mask", "masks", "msk", "label", "labels", "lab", "lbl", "annotation", "annotations", "annot",
-    "anno", "gt", "gts", "groundtruth", "truth", "manual", "seg", "segmentation", "segmentations",
-    "segmentationclass", "semantic", "target", "targets", "matte", "mattes",
-}  # fmt: skip
-IMAGE_WORDS = {
-    "image", "images", "img", "imgs", "jpegimages", "original", "originals", "photo", "photos",
-    "input", "inputs", "sat",
-}  # fmt: skip
-AUXILIARY_WORDS = {  # what lies next to images and is made of them
-    "chart", "charts", "collage", "collages", "edges", "instance", "instances", "lr", "nir",
-    "overlay", "overlays", "panoptic", "preview", "previews", "superpixels", "thumb", "thumbs",
-    "thumbnail", "thumbnails",
-}  # fmt: skip
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "tr": "train", "val": "val", "valid": "val",
-    "validation": "val", "test": "test", "testing": "test", "ts": "test",
-}  # fmt: skip
-ROLE_WORDS = MASK_WORDS | IMAGE_WORDS | set(SPLIT_WORDS) | {"ground"}
-JOINED_SPLIT = re.compile(  # traincrop, testdata, valimages: two words
-    r"\b(?:training|train|testing|test|validation|valid|val)"
-    rf"(?=(?:{'|'.join({*MASK_WORDS, *IMAGE_WORDS, 'crop', 'crops', 'data', 'set', 'val'})})\b)"
-)
-OF_ONE_MASK = re.compile(  # the end of x_mask, x_mask_2, or the start of mask_x
-    rf"[\s_.-]+(?:{'|'.join(MASK_WORDS)})(?:[\W_]*\d+)?$|^(?:{'|'.join(MASK_WORDS)})[\W_]+", re.I
-)
-LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # of photographs rather than masks
-MASK_COLOURS = 64  # files with more are rather images
-PROPOSED = 20  # names that are tried before one is proposed
-SHOWN = 3  # files of a kind that are opened to see whether they are masks
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
-TRAINING_OUTPUTS = {  # the images that train.py writes, the first two into every --out
-    "examples.jpg", "augmented.jpg", "validation.jpg",
-    "curves.png", "pr_curve.png", "confusion.png",
-}  # fmt: skip
+MASK_COLOURS = 64  # files with more are rather images
+PROPOSED = 20  # names that are tried before one is proposed
 NOT_READ = {".npy", ".npz", ".h5", ".hdf5", ".mat", ".nii", ".mha", ".nrrd", ".dcm", ".dicom"}
-MARKER = ".written_by_segmentation_kit"  # in infer.py's --out: what is there is no data
-NEVER_MASKS = {"SegmentationObject"}  # Pascal VOC's instances, next to its classes
 
 
 class Collection(NamedTuple):
@@ -71,187 +53,6 @@ class Collection(NamedTuple):
     rle: str = "columns"  # order of RLE in submission.csv, see rle.py
     classes: Classes = Classes()  # that the masks tell apart
     value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `images.read_image`
-
-
-class ImageFile(NamedTuple):
-    """An image or a mask below a folder."""
-
-    path: Path
-    name: str  # its path below the folder, with "/"
-    stem: str  # its name without suffixes of images, or what stands for {stem} in a pattern
-    place: tuple[str, ...]  # its folders, without the words of roles and splits
-    split: str  # train, val, test, or ""
-    role: str  # "" for an image; for a mask the folder or pattern that names its kind
-    rank: int = 0  # 2: a folder's name says images; 1: it names a split; -1: made of other images
-
-
-# --------------------------------------------------------------------------------------------------
-#  List
-# --------------------------------------------------------------------------------------------------
-
-
-def image_paths(folder: Path, names: Iterable[str] | None = None) -> list[Path]:
-    """The images in a folder, or those of its `names`, sorted; hidden ones do not count.
-
-    What the kit has written is no data: a folder with, or next to, its `MARKER` counts as empty.
-    """
-    if not folder.is_dir() or (folder / MARKER).exists() or (folder.parent / MARKER).exists():
-        return []
-    names = sorted(os.listdir(folder) if names is None else names)
-    paths = [folder / name for name in names if not name.startswith(".")]
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """{stem: path} of the images in a folder, sorted. Raises UserError where two share a stem."""
-    paths = image_paths(folder)
-    check_names((path, path.stem) for path in paths)
-    return {path.stem: path for path in paths}
-
-
-def check_names(images: Iterable[tuple[Path, str]]) -> None:
-    """Raise UserError where two images, (path, stem) each, of a folder share a stem."""
-    first: dict[Path, Path] = {}
-    for path, stem in images:
-        other = first.setdefault(path.with_name(stem), path)
-        if other != path:
-            raise UserError(
-                path.parent, f"{other.name} and {path.name} share a name", "rename one of them"
-            )
-
-
-def make_ids(paths: list[Path], stems: list[str], root: Path) -> list[str]:
-    """The ids of images: their stems, or where these repeat their paths below `root` with "_"."""
-    if len(set(stems)) == len(stems):
-        return stems
-    places = (os.path.relpath(path.with_suffix(""), root) for path in paths)
-    return [re.sub(r"[\\/:]+", "_", place) for place in places]
-
-
-def image_folder(root: Path, training: bool) -> Path | None:
-    """The folder of images in `root`; test images first where they are not for training."""
-    names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
-    return next((root / name for name in names if image_paths(root / name)), None)
-
-
-def split_words(name: str) -> list[str]:
-    """The words of a name: TrainingGroundTruth_01 is training, ground, truth, 01."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?=annot)", " ", name)
-    words = re.findall(r"[a-z]+|\d+", spaced.lower())
-    return JOINED_SPLIT.sub(r"\g<0> ", " ".join(words)).split()
-
-
-def split_of(words: list[str], otherwise: str = "") -> str:
-    """The split that words name: train, val or test; "" for several, such as trainval."""
-    splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return "" if len(splits) > 1 else next(iter(splits), otherwise)
-
-
-def list_files(root: Path) -> list[ImageFile]:
-    """All images and masks below a folder, sorted, with their roles; not the kit's own images."""
-    files = []
-    for folder, below, names in os.walk(root, followlinks=True):
-        if MARKER in names:
-            below.clear()
-            continue
-        if {"examples.jpg", "augmented.jpg"} <= set(names):
-            names = set(names) - TRAINING_OUTPUTS
-        below[:] = sorted(n for n in below if not n.startswith(".") and n not in NEVER_MASKS)
-        paths = image_paths(Path(folder), names)
-        files += roles_by_name([describe_file(path, root) for path in paths])
-    return files
-
-
-def describe_file(path: Path, root: Path) -> ImageFile:
-    """A file with what its folders say."""
-    name, stem = path.relative_to(root).as_posix(), path.stem
-    while Path(stem).suffix.lower() in IMAGE_SUFFIXES:  # x.jpg.png
-        stem = Path(stem).stem
-    place, split, role, rank = [], "", "", 0
-    for folder in name.split("/")[:-1]:
-        words = split_words(folder)
-        split = split_of(words, split)
-        if MASK_WORDS & set(words):
-            role = folder
-        elif IMAGE_WORDS & set(words):
-            role = ""  # Kvasir-SEG/images: the inner folder decides
-        by_words = 2 if IMAGE_WORDS & set(words) else 1 if SPLIT_WORDS.keys() & set(words) else 0
-        rank = -1 if AUXILIARY_WORDS & set(words) else max(rank, by_words)
-        if folder_words := words_of_place(words):
-            place.append(folder if len(folder_words) == len(words) else "_".join(folder_words))
-    return ImageFile(path, name, stem, tuple(place), split, role, rank)
-
-
-def words_of_place(words: list[str]) -> list[str]:
-    """The words of a folder's name without those of roles and splits."""
-    return [word for word in words if word not in ROLE_WORDS]
-
-
-def roles_by_name(files: list[ImageFile]) -> list[ImageFile]:
-    """Find the masks among the images of one folder.
-
-    By a word at an end of the name (X_mask), by the suffix (a.jpg and a.png), or because every name
-    occurs with more at its end, too (X and X_1stHO).
-    """
-    words = [split_words(file.stem) for file in files]
-    splits = [split_of(name) for name in words]
-    if len(set(splits)) > 1 and all(splits) and not any(file.split for file in files):
-        pairs = zip(files, splits, strict=True)  # train_1, testA_1
-        files = [file._replace(split=split) for file, split in pairs]
-    if not files or any(file.role for file in files):
-        return files
-    stems = {file.stem for file in files}
-    tails = [tail_of(file.stem, stems) for file in files]
-    made = [bool(AUXILIARY_WORDS & set(split_words(tail))) for tail in tails]
-    if any(made):
-        rest = [file for file, aux in zip(files, made, strict=True) if not aux]
-        others = [file._replace(rank=-1) for file, aux in zip(files, made, strict=True) if aux]
-        return roles_by_name(rest) + others
-    words = [split_words(file.stem.rstrip("0123456789")) for file in files]
-    marked = [next((w for w in (n[-1:] + n[:1]) if w in MASK_WORDS), "") for n in words]
-    counts = Counter(tails)
-    roles = [""] * len(files)
-    if any(marked) and not all(marked):
-        roles = [word and f"{{stem}}_{word}" for word in marked]
-    elif suffix := suffix_of_masks(files):
-        roles = ["{stem}" + suffix if file.path.suffix == suffix else "" for file in files]
-    elif len(counts) > 1 and len(set(counts.values())) == 1 and len(files) > len(counts):
-        pairs = zip(files, tails, strict=True)
-        roles = [tail and f"{{stem}}{tail}{file.path.suffix}" for file, tail in pairs]
-    return [file._replace(role=role) for file, role in zip(files, roles, strict=True)]
-
-
-def suffix_of_masks(files: list[ImageFile]) -> str:
-    """The suffix of the masks where each name occurs with two, by content; "" where none is sure.
-
-    It is lossless, has fewer colours than the other, and no more than grey levels.
-    """
-    kinds: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        kinds[file.path.suffix].append(file.path)
-    if len(kinds) != 2 or len({file.stem for file in files}) * 2 != len(files):
-        return ""
-    few, many = sorted(kinds, key=lambda suffix: colours(kinds[suffix]))
-    limit = 256 if many.lower() in LOSSY else colours(kinds[many]) / 4
-    return few if colours(kinds[few]) <= limit else ""
-
-
-def colours(paths: list[Path]) -> float:
-    """The most colours of any of the first files: few in masks. Infinite for lossy ones."""
-    if paths[0].suffix.lower() in LOSSY:
-        return math.inf
-    try:
-        shown = [np.asarray(open_image(path)) for path in paths[:SHOWN]]
-    except UserError:  # `samples.decode_pairs` names the file
-        return math.inf
-    parts = [pixels[:: 1 + len(pixels) // 256, :: 1 + pixels.shape[1] // 256] for pixels in shown]
-    return max(len(np.unique(part.reshape(-1, *part.shape[2:]), axis=0)) for part in parts)
-
-
-def tail_of(stem: str, stems: set[str]) -> str:
-    """What a name has more than the longest other name that it starts with, such as _1stHO."""
-    ends = [match.start() for match in re.finditer(r"[\W_]", stem)]
-    return next((stem[end:] for end in reversed(ends) if stem[:end] in stems), "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,15 +114,22 @@ def match(images: list[ImageFile], masks: list[ImageFile]) -> Pairs:
 
 
 def match_words(images: list[ImageFile], masks: list[ImageFile], place: Place) -> Pairs:
-    """The masks of each image whose names are equal without the words for masks."""
+    """The masks of each image: of its name, or with words for masks or a number after it."""
     owners = {(place(image), image.stem): image.name for image in images}
+    stems = {image.stem for image in images}
     pairs: Pairs = defaultdict(list)
     for mask in masks:
-        owner = owners.get((place(mask), OF_ONE_MASK.sub("", mask.stem)))
-        if owner:
+        tail = "" if mask.stem in stems else tail_of(mask.stem, stems)
+        owner = owners.get((place(mask), mask.stem.removesuffix(tail)))
+        if owner and not other_words(tail):
             pairs[owner].append(mask)
     one_folder = all(len({mask.path.parent for mask in some}) == 1 for some in pairs.values())
     return pairs if one_folder and len(owners) == len(images) else {}
+
+
+def other_words(tail: str) -> set[str]:
+    """The words at the end of a mask's name that tell its kind: no words for masks, no numbers."""
+    return {word for word in split_words(tail) if not word.isdecimal()} - MASK_WORDS
 
 
 def add_objects(pairs: Pairs, masks: list[ImageFile]) -> Pairs:
@@ -332,7 +140,7 @@ def add_objects(pairs: Pairs, masks: list[ImageFile]) -> Pairs:
     for mask in masks:
         tail = tail_of(mask.stem, stems) if mask.path not in used else ""
         owner = owners.get((mask.path.parent, mask.stem.removesuffix(tail)))
-        if tail and owner and set(split_words(re.sub(r"\d", "", tail))) <= MASK_WORDS:
+        if tail and owner and not other_words(tail):
             pairs[owner].append(mask)
     return pairs
 
@@ -389,11 +197,11 @@ def tails_of_kinds(masks: list[ImageFile], images: list[ImageFile]) -> list[str]
     stems = {core for affix in affixes(images) for core in cores(images, affix)}
     digits = len(re.match(r"\d*", masks[0].stem)[0])  # the masks of 7 may start with 00007
     stems |= {stem.zfill(digits) for stem in stems if stem.isdecimal()}
-    tails = [tail_of(mask.stem, stems) for mask in masks]
+    tails = ["" if mask.stem in stems else tail_of(mask.stem, stems) for mask in masks]
     counts = Counter(tails)
-    words = {tuple(w for w in split_words(tail) if not w.isdecimal()) for tail in counts}
+    words = {frozenset(other_words(tail)) for tail in counts}
     equal = len(set(counts.values())) == 1 and len(counts) < 10
-    named = all(set(each) - MASK_WORDS for each in words) and len(words) == len(counts)
+    named = all(words) and len(words) == len(counts)
     return tails if len(counts) > 1 and (equal or named) else []
 
 
@@ -445,39 +253,39 @@ def images_and_masks(root: Path, masks: str) -> tuple[list[ImageFile], list[Imag
 
 
 def propose_masks(root: Path) -> list[str]:
-    """What --masks may name: folders or ends of names that pair and look like masks, best first."""
+    """The flags that name folders or ends of names which pair and look like masks."""
     tests, files = (choose_split(list_files(root), test) for test in (True, False))
     not_masks = {file.path for file in tests if not file.role}
     stems = {file.stem for file in files}
-    names = Counter(file.path.parent.name for file in files if file.path.parent != root)
+    names = Counter(folder for file in files for folder in file.name.split("/")[:-1])
     names.update(f"{{stem}}{tail_of(f.stem, stems)}{f.path.suffix}" for f in files)
     proposals = {}
     for name, _ in names.most_common(PROPOSED):
         images, others = images_and_masks(root, name)
         if not_masks & {mask.path for mask in others}:
             continue
-        images, others, _ = one_split(images, others, name, training=True)
-        pairs = match(images, others)
+        others = choose_split(others, False)
+        pairs = match(choose_split(images, False), others)
         paths = [mask.path for masks in pairs.values() for mask in masks]
         if len(pairs) > 1 and 2 * len(paths) > len(others) and colours(paths) <= MASK_COLOURS:
             proposals[name] = len(pairs)
-    return sorted(proposals, key=lambda name: -proposals[name])
+    most = max(proposals.values(), default=0)
+    return [f"--masks '{name}'" for name, count in proposals.items() if count == most]
 
 
-def propose_folders(root: Path) -> str:
-    """The flags with which masks fit one folder of images, or the test images; "" for none."""
+def propose_folders(root: Path) -> list[str]:
+    """The flags with which masks fit one folder of images, or the test images."""
     images, masks = images_and_masks(root, "auto")
-    groups: dict[Path, list[ImageFile]] = defaultdict(list)
-    for image in images:
-        groups[image.path.parent].append(image._replace(split="", place=()))
-    tests = [image._replace(split="") for image in choose_split(images, True)]
-    if tests:
-        groups[Path(os.path.commonpath([image.path.parent for image in tests]))] = tests
+    groups, fitting = defaultdict(list), []
+    for image in sorted(images, key=lambda image: image.split != "test"):
+        tests = (p for p in image.path.parents if split_of(split_words(p.name)) == "test")
+        folder = next(tests) if image.split == "test" else image.path.parent
+        groups[folder].append(image._replace(split=""))
     for folder, some in groups.items():
         paths = [mask.path.parent for files in match(some, masks).values() for mask in files]
-        if len(paths) > 1 and 2 * len(paths) >= max(len(masks), len(some)):
-            return f"--data {folder} --masks {os.path.commonpath(paths)}"
-    return ""
+        if len(paths) > 1 and 2 * len(paths) >= len(some) and folder != root:
+            fitting.append(f"--data {folder} --masks {os.path.commonpath(paths)}")
+    return fitting
 
 
 def without_auxiliary(images: list[ImageFile]) -> list[ImageFile]:
@@ -490,7 +298,36 @@ def without_auxiliary(images: list[ImageFile]) -> list[ImageFile]:
         key = (image.split, image.stem)
         ranks[key] = max(ranks[key], image.rank)
     lowest = 1 if any(image.rank > 0 for image in images) else min(ranks.values(), default=0)
-    return [i for i in images if i.rank >= max(lowest, 2 * (ranks[i.split, i.stem] == 2))]
+    images = [i for i in images if i.rank >= max(lowest, 2 * (ranks[i.split, i.stem] == 2))]
+    return without_copies(images)
+
+
+def without_copies(images: list[ImageFile]) -> list[ImageFile]:
+    """The images without those that a folder or a suffix holds again in another format."""
+    kinds: dict[tuple[Path, str], dict[str, ImageFile]] = defaultdict(dict)
+    for image in images:
+        kinds[image.path.parent, image.path.suffix.lower()][image.stem] = image
+    first: dict[frozenset[str], list[tuple[Path, str]]] = defaultdict(list)
+    copies: set[Path] = set()
+    for kind in sorted(kinds, key=lambda kind: kind[1] in LOSSY):
+        stems = frozenset(kinds[kind])
+        others = [kinds[other] for other in first[stems] if other[1] != kind[1]]
+        if len(stems) > 1 and any(alike(kinds[kind], other) for other in others):
+            copies |= {image.path for image in kinds[kind].values()}
+        first[stems].append(kind)
+    return [image for image in images if image.path not in copies]
+
+
+def alike(some: dict[str, ImageFile], others: dict[str, ImageFile]) -> bool:
+    """Whether the first images of the same names, {stem: image}, show the same."""
+    try:
+        pairs = [
+            [open_image(each[stem].path) for each in (some, others)] for stem in [*some][:SHOWN]
+        ]
+    except UserError:  # `samples.decode_pairs` names the file
+        return False
+    small = [[np.asarray(i.convert("L").resize((32, 32)), float) for i in pair] for pair in pairs]
+    return all(a.size == b.size for a, b in pairs) and all(abs(a - b).mean() < 4 for a, b in small)
 
 
 def masks_next_to(root: Path) -> list[ImageFile]:
@@ -531,6 +368,12 @@ def one_split(
 # --------------------------------------------------------------------------------------------------
 #  Layouts
 # --------------------------------------------------------------------------------------------------
+
+
+def image_folder(root: Path, training: bool) -> Path | None:
+    """The folder of images in `root`; test images first where they are not for training."""
+    names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
+    return next((root / name for name in names if image_paths(root / name)), None)
 
 
 def class_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
@@ -609,11 +452,24 @@ def several_fit(
     kinds = mask_candidates(others, images)
     first = max(fitting, key=lambda name: len(MASK_WORDS & set(split_words(name))))
     remedy = f"choose one, such as --masks '{first}'"
-    if all(colours([mask.path for mask in masks]) <= 2 for masks in kinds.values()):
+    if apart(kinds, images):
         remedy += f", or take each for a class with --masks '{','.join(kinds)}'"
         remedy += " (and --classes one: united)"
     names = first_five(fitting, " and ")
     return UserError(f"--data {root}", f"{names} fit the images", remedy)
+
+
+def apart(kinds: dict[str, list[ImageFile]], images: list[ImageFile]) -> bool:
+    """Whether kinds of masks are binary and hardly overlap in the first images."""
+    if any(colours([mask.path for mask in masks]) > 2 for masks in kinds.values()):
+        return False
+    pairs = [match(images, masks) for masks in kinds.values()]
+    for image in images[:SHOWN]:
+        files = [mask for matched in pairs for mask in matched.get(image.name, [])]
+        planes = [np.asarray(open_image(file.path).convert("L")) > 0 for file in files]
+        if len({plane.shape for plane in planes}) > 1 or (planes and np.sum(planes, 0).max() > 1):
+            return False
+    return True
 
 
 def fitting_masks(images: list[ImageFile], others: list[ImageFile]) -> dict[str, Pairs]:

@@ -266,9 +266,8 @@ def remedy_for_missing(samples: pd.DataFrame, data: Path) -> str:
     """What to do about images without a mask: only what pairs is proposed."""
     paired = samples[samples["mask"].notna()]
     if paired.empty:
-        names, flags = folders.propose_masks(data), folders.propose_folders(data)
-        masks = f"such as --masks '{names[0]}'" if names else f"such as {flags}" if flags else ""
-        masks = f"name them, {masks}" if masks else "add the masks"
+        flags = folders.propose_masks(data) or folders.propose_folders(data)
+        masks = f"name them with {' or '.join(flags[:3])}" if flags else "add the masks"
         csv = "list both in a csv with the columns image,mask and name that with --data"
         return f"{masks}, or {csv}; {describe_folder(data)}"
     remedy = "leave these images out with --missing leave_out, add the masks"
