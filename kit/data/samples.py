@@ -19,7 +19,7 @@ import pandas as pd
 from kit.config import Classes, ModelConfig
 from kit.data import csvs, folders, kitti
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
-from kit.data.folders import MARKER, Collection, describe_folder
+from kit.data.folders import Collection, describe_folder
 from kit.data.folds import assign_folds
 from kit.data.images import (
     IMAGE_SUFFIXES,
@@ -37,6 +37,7 @@ from kit.data.masks import (
     choose_masks,
     measure,
 )
+from kit.data.names import MARKER
 from kit.data.rle import RunLengths, decide_order
 from kit.data.values import decide_files
 from kit.errors import UserError, first_five, reason_of
