@@ -72,8 +72,8 @@ from tqdm import tqdm
 from kit.config import IGNORE, ModelConfig
 from kit.data import kitti
 from kit.data.classes import mask_folders, write_mask
-from kit.data.folders import MARKER, list_files
 from kit.data.images import each_plane, write_image
+from kit.data.names import MARKER, list_files
 from kit.data.samples import find_samples
 from kit.files import writable_folder
 from kit.network.model import TrainedModel, best_device, prepare_device

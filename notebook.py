@@ -92,6 +92,8 @@ for wing in ("data", "network", "results", "training"):
 
 # %% kit/data/folders.py _kg_hide-input=true
 
+# %% kit/data/names.py _kg_hide-input=true
+
 # %% kit/data/csvs.py _kg_hide-input=true
 
 # %% kit/data/kitti.py _kg_hide-input=true

@@ -28,7 +28,7 @@ class Config:
     ignore: str = ""  # values of ignored pixels in mask files, such as 255 or -1
     classes: str = "auto"  # auto: as found; one: all merged; a file of id,name; or names: car,road
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
-    missing: Literal["error", "empty"] = "error"  # images without mask; empty: without foreground
+    missing: Literal["error", "empty", "leave_out"] = "error"  # images without a mask
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
     check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane

@@ -15,8 +15,9 @@ from PIL import Image
 
 from kit.config import ModelConfig
 from kit.data import images
-from kit.data.folders import MARKER, Collection
+from kit.data.folders import Collection
 from kit.data.folds import assign_folds
+from kit.data.names import MARKER
 from kit.data.rle import RunLengths, rle_decode, rle_encode
 from kit.data.samples import decode_pairs, find_samples, scan
 from kit.errors import UserError

@@ -28,8 +28,8 @@ from PIL import Image
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data import images
 from kit.data import samples as data
-from kit.data.folders import MARKER
 from kit.data.folds import assign_folds
+from kit.data.names import MARKER
 from kit.errors import UserError
 from kit.network import model
 from kit.results import metrics, predict

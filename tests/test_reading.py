@@ -9,8 +9,8 @@ from PIL import Image, ImageFilter
 
 from kit.config import Classes, ModelConfig
 from kit.data import images
-from kit.data.folders import list_files
 from kit.data.folds import assign_folds
+from kit.data.names import list_files
 from kit.data.samples import (
     decode_pairs,
     describe,
@@ -377,6 +377,9 @@ PAIRS = {
     "prefixes": ("imgs/img_{}.png", "annotations/mask_{}.png"),
     "prefixes in one folder": ("data/img_{}.png", "data/mask_{}.png"),
     "x.jpg.png": ("images/{}.jpg", "masks/{}.jpg.png"),
+    "a split in each name": ("png_images/0_train_{}_.png", "png_masks/0_train_{}_.png"),
+    "mmsegmentation": ("img_dir/train/{}.jpg", "ann_dir/train/{}.png"),
+    "KITTI semantics": ("training/image_2/10_{:06d}.png", "training/semantic/10_{:06d}.png"),
     "one annotator": ("Image_{:02d}.jpg", "Image_{:02d}_observer.png"),
     "nnU-Net": ("imagesTr/la_{:03d}.png", "labelsTr/la_{:03d}.png"),
     "DRIVE without its other masks": (
@@ -450,6 +453,167 @@ def test_test_images_never_get_training_masks(tmp_path):
     assert samples["mask"].isna().all()
 
 
+def test_both_lungs_are_classes_or_united(tmp_path):
+    lungs(tmp_path)
+    asked(tmp_path, "--masks 'leftMask,rightMask' (and --classes one: united)")
+    found = find_samples(str(tmp_path), training=True, masks="leftMask,rightMask")
+    assert found.classes.names == ("leftMask", "rightMask")
+    read(tmp_path, masks="leftMask,rightMask", classes="one")
+
+
+def test_parts_of_faces_are_classes_and_never_by_another_number(tmp_path):
+    parts_of_faces(tmp_path)
+    line = asked(tmp_path, "take each for a class with --masks")
+    names = re.search(r"--masks '(\S+,\S+)'", line)[1]
+    found = find_samples(str(tmp_path), training=True, masks=names)
+    assert found.classes.names == ("hair", "hat", "skin")
+    read(tmp_path, masks=names, classes="one")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [("benign/b ({}).png", "benign/b ({})_mask{}.png"), ("images/{}.png", "masks/{}{}.png")],
+)
+def test_further_masks_of_an_image_are_united_and_it_is_said(tmp_path, capsys, image, mask):
+    for number in range(1, 7):
+        pixels, whole = pair(number)
+        save(tmp_path / image.format(number), pixels)
+        halves = [whole.copy(), whole.copy()]
+        halves[0][:, 30:] = halves[1][:, :30] = False
+        tails = [""] if number % 2 else ["", "_1"]
+        for tail, half in zip(tails, [whole] if number % 2 else halves, strict=True):
+            save(tmp_path / mask.format(number, tail), grey(half))
+    assert len(read(tmp_path)) == 6
+    assert "and 1 more, united" in capsys.readouterr().out
+
+
+def test_names_with_and_without_a_word_for_masks_are_pairs(tmp_path):
+    write(tmp_path, "CXR_png/C_{:04d}.png", "masks/C_{:04d}_mask.png", numbers=range(10))
+    write(tmp_path, "CXR_png/M_{:04d}.png", "masks/M_{:04d}.png", numbers=range(5))
+    assert len(read(tmp_path)) == 15
+
+
+@pytest.mark.parametrize(
+    ("data", "sibling", "numbers", "taken"),
+    [
+        ("my-photos", "other-labels", range(COUNT), False),
+        ("images", "nerve-segmentation", range(COUNT), False),
+        ("images", "masks", range(4, 20), False),
+        ("images", "masks", range(COUNT), True),
+        ("my-photos", "my-labels", range(COUNT), True),
+        ("train", "train_masks", range(COUNT), True),
+    ],
+)
+def test_masks_of_a_sibling_folder_belong_to_it_by_all_names(
+    tmp_path, data, sibling, numbers, taken
+):
+    write(tmp_path, data + "/{}.png", ())
+    write(tmp_path / "x", "{}.png", "../" + sibling + "/{}.png", numbers=numbers)
+    if taken:
+        assert len(read(tmp_path / data)) == COUNT
+    else:
+        asked(tmp_path / data, "8 of 8 images have no mask")
+    if taken or numbers == range(COUNT):
+        read(tmp_path / data, masks=sibling)
+
+
+@pytest.mark.parametrize(
+    "suffixes", [("tif", "png"), ("png", "bmp"), ("bmp", "tif"), ("jpg", "png")]
+)
+def test_which_suffix_is_the_mask_is_seen(tmp_path, suffixes):
+    for number in range(COUNT):
+        pixels, mask = pair(number)
+        noise = np.random.default_rng(number).integers(0, 40, pixels.shape, np.uint8)
+        save(tmp_path / f"p{number}.{suffixes[0]}", pixels + noise)
+        save(tmp_path / f"p{number}.{suffixes[1]}", grey(mask))
+    assert {path.suffix[1:] for path in read(tmp_path).image} == {suffixes[0]}
+
+
+SPLITS = {
+    "CRACK500": ("{}crop/{{}}.jpg", "{}crop/{{}}.png"),
+    "GlaS": ("{}_{{}}.bmp", "{}_{{}}_anno.bmp"),
+    "images in one folder": ("images/{}_{{}}.png", "masks/{}_{{}}.png"),
+    "lower case": ("{}images/{{}}.png", "{}masks/{{}}.png"),
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_splits_in_words_of_folders_and_files(tmp_path, kind):
+    for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
+        image, mask = (pattern.format(split) for pattern in SPLITS[kind])
+        write(tmp_path, image, mask, numbers=numbers)
+    samples = read(tmp_path)
+    assert sorted(samples.fold) == [0, 0, *[1] * 6]
+
+
+def test_a_split_that_only_one_side_names(tmp_path, capsys):
+    """LIP, ISIC: masks of train and val in one folder; validation images without masks."""
+    for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
+        write(tmp_path / "a", split + "/{}.jpg", (), numbers=numbers)
+        write(tmp_path / "b", split + "_Input/{}.jpg", (), numbers=numbers)
+    write(tmp_path / "x", "{}.png", "../a/TrainVal_masks/{}.png")
+    write(
+        tmp_path / "x", "{}.png", "../b/Training_GroundTruth/{}_segmentation.png", numbers=range(6)
+    )
+    assert sorted(read(tmp_path / "a").fold) == [0, 0, *[1] * 6]
+    capsys.readouterr()
+    samples = read(tmp_path / "b")
+    assert len(samples) == 6
+    assert "fold" not in samples
+    assert "left out: 2 images without a mask: 2 of val_Input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("image", "copy"),
+    [
+        ("images/{}.png", "collage/{}.png"),
+        ("images/{}.png", "extra/{}.png"),
+        ("images/{}.png", "images/{}_overlay.png"),
+        ("hr/{}.png", "lr/{}.png"),
+        ("rgb/{}.png", "nir/{}.png"),
+        ("x/{}.png", "x/previews/{}.jpg"),
+    ],
+)
+def test_what_is_made_of_images_is_left_out_and_it_is_said(tmp_path, capsys, image, copy):
+    write(tmp_path, image, "masks/{}.png")
+    write(tmp_path, copy, ())
+    assert len(read(tmp_path)) == COUNT
+    assert f"not used: 8 files, 8 in {copy.rsplit('/', 1)[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image", ["train_v2/{}.jpg", "train_data/train_data/{}.jpg", "x/{}.jpg"])
+def test_masks_that_are_named_are_taken_whatever_else_is_there(tmp_path, image):
+    write(tmp_path, image, ["drawn/{}_x.png", "masks/{}.png"])
+    write(tmp_path, "more/a{}.jpg", (), numbers=range(20, 25))
+    for name in ("drawn", "masks", "drawn/{stem}_x.png"):
+        assert len(read(tmp_path, masks=name)) == COUNT
+
+
+def test_copies_in_another_format_are_left_out(tmp_path, capsys):
+    """CVC-ClinicDB on Kaggle; previews of TIFF files."""
+    for suffix in ("png", "tif"):
+        write(
+            tmp_path / "a",
+            f"{suffix}/Original/{{}}.{suffix}",
+            f"{suffix}/Ground Truth/{{}}.{suffix}",
+        )
+        write(tmp_path / "b", f"images/{{}}.{suffix}", "masks/{}.png")
+    for root in ("a", "b"):
+        assert len(read(tmp_path / root)) == COUNT
+        assert "not used" in capsys.readouterr().out
+
+
+def test_masks_of_test_images_are_none_of_training_images(tmp_path):
+    defects(tmp_path)
+    asked(
+        tmp_path, "8 of 8 images have no mask", f"--data {tmp_path}/test --masks {tmp_path}/ground"
+    )
+    samples = find_samples(
+        f"{tmp_path}/test", training=True, masks=f"{tmp_path}/ground_truth"
+    ).samples
+    assert {path.parent.name for path in samples.image} == {"crack", "cut"}
+
+
 CANDIDATES = {
     "a field of view": (
         "training/images/{}.tif",
@@ -510,6 +674,117 @@ def test_a_zip_is_named_with_the_command_that_unpacks_it(tmp_path):
     (tmp_path / "train.csv").write_text("id,rle\na,1 1\n")
     (tmp_path / "train.zip").write_bytes(b"")
     asked(tmp_path, f"unzip -q {tmp_path}/train.zip -d {tmp_path}/train")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5", "a.nii.gz", "a.nii", "a.dcm"])
+def test_arrays_and_volumes_are_named_as_not_read(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    asked(tmp_path, f"{name[1:]} is not read: save each image as a PNG or TIFF")
+
+
+def flags_of(line):
+    """The commands that a refusal names: {flag: value} each."""
+    pattern = r"--(masks|data|missing|classes|foreground) (?:'([^']+)'|([^\s,;()]+))"
+    named = [(flag, quoted or plain) for flag, quoted, plain in re.findall(pattern, line)]
+    named = named[named[0][0] == "data" and ": " in line :]  # where the line starts
+    flags, place = [], ""
+    for flag, value in named:
+        if flag == "data":
+            place = value
+        elif value == "FILE":
+            continue  # the user's own
+        elif flag == "classes" and flags:
+            flags.append(flags[-1] | {flag: value.rstrip(":")})
+        else:
+            flags.append({flag: value, **({"data": place} if place and flag == "masks" else {})})
+    return flags
+
+
+def lungs(root):
+    for number in range(COUNT):
+        pixels, whole = pair(number)
+        save(root / f"CXR_png/{number}.png", pixels)
+        for side, columns in (("left", slice(0, 30)), ("right", slice(30, 60))):
+            half = np.zeros_like(whole)
+            half[:, columns] = whole[:, columns]
+            save(root / f"ManualMask/{side}Mask/{number}.png", grey(half))
+
+
+def parts_of_faces(root):
+    """CelebAMask: numbers with zeros in folders that are no ids; a part that most lack."""
+    for number in range(COUNT):
+        pixels, whole = pair(number)
+        save(root / f"CelebA-HQ-img/{number}.jpg", pixels)
+        for row, part in enumerate(("skin", "hair", "hat")[: 3 if number % 3 else 2]):
+            rows = np.zeros_like(whole)
+            rows[22 * min(row, 1) : 22 * (row + 1)] = row < 2 and True
+            values = grey(rows & whole) if row < 2 else grey(np.zeros_like(whole))
+            save(root / f"mask-anno/{number // 4}/{number:05d}_{part}.png", values)
+
+
+def defects(root):
+    """MVTec: the masks are those of test images."""
+    write(root, "train/good/{:03d}.png", ())
+    write(root, "test/good/{:03d}.png", ())
+    for kind in ("crack", "cut"):
+        write(root, f"test/{kind}/{{:03d}}.png", f"ground_truth/{kind}/{{:03d}}_mask.png")
+
+
+def layout(image, mask, without=0, convert=grey):
+    """A layout of pairs of which the first `without` have no mask."""
+
+    def make(root):
+        write(root, image, mask, convert)
+        for path in sorted(root.rglob("*"))[: 0 if not without else None]:
+            numbers = re.findall(r"\d+", path.name)
+            is_mask = any(path.match(pattern.split("{")[0] + "*") for pattern in [mask])
+            if numbers and is_mask and int(numbers[0]) < without:
+                path.unlink()
+
+    return make
+
+
+REFUSED = {
+    "lungs": lungs,
+    "parts of faces": parts_of_faces,
+    "defects": defects,
+    "annotators": layout(*CANDIDATES["annotators"]),
+    "field of view": layout(*CANDIDATES["a field of view"]),
+    "two folders": layout(*CANDIDATES["two folders"]),
+    "unknown words": layout("a/{:02d}.png", "b/{:02d}.png"),
+    "PH2": layout(
+        "D/{0:02d}/{0:02d}_derm/{0:02d}.bmp", "D/{0:02d}/{0:02d}_lesion/{0:02d}_lesion.bmp"
+    ),
+    "some missing": layout("images/{}.png", "masks/{}.png", 3),
+    "most missing": layout("images/{}.png", "masks/{}.png", 6),
+    "label maps missing": layout("images/{}.png", "masks/{}.png", 2, labels(1, 2)),
+    "COCO-stuff": layout("train2017/{:06d}.jpg", "stuffthingmaps/train2017/{:06d}.png"),
+    "BDD100K": layout(
+        "images/10k/train/{}.jpg",
+        ["labels/sem_seg/masks/train/{}.png", "labels/sem_seg/colormaps/train/{}.png"],
+    ),
+    "one image in two folders": layout("train_images/forged/{}.png", "train_masks/{}.png"),
+    "grey levels": layout("images/{}.png", "masks/{}.png", 0, labels(128, 255)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_each_flag_that_a_refusal_names_reads_or_asks_something_else(tmp_path, kind):
+    REFUSED[kind](tmp_path)
+    if kind == "one image in two folders":
+        write(tmp_path, "train_images/authentic/{}.png", ())
+    if kind in ("unknown words", "COCO-stuff"):  # photographs have many colours
+        for path in [*tmp_path.glob("a/*"), *tmp_path.glob("train2017/*")]:
+            noise = np.random.default_rng(0).integers(0, 9, (44, 60, 3), np.uint8)
+            save(path, np.asarray(Image.open(path)) + noise)
+    line = asked(tmp_path)
+    flags = flags_of(line)
+    assert flags, line
+    for options in flags:
+        data = options.pop("data", str(tmp_path))
+        found = find_samples(data, training=True, **options)
+        assert len(found.samples) > 1, (options, line)
+        assert not any("good" in str(path) for path in found.samples.image)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -694,14 +969,28 @@ def test_turns_that_no_size_tells_are_said(tmp_path):
     assert "1 images are turned by EXIF, their masks are taken as upright: see examples.jpg" in line
 
 
-def test_images_without_a_mask_are_empty_when_that_is_said(tmp_path):
+def test_images_without_a_mask_are_left_out_or_empty_when_that_is_said(tmp_path, capsys):
     write(tmp_path)
-    for number in range(0, COUNT, 2):
+    for number in range(3):
         (tmp_path / "masks" / f"p{number:02d}.png").unlink()
-    asked(tmp_path, "4 of 8 images have no mask", "--missing empty")
+    line = asked(tmp_path, "3 of 8 images have no mask", "--missing empty")
+    assert line.index("--missing leave_out") < line.index("--missing empty")
     samples = find_samples(str(tmp_path), training=True, missing="empty").samples
     shares = scan(samples, Classes()).share
-    assert [share > 0 for share in shares] == [False, True] * 4
+    assert [share > 0 for share in shares] == [False] * 3 + [True] * 5
+    capsys.readouterr()
+    assert len(read(tmp_path, missing="leave_out")) == 5
+    assert "left out: 3 images without a mask: 3 of images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["few masks", "label maps"])
+def test_empty_is_no_remedy_for_few_masks_or_label_maps(tmp_path, kind):
+    write(tmp_path, convert=labels(1, 2, 3) if kind == "label maps" else grey)
+    for number in range(2 if kind == "label maps" else 4):
+        (tmp_path / "masks" / f"p{number:02d}.png").unlink()
+    assert "--missing empty" not in asked(tmp_path, "--missing leave_out")
+    samples = find_samples(str(tmp_path), training=True, missing="leave_out").samples
+    assert samples["mask"].notna().all()
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -20,7 +20,7 @@ import infer
 import train
 from kit.cli import parse
 from kit.data import samples
-from kit.data.folders import list_images
+from kit.data.names import list_images
 from kit.errors import UserError
 from kit.network import model
 from kit.results import predict

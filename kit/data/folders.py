@@ -6,38 +6,41 @@ What could be read in two ways is asked about. `Collection` is what every layout
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from kit.config import Classes
 from kit.data.classes import sort_values
-from kit.data.images import IMAGE_SUFFIXES
+from kit.data.images import IMAGE_SUFFIXES, open_image
 from kit.data.masks import MaskFile, Planes
+from kit.data.names import (
+    LOSSY,
+    MASK_WORDS,
+    SHOWN,
+    SPLIT_WORDS,
+    ImageFile,
+    check_names,
+    colours,
+    image_paths,
+    list_files,
+    list_images,
+    make_ids,
+    split_of,
+    split_words,
+    tail_of,
+    words_of_place,
+)
 from kit.errors import UserError, first_five
 
-MASK_WORDS = {
-    "mask", "masks", "label", "labels", "annotation", "annotations", "annot", "gt", "groundtruth",
-    "truth", "manual", "seg", "segmentation", "segmentations", "segmentationclass", "target",
-    "targets", "matte", "mattes",
-}  # fmt: skip
-IMAGE_WORDS = {
-    "image", "images", "img", "imgs", "jpegimages", "photo", "photos", "input", "inputs", "sat",
-}  # fmt: skip
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "tr": "train", "val": "val", "valid": "val",
-    "validation": "val", "test": "test", "testing": "test", "ts": "test",
-}  # fmt: skip
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
-TRAINING_OUTPUTS = {  # the images that train.py writes, the first two into every --out
-    "examples.jpg", "augmented.jpg", "validation.jpg",
-    "curves.png", "pr_curve.png", "confusion.png",
-}  # fmt: skip
-MARKER = ".written_by_segmentation_kit"  # in infer.py's --out: what is there is no data
-NEVER_MASKS = {"SegmentationObject"}  # Pascal VOC's instances, next to its classes
+MASK_COLOURS = 64  # files with more are rather images
+PROPOSED = 20  # names that are tried before one is proposed
+NOT_READ = {".npy", ".npz", ".h5", ".hdf5", ".mat", ".nii", ".mha", ".nrrd", ".dcm", ".dicom"}
 
 
 class Collection(NamedTuple):
@@ -51,141 +54,6 @@ class Collection(NamedTuple):
     instances: bool = False  # a csv has a row for each object of an image
     classes: Classes = Classes()  # that the masks tell apart
     value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `images.read_image`
-
-
-class ImageFile(NamedTuple):
-    """An image or a mask below a folder."""
-
-    path: Path
-    name: str  # its path below the folder, with "/"
-    stem: str  # its name without suffixes of images, or what stands for {stem} in a pattern
-    place: tuple[str, ...]  # its folders, without the words of roles and splits
-    split: str  # train, val, test, or ""
-    role: str  # "" for an image; for a mask the folder or pattern that names its kind
-    named: bool = False  # a folder's name says that these are images
-
-
-# --------------------------------------------------------------------------------------------------
-#  List
-# --------------------------------------------------------------------------------------------------
-
-
-def image_paths(folder: Path, names: Iterable[str] | None = None) -> list[Path]:
-    """The images in a folder, or those of its `names`, sorted; hidden ones do not count.
-
-    What the kit has written is no data: a folder with, or next to, its `MARKER` counts as empty.
-    """
-    if not folder.is_dir() or (folder / MARKER).exists() or (folder.parent / MARKER).exists():
-        return []
-    names = sorted(os.listdir(folder) if names is None else names)
-    paths = [folder / name for name in names if not name.startswith(".")]
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """{stem: path} of the images in a folder, sorted. Raises UserError where two share a stem."""
-    paths = image_paths(folder)
-    check_names((path, path.stem) for path in paths)
-    return {path.stem: path for path in paths}
-
-
-def check_names(images: Iterable[tuple[Path, str]]) -> None:
-    """Raise UserError where two images, (path, stem) each, of a folder share a stem."""
-    first: dict[Path, Path] = {}
-    for path, stem in images:
-        other = first.setdefault(path.with_name(stem), path)
-        if other != path:
-            raise UserError(
-                path.parent, f"{other.name} and {path.name} share a name", "rename one of them"
-            )
-
-
-def make_ids(paths: list[Path], stems: list[str], root: Path) -> list[str]:
-    """The ids of images: their stems, or where these repeat their paths below `root` with "_"."""
-    if len(set(stems)) == len(stems):
-        return stems
-    places = (os.path.relpath(path.with_suffix(""), root) for path in paths)
-    return [re.sub(r"[\\/:]+", "_", place) for place in places]
-
-
-def image_folder(root: Path, training: bool) -> Path | None:
-    """The folder of images in `root`; test images first where they are not for training."""
-    names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
-    return next((root / name for name in names if image_paths(root / name)), None)
-
-
-def split_words(name: str) -> list[str]:
-    """The words of a name: TrainingGroundTruth_01 is training, ground, truth, 01."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?=annot)", " ", name)
-    return re.findall(r"[a-z]+|\d+", spaced.lower())
-
-
-def list_files(root: Path) -> list[ImageFile]:
-    """All images and masks below a folder, sorted, with their roles; not the kit's own images."""
-    files = []
-    for folder, below, names in os.walk(root, followlinks=True):
-        if MARKER in names:
-            below.clear()
-            continue
-        if {"examples.jpg", "augmented.jpg"} <= set(names):
-            names = set(names) - TRAINING_OUTPUTS
-        below[:] = sorted(n for n in below if not n.startswith(".") and n not in NEVER_MASKS)
-        paths = image_paths(Path(folder), names)
-        files += roles_by_name([describe_file(path, root) for path in paths])
-    return files
-
-
-def describe_file(path: Path, root: Path) -> ImageFile:
-    """A file with what its folders say."""
-    name, stem = path.relative_to(root).as_posix(), path.stem
-    while Path(stem).suffix.lower() in IMAGE_SUFFIXES:  # x.jpg.png
-        stem = Path(stem).stem
-    place, split, role, named = [], "", "", False
-    for folder in name.split("/")[:-1]:
-        words = split_words(folder)
-        split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), split)
-        if MASK_WORDS & set(words):
-            role = folder
-        elif IMAGE_WORDS & set(words):
-            role = ""  # Kvasir-SEG/images: the inner folder decides
-        named |= bool(words and set(words) & (IMAGE_WORDS | set(SPLIT_WORDS)))
-        rest = [word for word in words if word not in MASK_WORDS | IMAGE_WORDS | set(SPLIT_WORDS)]
-        if rest:
-            place.append(folder if len(rest) == len(words) else "_".join(rest))
-    return ImageFile(path, name, stem, tuple(place), split, role, named)
-
-
-def roles_by_name(files: list[ImageFile]) -> list[ImageFile]:
-    """Find the masks among the images of one folder.
-
-    By a word at an end of the name (X_mask), by the suffix (a.jpg and a.png), or because every name
-    occurs with more at its end, too (X and X_1stHO).
-    """
-    if not files or any(file.role for file in files):
-        return files
-    words = [split_words(file.stem.rstrip("0123456789")) for file in files]
-    marked = [next((w for w in (n[-1:] + n[:1]) if w in MASK_WORDS), "") for n in words]
-    stems = {file.stem for file in files}
-    tails = [tail_of(file.stem, stems) for file in files]
-    counts = Counter(tails)
-    lossy = (".jpg", ".jpeg", ".jfif", ".webp")  # of photographs rather than masks
-    suffixes = sorted({f.path.suffix for f in files}, key=lambda s: s.lower() not in lossy)
-    by_suffix = [{file.stem for file in files if file.path.suffix == s} for s in suffixes]
-    roles = [""] * len(files)
-    if any(marked) and not all(marked):
-        roles = [word and f"{{stem}}_{word}" for word in marked]
-    elif len(suffixes) == 2 and by_suffix[0] == by_suffix[1]:
-        roles = ["{stem}" + suffixes[1] if f.path.suffix == suffixes[1] else "" for f in files]
-    elif len(counts) > 1 and len(set(counts.values())) == 1 and len(files) > len(counts):
-        pairs = zip(files, tails, strict=True)
-        roles = [tail and f"{{stem}}{tail}{file.path.suffix}" for file, tail in pairs]
-    return [file._replace(role=role) for file, role in zip(files, roles, strict=True)]
-
-
-def tail_of(stem: str, stems: set[str]) -> str:
-    """What a name has more than the longest other name that it starts with, such as _1stHO."""
-    ends = [match.start() for match in re.finditer(r"[\W_]", stem)]
-    return next((stem[end:] for end in reversed(ends) if stem[:end] in stems), "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,9 +76,10 @@ def affixes(files: list[ImageFile]) -> list[tuple[str, str]]:
 
 
 def cores(files: list[ImageFile], affix: tuple[str, str]) -> list[str]:
-    """The names without an affix."""
+    """The names without an affix, and numbers without leading zeros."""
     start, end = affix
-    return [file.stem[len(start) : len(file.stem) - len(end)] for file in files]
+    names = [file.stem[len(start) : len(file.stem) - len(end)] for file in files]
+    return [str(int(name)) if name.isdecimal() else name for name in names]
 
 
 def by_core(files: list[ImageFile], affix: tuple[str, str], place: Place) -> dict[tuple, ImageFile]:
@@ -223,7 +92,8 @@ def by_core(files: list[ImageFile], affix: tuple[str, str], place: Place) -> dic
 def match(images: list[ImageFile], masks: list[ImageFile]) -> Pairs:
     """The masks of each image: names equal, or one-to-one after one affix is taken off each side.
 
-    In equal folders first. Otherwise several masks of an image that has a folder of its own.
+    In equal folders first. Otherwise several masks of an image: in a folder of its own, or of its
+    name with a word for masks and perhaps a number, x_mask and x_mask_1.
     """
     places: list[Place] = [lambda file: (file.split, file.place), lambda file: file.split]
     if not {mask.split for mask in masks} & {image.split for image in images} - {""}:
@@ -238,8 +108,42 @@ def match(images: list[ImageFile], masks: list[ImageFile]) -> Pairs:
                 if len(both) > len(best):
                     best = {left[key].name: [candidates[key]] for key in both}
             if len(best) == len(images):
-                return best
-    return max(best, match_objects(images, masks), key=len)
+                return add_objects(best, masks)
+    by_words = (match_words(images, masks, place) for place in places)
+    best = max(best, match_objects(images, masks), *by_words, key=len)
+    return add_objects(best, masks)
+
+
+def match_words(images: list[ImageFile], masks: list[ImageFile], place: Place) -> Pairs:
+    """The masks of each image: of its name, or with words for masks or a number after it."""
+    owners = {(place(image), image.stem): image.name for image in images}
+    stems = {image.stem for image in images}
+    pairs: Pairs = defaultdict(list)
+    for mask in masks:
+        tail = "" if mask.stem in stems else tail_of(mask.stem, stems)
+        owner = owners.get((place(mask), mask.stem.removesuffix(tail)))
+        if owner and not other_words(tail):
+            pairs[owner].append(mask)
+    one_folder = all(len({mask.path.parent for mask in some}) == 1 for some in pairs.values())
+    return pairs if one_folder and len(owners) == len(images) else {}
+
+
+def other_words(tail: str) -> set[str]:
+    """The words at the end of a mask's name that tell its kind: no words for masks, no numbers."""
+    return {word for word in split_words(tail) if not word.isdecimal()} - MASK_WORDS
+
+
+def add_objects(pairs: Pairs, masks: list[ImageFile]) -> Pairs:
+    """With masks of further objects: named as the mask of an image, and a number after it."""
+    owners = {(files[0].path.parent, files[0].stem): name for name, files in pairs.items()}
+    stems = {stem for _, stem in owners}
+    used = {mask.path for files in pairs.values() for mask in files}
+    for mask in masks:
+        tail = tail_of(mask.stem, stems) if mask.path not in used else ""
+        owner = owners.get((mask.path.parent, mask.stem.removesuffix(tail)))
+        if tail and owner and not other_words(tail):
+            pairs[owner].append(mask)
+    return pairs
 
 
 def match_objects(images: list[ImageFile], masks: list[ImageFile]) -> Pairs:
@@ -255,7 +159,7 @@ def match_objects(images: list[ImageFile], masks: list[ImageFile]) -> Pairs:
             for mask in masks:
                 pairs[owners[of_mask(mask)]].append(mask)
             break
-    return pairs
+    return pairs if 2 * len(pairs) >= len(images) else {}
 
 
 def mask_candidates(files: list[ImageFile], images: list[ImageFile]) -> dict[str, list[ImageFile]]:
@@ -265,23 +169,50 @@ def mask_candidates(files: list[ImageFile], images: list[ImageFile]) -> dict[str
         words = tuple(word for word in split_words(file.role) if word not in SPLIT_WORDS)
         kinds[words, bool(file.split)].append(file)  # train_masks and val_masks are one kind
     candidates: dict[str, list[ImageFile]] = {}
-    stems = {core for affix in affixes(images) for core in cores(images, affix)}
     for masks in kinds.values():
         role = masks[0].role
-        tails = [tail_of(mask.stem, stems) for mask in masks]
-        counts = Counter(tails)
-        if "{stem}" in role or len(counts) < 2 or len(set(counts.values())) > 1 or len(counts) > 9:
-            candidates[role] = masks
-            continue
-        for mask, tail in zip(masks, tails, strict=True):
+        tails = [] if "{stem}" in role else tails_of_kinds(masks, images)
+        if not tails:
+            candidates[role_of(masks, files)] = masks
+        for mask, tail in zip(masks, tails, strict=bool(tails)):
             folder = "" if tail else f"{role}/"
             pattern = f"{folder}{{stem}}{tail}{mask.path.suffix}"
             candidates.setdefault(pattern, []).append(mask)
     return candidates
 
 
+def role_of(masks: list[ImageFile], files: list[ImageFile]) -> str:
+    """What names these masks alone among all: their role, or their last common folder."""
+    role = masks[0].role
+    common = os.path.commonprefix([Path(file.name).parts[:-1] for file in masks])
+    paths = {file.path for file in masks}
+    others = (file.path.parts for file in files if file.path not in paths)
+    return common[-1] if common and any(role in parts for parts in others) else role
+
+
+def tails_of_kinds(masks: list[ImageFile], images: list[ImageFile]) -> list[str]:
+    """The tail of each mask's name where tails tell kinds of masks: annotators, or classes.
+
+    As many of each, or of different words; [] where further masks of an image have a number.
+    """
+    stems = {core for affix in affixes(images) for core in cores(images, affix)}
+    digits = len(re.match(r"\d*", masks[0].stem)[0])  # the masks of 7 may start with 00007
+    stems |= {stem.zfill(digits) for stem in stems if stem.isdecimal()}
+    tails = ["" if mask.stem in stems else tail_of(mask.stem, stems) for mask in masks]
+    counts = Counter(tails)
+    words = {frozenset(other_words(tail)) for tail in counts}
+    equal = len(set(counts.values())) == 1 and len(counts) < 10
+    named = all(words) and len(words) == len(counts)
+    return tails if len(counts) > 1 and (equal or named) else []
+
+
 def named_masks(root: Path, masks: str, files: list[ImageFile]) -> list[ImageFile]:
-    """The masks that --masks names: a folder, or a pattern with {stem}. Raises UserError."""
+    """The masks that --masks names: a folder, or a pattern with {stem}. Raises UserError.
+
+    Also several of these with a comma between them.
+    """
+    if "," in masks and not (root / masks).exists():
+        return [f for name in masks.split(",") for f in named_masks(root, name.strip(), files)]
     if "{stem}" in masks:
         before, after = map(re.escape, masks.split("{stem}", 1))
         pattern = re.compile(rf"(?:.*/)?{before}([^/]+){after}(\.\w+)?")
@@ -315,19 +246,106 @@ def images_and_masks(root: Path, masks: str) -> tuple[list[ImageFile], list[Imag
     others = [file for file in files if file.role]
     if masks != "auto":
         others = named_masks(root, masks, files)
-        images = [file for file in images if file.path not in {mask.path for mask in others}]
-    elif not others and "test" not in map(SPLIT_WORDS.get, split_words(root.name)):
+        named = {mask.path for mask in others}
+        images = [file for file in images if file.path not in named]
+    elif not others and split_of(split_words(root.name)) != "test":
         others = masks_next_to(root)
-    if any(file.named for file in images):
-        images = [file for file in images if file.named]
-    return images, others
+    return without_auxiliary(images), others
+
+
+def propose_masks(root: Path) -> list[str]:
+    """The flags that name folders or ends of names which pair and look like masks."""
+    tests, files = (choose_split(list_files(root), test) for test in (True, False))
+    not_masks = {file.path for file in tests if not file.role}
+    stems = {file.stem for file in files}
+    names = Counter(folder for file in files for folder in file.name.split("/")[:-1])
+    names.update(f"{{stem}}{tail_of(f.stem, stems)}{f.path.suffix}" for f in files)
+    proposals = {}
+    for name, _ in names.most_common(PROPOSED):
+        images, others = images_and_masks(root, name)
+        if not_masks & {mask.path for mask in others}:
+            continue
+        others = choose_split(others, False)
+        pairs = match(choose_split(images, False), others)
+        paths = [mask.path for masks in pairs.values() for mask in masks]
+        if len(pairs) > 1 and 2 * len(paths) > len(others) and colours(paths) <= MASK_COLOURS:
+            proposals[name] = len(pairs)
+    most = max(proposals.values(), default=0)
+    return [f"--masks '{name}'" for name, count in proposals.items() if count == most]
+
+
+def propose_folders(root: Path) -> list[str]:
+    """The flags with which masks fit one folder of images, or the test images."""
+    images, masks = images_and_masks(root, "auto")
+    groups, fitting = defaultdict(list), []
+    for image in sorted(images, key=lambda image: image.split != "test"):
+        tests = (p for p in image.path.parents if split_of(split_words(p.name)) == "test")
+        folder = next(tests) if image.split == "test" else image.path.parent
+        groups[folder].append(image._replace(split=""))
+    for folder, some in groups.items():
+        paths = [mask.path.parent for files in match(some, masks).values() for mask in files]
+        if len(paths) > 1 and 2 * len(paths) >= len(some) and folder != root:
+            fitting.append(f"--data {folder} --masks {os.path.commonpath(paths)}")
+    return fitting
+
+
+def without_auxiliary(images: list[ImageFile]) -> list[ImageFile]:
+    """The images without those that are made of them: by a word, or where a name occurs again.
+
+    Of these the folder counts that is named as one of images.
+    """
+    ranks: dict[tuple, int] = defaultdict(int)
+    for image in images:
+        key = (image.split, image.stem)
+        ranks[key] = max(ranks[key], image.rank)
+    lowest = 1 if any(image.rank > 0 for image in images) else min(ranks.values(), default=0)
+    images = [i for i in images if i.rank >= max(lowest, 2 * (ranks[i.split, i.stem] == 2))]
+    return without_copies(images)
+
+
+def without_copies(images: list[ImageFile]) -> list[ImageFile]:
+    """The images without those that a folder or a suffix holds again in another format."""
+    kinds: dict[tuple[Path, str], dict[str, ImageFile]] = defaultdict(dict)
+    for image in images:
+        kinds[image.path.parent, image.path.suffix.lower()][image.stem] = image
+    first: dict[frozenset[str], list[tuple[Path, str]]] = defaultdict(list)
+    copies: set[Path] = set()
+    for kind in sorted(kinds, key=lambda kind: kind[1] in LOSSY):
+        stems = frozenset(kinds[kind])
+        others = [kinds[other] for other in first[stems] if other[1] != kind[1]]
+        if len(stems) > 1 and any(alike(kinds[kind], other) for other in others):
+            copies |= {image.path for image in kinds[kind].values()}
+        first[stems].append(kind)
+    return [image for image in images if image.path not in copies]
+
+
+def alike(some: dict[str, ImageFile], others: dict[str, ImageFile]) -> bool:
+    """Whether the first images of the same names, {stem: image}, show the same."""
+    try:
+        pairs = [
+            [open_image(each[stem].path) for each in (some, others)] for stem in [*some][:SHOWN]
+        ]
+    except UserError:  # `samples.decode_pairs` names the file
+        return False
+    small = [[np.asarray(i.convert("L").resize((32, 32)), float) for i in pair] for pair in pairs]
+    return all(a.size == b.size for a, b in pairs) and all(abs(a - b).mean() < 4 for a, b in small)
 
 
 def masks_next_to(root: Path) -> list[ImageFile]:
-    """The masks in folders next to a folder of images."""
-    folders = [path for path in sorted(root.parent.iterdir()) if path.is_dir() and path != root]
-    folders = [path for path in folders if MASK_WORDS & set(split_words(path.name))]
-    return [file._replace(role=folder.name) for folder in folders for file in list_files(folder)]
+    """The masks in folders next to a folder of images, which belong to it by all names.
+
+    Those of the folders have the same words, or a folder has none but those of masks and splits;
+    those of nearly all files are those of images.
+    """
+    images = [file for file in list_files(root) if not file.role]
+    own, masks = words_of_place(split_words(root.name)), []
+    for folder in sorted(path for path in root.parent.iterdir() if path.is_dir() and path != root):
+        words = split_words(folder.name)
+        if MASK_WORDS & set(words) and words_of_place(words) in ([], own):
+            files = [file._replace(role=folder.name) for file in list_files(folder)]
+            matched = sum(map(len, match(images, files).values()))
+            masks += files if 10 * matched >= 9 * min(len(files), len(images)) > 0 else []
+    return masks
 
 
 def choose_split(files: list[ImageFile], test: bool) -> list[ImageFile]:
@@ -340,7 +358,10 @@ def one_split(
 ) -> tuple[list[ImageFile], list[ImageFile], bool]:
     """The images and masks of the test, or all others, and whether they are of the test."""
     test = bool(choose_split(images, True)) and not (training and choose_split(images, False))
-    images, same = choose_split(images, test), choose_split(others, test)
+    rest, images = choose_split(images, not test), choose_split(images, test)
+    of_rest = {image.place for image in rest} - {image.place for image in images}
+    others = [mask for mask in others if mask.split or mask.place not in of_rest]
+    same = choose_split(others, test)
     others = same if masks == "auto" else same or others  # never the masks of other images
     return images, others, test
 
@@ -350,16 +371,27 @@ def one_split(
 # --------------------------------------------------------------------------------------------------
 
 
+def image_folder(root: Path, training: bool) -> Path | None:
+    """The folder of images in `root`; test images first where they are not for training."""
+    names = TRAINING_FOLDERS if training else TEST_FOLDERS + TRAINING_FOLDERS
+    return next((root / name for name in names if image_paths(root / name)), None)
+
+
 def class_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
     """Images with one folder of masks for each class, masks/NAME/STEM.png; they may overlap.
 
     A class without a mask is empty. Folders that are named like images or like folders of images
     are no classes.
     """
-    if "{stem}" in masks:
-        return None
     images, others, _ = one_split(*images_and_masks(root, masks), masks, training)
     folders: dict[str, list[ImageFile]] = defaultdict(list)
+    if "," in masks:
+        for mask in others:
+            folders[re.sub(r"\{stem\}[\W_]*", "", Path(mask.role).stem)].append(mask)
+        pairs = {name: match(images, files) for name, files in folders.items()}
+        return collect_classes(root, images, pairs)
+    if "{stem}" in masks:
+        return None
     for mask in others:
         above = [folder.name for folder in mask.path.parents]
         last = mask.place[-1:] == (above[0],)  # else the name is that of a split, or of all masks
@@ -386,7 +418,7 @@ def collect_classes(root: Path, images: list[ImageFile], pairs: dict[str, Pairs]
     masks: list[Planes | None] = []
     for image in images:
         files = [pairs[name].get(image.name) for name in names]
-        parts = tuple(file and MaskFile(file[0].path, image=image.path) for file in files)
+        parts = tuple(some and mask_file(some, image) for some in files)
         masks.append(Planes(parts) if any(parts) else None)
         missing += sum(part is None for part in parts) if any(parts) else 0
     if missing:
@@ -407,14 +439,38 @@ def paired_folders(root: Path, masks: str, target: str, training: bool) -> Colle
         fitting = max(fitting, fitting_masks(*rest), key=len)
     if len(fitting) < 2:
         return collect(root, images, next(iter(fitting.values()), {}))
-    problem = f"{' and '.join(fitting)} fit the images"
-    error = UserError(
-        f"--data {root}", problem, f"choose one, such as --masks '{next(iter(fitting))}'"
-    )
+    error = several_fit(root, images, others, fitting)
     if training:
         raise error
     print(f"no scores: {error}")
     return collect(root, images, {})
+
+
+def several_fit(
+    root: Path, images: list[ImageFile], others: list[ImageFile], fitting: dict[str, Pairs]
+) -> UserError:
+    """The question which masks are meant: one kind, or each a class where all are binary."""
+    kinds = mask_candidates(others, images)
+    first = max(fitting, key=lambda name: len(MASK_WORDS & set(split_words(name))))
+    remedy = f"choose one, such as --masks '{first}'"
+    if apart(kinds, images):
+        remedy += f", or take each for a class with --masks '{','.join(kinds)}'"
+        remedy += " (and --classes one: united)"
+    names = first_five(fitting, " and ")
+    return UserError(f"--data {root}", f"{names} fit the images", remedy)
+
+
+def apart(kinds: dict[str, list[ImageFile]], images: list[ImageFile]) -> bool:
+    """Whether kinds of masks are binary and hardly overlap in the first images."""
+    if any(colours([mask.path for mask in masks]) > 2 for masks in kinds.values()):
+        return False
+    pairs = [match(images, masks) for masks in kinds.values()]
+    for image in images[:SHOWN]:
+        files = [mask for matched in pairs for mask in matched.get(image.name, [])]
+        planes = [np.asarray(open_image(file.path).convert("L")) > 0 for file in files]
+        if len({plane.shape for plane in planes}) > 1 or (planes and np.sum(planes, 0).max() > 1):
+            return False
+    return True
 
 
 def fitting_masks(images: list[ImageFile], others: list[ImageFile]) -> dict[str, Pairs]:
@@ -427,7 +483,7 @@ def fitting_masks(images: list[ImageFile], others: list[ImageFile]) -> dict[str,
 
 
 def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
-    """The samples of paired files, with the column `folder`, and `fold` where folders say so.
+    """The samples of paired files, with the columns `folder` and `split`.
 
     Raises UserError where two images of a folder share a name.
     """
@@ -435,22 +491,23 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
     paths = [image.path for image in images]
     masks = []
     for image in images:
-        files = [mask.path for mask in pairs.get(image.name, [])]
-        file = MaskFile(files[0], more=tuple(files[1:]), image=image.path) if files else None
-        masks.append(file and Planes((file,)))
+        files = pairs.get(image.name)
+        masks.append(files and Planes((mask_file(files, image),)))
     ids = make_ids(paths, [image.stem for image in images], root)
     samples = pd.DataFrame({"id": ids, "image": paths, "mask": masks})
     samples["folder"] = ["/".join(image.place) for image in images]
+    samples["split"] = [image.split for image in images]
     if pairs:
-        image = next(image for image in images if image.name in pairs)
-        files = pairs[image.name]
-        several = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        print(f"pairs: {len(pairs)} images, such as {image.name} with {files[0].name}{several}")
-    splits = [image.split for image in images]
-    if {"train", "val"} <= set(splits):
-        samples["fold"] = [0 if split == "val" else 1 for split in splits]
-        print(f"split: as given, {splits.count('val')} images in val validate (fold 0)")
+        name, files = max(pairs.items(), key=lambda pair: len(pair[1]))
+        several = f" and {len(files) - 1} more, united" if len(files) > 1 else ""
+        print(f"pairs: {len(pairs)} images, such as {name} with {files[0].name}{several}")
     return Collection("one mask file per image", samples)
+
+
+def mask_file(files: list[ImageFile], image: ImageFile) -> MaskFile:
+    """The mask of an image in one file, or in several that are united."""
+    first, *more = (file.path for file in files)
+    return MaskFile(first, more=tuple(more), image=image.path)
 
 
 def images_alone(root: Path, masks: str, target: str, training: bool) -> Collection | None:
@@ -464,7 +521,7 @@ def images_alone(root: Path, masks: str, target: str, training: bool) -> Collect
         paths = list_images(folder)
         samples = pd.DataFrame({"id": list(paths), "image": list(paths.values())})
         return Collection("images without masks", samples.assign(mask=None))
-    images = [file for file in list_files(root) if not file.role]
+    images = without_auxiliary([file for file in list_files(root) if not file.role])
     images = choose_split(images, not training) or images
     return collect(root, images, {})._replace(name="images without masks") if images else None
 
@@ -492,6 +549,8 @@ def describe_folder(root: Path) -> str:
 def not_read(path: Path) -> str:
     """What to do with a file that the kit does not read: an archive, COCO or labelme; else ""."""
     suffix = path.suffix.lower()
+    if suffix == ".gz" or suffix in NOT_READ:
+        return f"{''.join(path.suffixes[-2:])} is not read: save each image as a PNG or TIFF"
     if suffix == ".zip":
         return f"unpack {path.name}: unzip -q {path} -d {path.with_suffix('')}"
     if suffix != ".json":

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from kit.data.folders import tail_of
+from kit.data.names import tail_of
 from kit.errors import UserError, closest, first_five
 
 FEWEST, SHUFFLES = 5, 10  # folds, and splits that are tried, until no fold lacks a class

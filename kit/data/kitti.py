@@ -41,6 +41,8 @@ def kitti_road(root: Path, masks: str, target: str, training: bool) -> Collectio
         return None
     folder = folders[0]
     mask_folder = folder.parent / "gt_image_2"
+    if not mask_folder.is_dir() and not any(re.match(r"[a-z]+_", s) for s in list_images(folder)):
+        return None  # KITTI's other benchmarks
     if masks != "auto":
         named = [path for path in (Path(masks), folder.parent / masks) if path.is_dir()]
         if not named:

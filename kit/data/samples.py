@@ -4,7 +4,9 @@ A new layout is one function and one entry in `LAYOUTS`.
 """
 
 import os
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ import pandas as pd
 from kit.config import Classes, ModelConfig
 from kit.data import csvs, folders, kitti
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
-from kit.data.folders import MARKER, Collection, describe_folder
+from kit.data.folders import Collection, describe_folder
 from kit.data.folds import assign_folds
 from kit.data.images import (
     IMAGE_SUFFIXES,
@@ -29,11 +31,13 @@ from kit.data.images import (
 )
 from kit.data.masks import (
     DecodedFiles,
+    MaskFile,
     Opener,
     Planes,
     choose_masks,
     measure,
 )
+from kit.data.names import MARKER
 from kit.data.rle import RunLengths, decide_order
 from kit.data.values import decide_files
 from kit.errors import UserError, first_five, reason_of
@@ -118,8 +122,8 @@ def find_samples(
     itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
     where folders say so also `group` and `fold`. With `training` every image has a mask.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
-    images without a mask for images without foreground; `classes`: --classes, or the classes of a
-    model. Raises UserError.
+    images without a mask for images without foreground, "leave_out" leaves them out; `classes`:
+    --classes, or the classes of a model. Raises UserError.
     """
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training)
@@ -131,15 +135,57 @@ def find_samples(
         empty = Planes((RunLengths(root),) * len(collection.classes.names))
         samples["mask"] = [mask or empty for mask in samples["mask"]]
     if training:
+        samples = leave_out(samples, root, missing)
         check_pairs(samples, root, target)
+        say_unused(samples, root)
     elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
         place = samples.image[0].parent
         print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
+    samples = split_as_given(samples)
+    collection = collection._replace(samples=samples)
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener)
     return csvs.follow_csv(collection, root, rle) if training else collection
+
+
+def leave_out(samples: pd.DataFrame, root: Path, missing: str) -> pd.DataFrame:
+    """Without images that have no mask: all with --missing leave_out, else those of whole folders.
+
+    Where the images of some folders all have masks, the folders without one are left out: previews,
+    unlabelled images. Folders that differ in numbers (patient_3) are one.
+    """
+    alone = samples["mask"].isna()
+    places = [os.path.relpath(image.parent, root) for image in samples.image]
+    places = pd.Series([re.sub(r"\d+", "#", place) for place in places], samples.index)
+    by_folder = alone.groupby(places)
+    drop = alone & (missing == "leave_out" or by_folder.transform("all"))
+    if not drop.any() or (missing != "leave_out" and by_folder.any().all()):
+        return samples
+    folders = (f"{count} of {place}" for place, count in places[drop].value_counts().items())
+    print(f"left out: {drop.sum()} images without a mask: {first_five(folders)}")
+    return samples[~drop].reset_index(drop=True)
+
+
+def split_as_given(samples: pd.DataFrame) -> pd.DataFrame:
+    """With the column `fold` where the column `split`, which is taken out, says so."""
+    splits = samples.get("split", pd.Series(dtype=str))
+    if {"train", "val"} <= set(splits):
+        samples["fold"] = (splits != "val").astype(int)
+        print(f"split: as given, {(splits == 'val').sum()} images in val validate (fold 0)")
+    return samples.drop(columns="split", errors="ignore")
+
+
+def say_unused(samples: pd.DataFrame, root: Path) -> None:
+    """Print which images below a folder are neither images nor masks of these samples."""
+    used = {str(image) for image in samples.image}
+    used |= {name for mask in samples["mask"] if mask for name in mask.source.split("; ")}
+    files = [file for file in folders.list_files(root) if file.split != "test"]
+    rest = [os.path.dirname(file.name) or "." for file in files if str(file.path) not in used]
+    if rest:
+        counts = (f"{count} in {place}" for place, count in Counter(rest).most_common())
+        print(f"not used: {len(rest)} files, {first_five(counts)}")
 
 
 def find_root(data: str, target: str, training: bool) -> Path:
@@ -205,18 +251,31 @@ def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
             f"{data} is not in the KITTI layout, which alone has lanes",
             "leave the flag out",
         )
-    alone = [path.name for path in samples.image[samples["mask"].isna()]]
-    pairs = f"{len(samples) - len(alone)} pairs"
-    if alone:
-        all_alone = len(alone) == len(samples)
-        problem = f"{len(alone)} of {len(samples)} images have no mask ({pairs} are complete)"
-        empty = "" if all_alone else ", take them as empty with --missing empty"
-        remedy = f"add the masks, name them with --masks{empty}, or move away"
-        there = f"; {describe_folder(data)}" if all_alone else ""
-        raise UserError(f"--data {data}", problem, f"{remedy}: {first_five(alone)}{there}")
+    alone = samples["mask"].isna()
+    pairs = f"{len(samples) - alone.sum()} pairs"
+    if alone.any():
+        problem = f"{alone.sum()} of {len(samples)} images have no mask ({pairs} are complete)"
+        names = first_five(path.name for path in samples.image[alone])
+        remedy = remedy_for_missing(samples, data)
+        raise UserError(f"--data {data}", f"{problem}: {names}", remedy)
     if len(samples) < 2:
         open_image(samples.image[0])  # an image of many pages is no data set
         raise UserError(f"--data {data}", pairs, "at least 2 are needed, to train and to validate")
+
+
+def remedy_for_missing(samples: pd.DataFrame, data: Path) -> str:
+    """What to do about images without a mask: only what pairs is proposed."""
+    paired = samples[samples["mask"].notna()]
+    if paired.empty:
+        flags = folders.propose_masks(data) or folders.propose_folders(data)
+        masks = f"name them with {' or '.join(flags[:3])}" if flags else "add the masks"
+        csv = "list both in a csv with the columns image,mask and name that with --data"
+        return f"{masks}, or {csv}; {describe_folder(data)}"
+    remedy = "leave these images out with --missing leave_out, add the masks"
+    files = [mask.parts[0].path for mask in paired["mask"] if isinstance(mask.parts[0], MaskFile)]
+    if 2 * len(paired) > len(samples) and folders.colours(files) <= 2:
+        remedy += ", or take them as empty with --missing empty"
+    return remedy
 
 
 # --------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def decide_files(
     if labels:
         if len(files) < len(parts):
             raise UserError(
-                "--missing empty", "a label map cannot be empty", "move these images away"
+                "--missing empty", "a label map cannot be empty", "take --missing leave_out"
             )
         numbers = labels.labels
         maps = [mask and LabelMap(mask.parts[0], values.channel, numbers) for mask in masks]
