@@ -270,7 +270,7 @@ def test_numbers_in_red_alone_are_asked_about(tmp_path):
         return np.dstack([labels(1, 2, 3)(mask), grey(mask, 0), grey(mask, 0)])
 
     write(tmp_path, convert=red)
-    asked(tmp_path, "objects, or of classes?", "--classes one")
+    asked(tmp_path, "numbers of objects, or classes?", "--classes one")
     found = find_samples(str(tmp_path), training=True, classes="one")
     assert not found.classes.several
     (tmp_path / "list.csv").write_text("name,r,g,b\nback,0,0,0\na,1,0,0\nb,2,0,0\nc,3,0,0\n")

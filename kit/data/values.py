@@ -25,7 +25,7 @@ from kit.data.masks import (
 )
 from kit.errors import UserError, first_five
 
-FEW_LABELS = 5  # as many classes may be in no mask with two pieces
+FEW_LABELS = 5  # up to so many values may be classes or numbers of objects
 MOST_LABELS = 254  # exclusive classes that fit into 8 bits, next to the ignored value 255
 
 # --------------------------------------------------------------------------------------------------
@@ -250,6 +250,8 @@ def binary_values(
             return MaskValues(channel, cut=cut)
     unlisted = not lossy and not (request and request.listed)
     if unlisted and are_objects(masks, counts, channel, opener):
+        if not (request and request.merged) and len(values) <= FEW_LABELS:
+            raise objects_or_classes(pixels, channel)
         return MaskValues(channel, cut=0)
     if request and request.merged and not request.model:  # all labels but 0, or black
         ignored = {IGNORE} & values if channel == "grey" else set()
@@ -266,12 +268,13 @@ def are_objects(
     """
     numbers = [set(count.pixels) - {0} for count in counts]
     images = Counter(value for values in numbers for value in values)
-    if len(images) < FEW_LABELS or any(value != int(value) for value in images):
+    if len(images) < 3 or any(value != int(value) for value in images):
         return False
     from_one = np.mean([values == set(range(1, 1 + len(values))) for values in numbers]) > 0.9
     many = len(images) > 4 * FEW_LABELS and sum(images.values()) >= 3 * len(numbers)
     rare = many and 2 * max(images.values()) <= len(numbers)
-    if not rare and not (from_one and len({len(values) for values in numbers}) > 1):
+    few = len(images) < FEW_LABELS  # as many are asked about
+    if not rare and not (from_one and (few or len({len(values) for values in numbers}) > 1)):
         return False
     pieces = []
     for mask in masks[:: -(-len(masks) // 8)]:
@@ -348,11 +351,18 @@ def check_labels(counts: list[ValueCounts], channel: str, request: ClassRequest 
     if not request or request.merged or not whole or lossy or soft_labels(pixels, channel):
         raise not_binary(counts, channel)
     if channel == "colour" and not request.listed and not any(v & 0xFFFF for v in pixels):
-        raise UserError(
-            "--data",
-            "the masks are numbers in red alone: of objects, or of classes?",
-            "--classes one takes all for one class; --classes FILE with name,r,g,b lists classes",
-        )
+        raise objects_or_classes(pixels, channel)
+
+
+def objects_or_classes(pixels: Counter[float], channel: str) -> UserError:
+    """The message for few values that may number objects."""
+    names = first_five(show(value, channel) for value in sorted(pixels))
+    columns = "name,r,g,b" if channel == "colour" else "id,name"
+    return UserError(
+        "--data",
+        f"masks of {names}: are they numbers of objects, or classes?",
+        f"--classes one takes all for one class; --classes FILE with {columns} lists classes",
+    )
 
 
 def soft_labels(pixels: Counter[float], channel: str) -> list[float]:
