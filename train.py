@@ -224,7 +224,7 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
 def label_terms(
     logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits (K,) and pixels (K,)."""
+    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits and pixels (K,)."""
     number = target.long()  # not one-hot, a copy of the mask for each class
     pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
     pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
@@ -420,7 +420,6 @@ def train(config: Config, started: float | None = None) -> Path:
         seed=config.seed,
         group=config.group,
     )
-    submissions.check_sample(config.data, collection.classes)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
@@ -457,6 +456,7 @@ def train_fold(
         resolving.freeze_unused(module.network, model_config)
     table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
     print(folds.describe_folds(table, config.fold))
+    submissions.check_sample(config.data, model_config.classes)
     run.prepare_out()
     nothing = run.nothing_to_train()
     show_data(config, model_config, table, run.out)
