@@ -399,11 +399,8 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
 
 
 def train(config: Config, started: float | None = None) -> Path:
-    """Load the samples; for each fold resolve, build, fit, evaluate, export.
-
-    `started`: the time.monotonic() of the start; None is now. Returns --out. Raises UserError.
-    """
-    started = time.monotonic() if started is None else started
+    """Load the samples; for each fold resolve, build, fit, evaluate, export. Returns --out."""
+    started = time.monotonic() if started is None else started  # of this process
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
     collection, opener = samples.load(
