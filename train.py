@@ -224,7 +224,7 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
 def label_terms(
     logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of exclusive classes: cross-entropy, p (N, K, H, W), and hits and pixels, both (K,)."""
+    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits and pixels (K,)."""
     number = target.long()  # not one-hot, a copy of the mask for each class
     pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
     pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
@@ -399,11 +399,8 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
 
 
 def train(config: Config, started: float | None = None) -> Path:
-    """Load the samples; for each fold resolve, build, fit, evaluate, export.
-
-    `started`: the time.monotonic() of the start; None is now. Returns --out. Raises UserError.
-    """
-    started = time.monotonic() if started is None else started
+    """Load the samples; for each fold resolve, build, fit, evaluate, export. Returns --out."""
+    started = time.monotonic() if started is None else started  # of this process
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
     collection, opener = samples.load(
@@ -420,7 +417,6 @@ def train(config: Config, started: float | None = None) -> Path:
         seed=config.seed,
         group=config.group,
     )
-    submissions.check_sample(config.data, collection.classes)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
@@ -457,6 +453,7 @@ def train_fold(
         resolving.freeze_unused(module.network, model_config)
     table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
     print(folds.describe_folds(table, config.fold))
+    submissions.check_sample(config.data, model_config.classes)
     run.prepare_out()
     nothing = run.nothing_to_train()
     show_data(config, model_config, table, run.out)

@@ -16,20 +16,10 @@ import pandas as pd
 
 from kit.config import Classes
 from kit.data.classes import sort_values
-from kit.data.folders import (
-    SPLIT_WORDS,
-    Collection,
-    choose_split,
-    image_folder,
-    image_paths,
-    list_files,
-    list_images,
-    make_ids,
-    masks_next_to,
-    split_words,
-)
+from kit.data.folders import Collection, choose_split, image_folder, masks_next_to
 from kit.data.images import read_header
 from kit.data.masks import LabelMap, MaskFile, Planes
+from kit.data.names import image_paths, list_files, list_images, make_ids, split_of, split_words
 from kit.data.rle import (
     HEAD,
     ORDERS,
@@ -242,7 +232,7 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
             )
         return place
     words = split_words(folder.name) + split_words(parent.name) * (folder.name == "images")
-    if not training and "test" in map(SPLIT_WORDS.get, words):
+    if not training and split_of(words) == "test":
         return None
     roots = [folder, parent, parent.parent][: 3 if folder.name == "images" else 2]
     tables = [path for root in roots for path in list_tables(root) if holds_masks(path)]
