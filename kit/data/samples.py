@@ -142,10 +142,9 @@ def find_samples(
         place = samples.image[0].parent
         print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
     samples = split_as_given(samples)
-    collection = collection._replace(samples=samples)
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
-    collection = collection._replace(rle=order)
+    collection = collection._replace(samples=samples, rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener)
     return csvs.follow_csv(collection, root, rle) if training else collection
 
