@@ -224,7 +224,7 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
 def label_terms(
     logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits (K,) and pixels (K,)."""
+    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits and pixels (K,)."""
     number = target.long()  # not one-hot, a copy of the mask for each class
     pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
     pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)

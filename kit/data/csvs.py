@@ -16,20 +16,17 @@ import pandas as pd
 
 from kit.config import Classes
 from kit.data.classes import sort_values
-from kit.data.folders import (
+from kit.data.folders import Collection, choose_split, image_folder, masks_next_to
+from kit.data.images import read_header
+from kit.data.masks import LabelMap, MaskFile, Planes
+from kit.data.names import (
     SPLIT_WORDS,
-    Collection,
-    choose_split,
-    image_folder,
     image_paths,
     list_files,
     list_images,
     make_ids,
-    masks_next_to,
     split_words,
 )
-from kit.data.images import read_header
-from kit.data.masks import LabelMap, MaskFile, Planes
 from kit.data.rle import (
     HEAD,
     ORDERS,
