@@ -19,10 +19,11 @@ from PIL import Image
 import train
 from kit.config import IGNORE, Classes, ModelConfig, plane_settings
 from kit.data import images, masks
-from kit.data.folders import Collection, list_images
+from kit.data.folders import Collection
 from kit.data.folds import BLOCK, assign_folds
 from kit.data.kitti import KittiMask
 from kit.data.masks import LabelMap, MaskFile, Planes
+from kit.data.names import list_images
 from kit.data.rle import RunLengths
 from kit.data.samples import (
     LAYOUTS,
