@@ -97,7 +97,7 @@ def test_infer_flags():
     refuse("infer.py", "--modle", "x", names=["--modle", "--model"])
     refuse("infer.py", "--threshold", "1.5", names=["--threshold", "from 0 to 1"])
     refuse("infer.py", "--threshold", "nan", names=["--threshold", "from 0 to 1", "auto"])
-    refuse("infer.py", "--min_pixels", "-1", names=["--min_pixels", "from 0", "auto"])
+    refuse("infer.py", "--min_pixels", "-2", names=["--min_pixels", "from -1", "auto"])
     refuse("infer.py", "--submission", "csv", names=["--submission", "rle", "kitti"])
 
 

@@ -143,6 +143,53 @@ def test_a_label_map_is_read_with_the_names_of_its_file(tmp_path, capsys):
     assert (plane_of(merged, 3, 0) == values).all()
 
 
+TABLES = {
+    "id,name": "id,name\n0,sky\n1,road\n2,car\n",
+    "class_id,class_name": "class_id,class_name\n0,sky\n1,road\n2,car\n",
+    "value,class": "value,class\n0,sky\n1,road\n2,car\n",
+    "Pixel Value, Class": "Pixel Value, Class\n0, sky\n1, road\n2, car\n",
+    "label,id": "label,id\ncar,2\nsky,0\nroad,1\n",
+    "class,label": "class,label\n0,sky\n1,road\n2,car\n",
+    "Class ID;Name": "Class ID;Name\n0;sky\n1;road\n2;car\n",
+    "Name,R,G,B": "Name,R,G,B\nsky,0,0,0\nroad,128,64,128\ncar,0,0,255\n",
+    "id and colours": "id,name,r,g,b\n0,sky,0,0,0\n1,road,128,64,128\n2,car,0,0,255\n",
+    "hex": "Label,Color\nsky,#000000\nroad,#804080\ncar,#0000ff\n",
+    "CVAT": "# label:color_rgb:parts:actions\nsky:0,0,0::\nroad:128,64,128::\ncar:0,0,255::\n",
+    "CamVid": "0 0 0\tsky\n128 64 128\troad\n0 0 255\tcar\n",
+    "no header": "0,sky\n1,road\n2,car\n",
+    "no header, colours": "sky,0,0,0\nroad,128,64,128\ncar,0,0,255\n",
+    "names": "sky\nroad\ncar\n",
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("name", ["classes.csv", "_classes.csv", "Labels and Colors.csv"])
+def test_the_columns_of_a_list_of_classes_are_told_by_name_and_content(tmp_path, kind, name):
+    colours = any(word in TABLES[kind].lower() for word in ("128,64", "128 64", "#804080"))
+    write_label_maps(tmp_path, 4, in_colour if colours else lambda mask: mask.clip(max=2))
+    if colours:  # no ignored ones: #090909 is not listed
+        for index in range(4):
+            save(tmp_path / f"masks/p{index:02d}.png", in_colour(labels(index).clip(max=2)))
+    (tmp_path / name).write_text(TABLES[kind])
+    found = find(tmp_path)
+    assert sorted(found.classes.names) == ["car", "road", "sky"]
+    mask = found.samples["mask"][1].read(SIZE)
+    names = np.array(found.classes.names)[mask]
+    assert (names == np.array(["sky", "road", "car"])[labels(1).clip(max=2)]).all()
+
+
+def test_a_list_that_is_not_understood_or_does_not_fit_is_said(tmp_path, capsys):
+    write_label_maps(tmp_path, 4)
+    for text, word in (("0,a\n7,b\n", "does not list 1, 2"), ("0,a\n0,b\n", "listed twice")):
+        (tmp_path / "class_dict_seg.csv").write_text(text)
+        assert find(tmp_path).classes.names == ("class 0", "class 1", "class 2")
+        out = capsys.readouterr().out
+        assert f"class_dict_seg.csv is not used ({word}".replace("(listed", "(id 0 is listed") in (
+            out.replace("it ", "")
+        )
+        assert "--classes FILE with id,name" in out
+
+
 def test_the_list_of_classes_lies_above_the_images(tmp_path):
     """Kaggle mounts a data set one folder deeper than it was packed."""
     write_label_maps(tmp_path / "data" / "CamVid" / "train")

@@ -1,6 +1,7 @@
 """Folders as people have them: which mask belongs to which image, and what a mask's values mean."""
 
 import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from kit.config import Classes, ModelConfig
 from kit.data import images
+from kit.data.classes import write_mask
 from kit.data.folds import assign_folds
 from kit.data.names import list_files
 from kit.data.samples import (
@@ -177,7 +179,7 @@ def half(mask):
 
 
 LABEL_MAPS = {
-    "classes and ignored": labels(15, 255),
+    "classes and ignored": labels(15, 7, 255),
     "trainIds": labels(*range(1, 19), 255),
     "scaled classes": labels(*range(25, 251, 25)),
     "instances": labels(*range(1, 31), *range(200, 210)),
@@ -219,7 +221,7 @@ def test_no_data_is_ignored(tmp_path, number, capsys):
     mask = find_samples(str(tmp_path), training=True).samples["mask"][0].read((44, 60))[0]
     assert (mask[:5] == 255).all()
     assert (mask[5:] == pair(0)[1][5:]).all()
-    assert "ignored: -" in capsys.readouterr().out
+    assert f"{number if number < 0 else -9999} is ignored" in capsys.readouterr().out
 
 
 def test_values_can_be_ignored_by_the_flag(tmp_path):
@@ -233,9 +235,7 @@ def test_values_can_be_ignored_by_the_flag(tmp_path):
 def test_masks_that_look_inverted_name_the_flag_that_inverts_them(tmp_path, capsys):
     write(tmp_path, convert=lambda mask: grey(~mask))
     find_samples(str(tmp_path), training=True)
-    flag = re.search(
-        r"if the masks are inverted, take --foreground '(.*)'", capsys.readouterr().out
-    )
+    flag = re.search(r"look inverted: --foreground (\S+)", capsys.readouterr().out)
     read(tmp_path, foreground=flag[1])
 
 
@@ -270,20 +270,11 @@ def test_numbers_in_red_alone_are_asked_about(tmp_path):
         return np.dstack([labels(1, 2, 3)(mask), grey(mask, 0), grey(mask, 0)])
 
     write(tmp_path, convert=red)
-    asked(tmp_path, "numbers of objects, or classes?", "--classes one")
+    asked(tmp_path, "objects, or classes?", "--classes one")
     found = find_samples(str(tmp_path), training=True, classes="one")
     assert not found.classes.several
     (tmp_path / "list.csv").write_text("name,r,g,b\nback,0,0,0\na,1,0,0\nb,2,0,0\nc,3,0,0\n")
     assert find_samples(str(tmp_path), training=True, classes="list.csv").classes.several
-
-
-def test_255_is_a_class_where_a_file_lists_it(tmp_path):
-    write(tmp_path, convert=labels(128, 255))
-    (tmp_path / "list.csv").write_text("id,name\n0,back\n128,disc\n255,cup\n")
-    found = find_samples(str(tmp_path), training=True, classes="list.csv")
-    assert found.classes.values == ("0", "128", "255")
-    numbers = found.samples["mask"][0].read((44, 60))
-    assert set(np.unique(numbers)) == {0, 1, 2}
 
 
 def test_soft_levels_between_three_name_a_range_that_works(tmp_path):
@@ -329,6 +320,146 @@ def test_255_next_to_grey_levels_is_asked_about(tmp_path, levels):
     remedy = re.search(r"--foreground (\S+)", line)[1]
     mask = find_samples(str(tmp_path), training=True, foreground=remedy).samples["mask"][0]
     assert set(np.unique(mask.read((44, 60)))) == {0, 1}
+
+
+def masks_of(root, **options):
+    """The masks as they are read, of one class."""
+    found = find_samples(str(root), training=True, **options)
+    assert found.classes == Classes()
+    return [mask.read((44, 60))[0] for mask in found.samples["mask"]]
+
+
+def test_no_data_is_ignored_in_label_maps(tmp_path, capsys):
+    def convert(mask):
+        pixels = labels(7, 5)(mask).astype(np.int32)
+        pixels[4:6] = -1
+        return pixels
+
+    write(tmp_path, mask="masks/p{:02d}.tif", convert=convert)
+    found = find_samples(str(tmp_path), training=True)
+    assert found.classes.values == ("0", "5", "7")
+    assert (found.samples["mask"][0].read((44, 60))[4:6] == 255).all()
+    assert "-1 is ignored" in capsys.readouterr().out
+
+
+def test_ignore_names_values(tmp_path):
+    write(tmp_path, convert=labels(1, 3, 200, 201))
+    for ignore, ignored in (("3,200-201", 3), ("3,200,201", 3), ("3-255", 3)):
+        for mask in masks_of(tmp_path, ignore=ignore):
+            assert (mask[:ignored, :10] == 255).all()
+            assert set(np.unique(mask)) == {0, 1, 255}
+    asked(tmp_path, "--ignore 77", "no mask has this value", ignore="77")
+    assert find_samples(str(tmp_path), ignore="3,77", foreground="1").samples["mask"].notna().all()
+    found = find_samples(str(tmp_path), training=True, ignore="0")
+    assert found.classes.values == ("1", "3", "200", "201")
+    (tmp_path / "classes.csv").write_text("id,name\n0,no data\n1,road\n3,car\n")
+    found = find_samples(str(tmp_path), training=True, ignore="0")
+    assert found.classes.names == ("road", "car")
+    assert (found.samples["mask"][0].read((44, 60))[10, 0]) == 255
+
+
+@pytest.mark.parametrize("kind", ["0 and 255", "jpg", "soft"])
+def test_inverted_masks_are_said_and_the_flag_inverts_them(tmp_path, capsys, kind):
+    convert = {"soft": lambda mask: 255 - blurred(mask)}.get(kind, lambda mask: grey(~mask))
+    suffix = "jpg" if kind == "jpg" else "png"
+    write(tmp_path, mask=f"masks/p{{:02d}}.{suffix}", convert=convert)
+    wrong = masks_of(tmp_path)
+    flag = re.search(r"look inverted: --foreground (\S+)", capsys.readouterr().out)[1]
+    for mask, before in zip(masks_of(tmp_path, foreground=flag), wrong, strict=True):
+        assert (mask == 1 - before).all()
+    assert "inverted" not in capsys.readouterr().out
+
+
+def blobs(mask, values):
+    """Squares of these values."""
+    pixels = np.zeros(mask.shape, np.uint16 if max(values) > 255 else np.uint8)
+    for place, value in enumerate(values):
+        y, x = divmod(place, 7)
+        pixels[8 * y + 1 : 8 * y + 6, 8 * x + 1 : 8 * x + 6] = value
+    return pixels
+
+
+OBJECTS = {
+    "1 to n": lambda number: range(1, 4 + 3 * number),
+    "ids of the data set": lambda number: range(1 + 20 * number, 21 + 20 * number),
+    "over 255": lambda number: range(1 + 90 * number, 21 + 90 * number),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+@pytest.mark.parametrize("model", [False, True])
+def test_numbered_objects_are_one_class_and_it_is_said(tmp_path, capsys, kind, model):
+    for number in range(11):
+        save(tmp_path / f"images/{number}.png", pair(number)[0])
+        values = blobs(pair(number)[1], OBJECTS[kind](number))
+        save(tmp_path / f"masks/{number}.png", values)
+    options = {"classes": Classes()} if model else {}
+    found = find_samples(str(tmp_path), training=not model, **options)
+    assert found.classes == Classes()
+    for number, mask in enumerate(found.samples["mask"]):
+        values = np.asarray(Image.open(tmp_path / f"masks/{number}.png"))
+        path = {Path(p).stem: p for p in found.samples.image}
+        assert mask.path.stem in path
+        assert (mask.read((44, 60))[0] == (np.asarray(Image.open(mask.path)) > 0)).all()
+        assert values.max() > 1
+    assert "objects: foreground is above 0; if they are classes, list them: --classes FILE" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_few_objects_or_classes_are_asked_about_and_both_flags_work(tmp_path, colours):
+    def convert(mask):
+        pixels = blobs(mask, (1, 2, 3))
+        return np.dstack([pixels, 0 * pixels, 0 * pixels]) if colours else pixels
+
+    write(tmp_path, convert=convert)
+    asked(tmp_path, "numbered objects, or classes?", "--classes one", "--classes FILE")
+    expected = blobs(pair(0)[1], (1, 2, 3))
+    assert (masks_of(tmp_path, classes="one")[0] == (expected > 0)).all()
+    rows = ["name,r,g,b", *(f"c{k},{k},0,0" for k in range(4))]
+    rows = rows if colours else ["id,name", *(f"{k},c{k}" for k in range(4))]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    found = find_samples(str(tmp_path), training=True, classes=str(tmp_path / "list.csv"))
+    assert found.classes.names == ("c0", "c1", "c2", "c3")
+    assert (found.samples["mask"][0].read((44, 60)) == expected).all()
+
+
+def test_two_structures_with_soft_edges_name_flags_that_work(tmp_path):
+    def disc(mask, suffix):
+        y, x = np.mgrid[:44, :60]
+        far = (y - 22) ** 2 + (x - 30) ** 2
+        levels = Image.fromarray(np.uint8(128 * (far < 300) + 127 * (far < 90)))
+        return levels.filter(ImageFilter.GaussianBlur(0 if suffix == "jpg" else 1))
+
+    for suffix in ("png", "jpg"):
+        root = tmp_path / suffix
+        write(root, mask=f"masks/p{{:02d}}.{suffix}", convert=lambda m, s=suffix: disc(m, s))
+        line = asked(root, "levels around 0, 1", ", 255; name the foreground")
+        flags = re.findall(r"--foreground (\S+)", line)
+        assert len(flags) == 2
+        areas = [masks_of(root, foreground=flag)[0] for flag in flags]
+        assert [set(np.unique(area)) for area in areas] == [{0, 1}] * 2
+        assert abs(areas[0].sum() - 300 * np.pi) < 40
+        assert abs(areas[1].sum() - 90 * np.pi) < 30
+
+
+@pytest.mark.parametrize(
+    "table", ["id,name\n0,a\n128,b\n255,c\n", "name,r,g,b\na,0,0,0\nb,128,128,128\nc,255,255,255\n"]
+)
+def test_255_is_a_class_where_a_file_lists_it(tmp_path, table):
+    write(tmp_path, convert=labels(128, 255))
+    (tmp_path / "list.csv").write_text(table)
+    found = find_samples(str(tmp_path), training=True, classes=str(tmp_path / "list.csv"))
+    assert found.classes == Classes(("a", "b", "c"), ("0", "128", "255"), True)
+    levels = np.asarray(Image.open(tmp_path / "masks/p03.png"))
+    mask = found.samples["mask"][3].read((44, 60))
+    assert (np.array([0, 128, 255])[mask] == levels).all()
+    write_mask(tmp_path, "x", mask, found.classes)
+    assert (np.asarray(Image.open(tmp_path / "x.png")) == levels).all()
+    again = find_samples(str(tmp_path), classes=found.classes)
+    assert again.samples["mask"].notna().all()
+    assert (masks_of(tmp_path, ignore="255")[3][0, :10] == 255).all()
 
 
 def test_levels_saved_as_jpeg_are_a_label_map(tmp_path):
@@ -890,6 +1021,40 @@ def test_images_of_16_bits_are_scaled_as_the_data_set_needs(tmp_path, capsys, bl
     mask = pair(0)[1]
     assert pixels[mask].min() == (255 if window[0] else 255 * white // 65535)
     assert pixels[~mask].max() == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -9999, -3.4e38])
+def test_no_data_in_images_is_left_out_and_said(tmp_path, capsys, value):
+    """It becomes black, and does not move what is black and white."""
+    levels = np.random.default_rng(0).uniform(-25, -5, (44, 60)).astype(np.float32)
+    ranges = []
+    for name in ("clean", "holes"):
+        pixels = levels.copy()
+        pixels[:9] = value if name == "holes" else pixels[:9]
+        save(tmp_path / f"{name}.tif", pixels)
+        ranges.append(images.find_value_range([tmp_path / f"{name}.tif"], images.PERCENTILES))
+    assert "no data, black" in capsys.readouterr().out
+    assert np.allclose(*ranges, atol=0.5)
+    seen = images.read_image(tmp_path / "holes.tif", ranges[1])
+    assert (seen[:9] == (255 if value == np.inf else 0)).all()
+    assert 100 < seen[9:].mean() < 150
+    with pytest.raises(UserError, match="values that 8-bit images do not have"):
+        images.read_image(tmp_path / "holes.tif")
+
+
+@pytest.mark.parametrize("chunk", [b"pHYs", b"IHDR"])
+def test_a_png_with_a_bad_checksum_is_read_where_it_does_not_matter(tmp_path, chunk):
+    save(tmp_path / "p.png", pair(0)[0], dpi=(72, 72))
+    content = bytearray((tmp_path / "p.png").read_bytes())
+    place = content.index(chunk)
+    content[place + 4 + int.from_bytes(content[place - 4 : place], "big")] ^= 255
+    (tmp_path / "p.png").write_bytes(content)
+    if chunk == b"pHYs":
+        assert (images.read_image(tmp_path / "p.png") == pair(0)[0]).all()
+        assert images.read_header(tmp_path / "p.png").size == (44, 60)
+    else:
+        with pytest.raises(UserError, match=r"p\.png"):
+            images.read_image(tmp_path / "p.png")
 
 
 def test_colours_of_16_bits_keep_their_low_bits(tmp_path):

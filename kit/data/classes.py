@@ -14,10 +14,16 @@ from kit.data.images import write_image, write_palette_image
 from kit.errors import UserError, closest, first_five
 from kit.files import read_rows
 
-TABLES = ("classes.csv", "class_dict.csv", "class_dict_seg.csv")  # found next to the data
-NAME_TITLES = {"name", "class", "classname", "label", "labelname", "category", "categoryname"}
-ID_TITLES = {"id", "classid", "value", "pixelvalue", "pixel", "index", "labelid", "categoryid"}
-BANDS = ("red", "green", "blue")
+TABLES = ("classes.csv", "class_dict.csv")  # found next to the data
+OTHER_TABLES = re.compile(r"(class|label.*colou?r|label_?map|colou?r_?map).*\.(csv|txt)$", re.I)
+COLUMNS = {  # what their headers are called, without case, blanks and _; "id" has numbers alone
+    "r": ("r", "red"),
+    "g": ("g", "green"),
+    "b": ("b", "blue"),
+    "colour": ("colour", "color", "rgb", "colorrgb", "hex"),
+    "id": ("id", "classid", "labelid", "value", "pixelvalue", "index", "class", "label"),
+    "name": ("name", "classname", "labelname", "class", "label", "category"),
+}
 
 
 class ListedClass(NamedTuple):
@@ -36,7 +42,14 @@ class ClassRequest(NamedTuple):
     names: tuple[str, ...] = ()  # to choose
     where: str = ""  # the file or the flag, for messages
     strict: bool = False  # other classes are an error
+    optional: bool = False  # the file was not named: it counts where it lists all values
+    unread: str = ""  # why a file that may list the classes does not count
     model: Classes | None = None  # in inference
+
+    @property
+    def may_be_objects(self) -> bool:
+        """Whether values that nobody listed may number objects."""
+        return self.merged or not (self.listed or self.asks_for_labels)
 
     @property
     def asks_for_labels(self) -> bool:
@@ -53,7 +66,7 @@ def class_request(flag: str | Classes, root: Path, image: Path) -> ClassRequest:
     """What --classes means: auto, one, a file, or names; or the classes of a model.
 
     A file of `TABLES` is read too, next to the data or in a folder between `root` and its first
-    `image`. Raises UserError.
+    `image`; one of `OTHER_TABLES` in `root` and between, where it can be. Raises UserError.
     """
     if isinstance(flag, Classes):
         return request_of_model(flag)
@@ -63,9 +76,10 @@ def class_request(flag: str | Classes, root: Path, image: Path) -> ClassRequest:
     folders = [folder for folder in (root, root.parent, *between) if folder.is_dir()]
     tables = (folder / name for folder in folders for name in TABLES)
     table = next((path for path in tables if path.is_file()), None)
-    listed = read_classes(table) if table and flag == "auto" else ()
     if flag == "auto":
-        return ClassRequest(listed=listed, where=str(table))
+        if table:
+            return ClassRequest(listed=read_classes(table), where=str(table))
+        return found_request([folder for folder in folders if folder != root.parent])
     places = [Path(flag), *(folder / flag for folder in folders)]
     file = next((path for path in places if path.is_file()), None)
     if file:
@@ -93,46 +107,76 @@ def request_of_model(classes: Classes) -> ClassRequest:
     return ClassRequest(not classes.several, tuple(listed), where="the model", model=classes)
 
 
-def read_classes(path: Path) -> tuple[ListedClass, ...]:
-    """Read names, with ids (values in label maps) or colours where there are some. UserError.
+def found_request(folders: list[Path]) -> ClassRequest:
+    """The list of classes in these folders, of any name of `OTHER_TABLES`."""
+    files = (path for folder in folders for path in sorted(folder.glob("*.*")))
+    path = next((path for path in files if OTHER_TABLES.search(path.name)), None)
+    try:
+        listed = read_classes(path) if path else ()
+    except UserError as error:
+        return ClassRequest(unread=f"{error.where} is not used ({error.problem})")
+    return ClassRequest(listed=listed, where=str(path), optional=True)
 
-    Such as `id,name[,r,g,b]`, `Pixel Value, Class`, `name,r,g,b`, or a name in each line: columns
-    are told by the words of their titles, without titles by their content.
+
+def read_classes(path: Path) -> tuple[ListedClass, ...]:
+    """Read a table of names with ids or colours, or a name in each line. Raises UserError.
+
+    Columns are told by their headers, see `COLUMNS`, or by what is in them.
     """
     rows = [fields for _, fields in read_rows(path)]
-    titles = [re.sub(r"[^a-z]", "", title.lower()) for title in rows[0]] if rows else []
-    has_titles = any(title in NAME_TITLES | ID_TITLES for title in titles)
-    rows = rows[1:] if has_titles else rows
-    width = len(titles)
-    short = next((number for number, row in enumerate(rows, 1) if len(row) < width), 0)
-    if short:
-        raise UserError(path, f"class {short} has a field too few", "fix the csv")
-    texts = [not all(row[column].isdecimal() for row in rows) for column in range(width)]
-    named = [c for c in range(width) if texts[c] and (not has_titles or titles[c] in NAME_TITLES)]
-    named.sort(key=lambda column: "name" not in titles[column])
-    ids = NAME_TITLES | ID_TITLES
-    numbers = [c for c in range(width) if not texts[c] and (not has_titles or titles[c] in ids)]
-    bands = [titles.index(band) for band in BANDS if band in titles]
-    bands = bands or [titles.index(band[0]) for band in BANDS if band[0] in titles]
-    name_at = next(iter(named), 0)
-    id_at = next((c for c in numbers if c != name_at), None)
-    if not has_titles and len(numbers) > 1:  # name,r,g,b without titles
-        bands, id_at = numbers[-3:], (numbers[0] if len(numbers) == 4 else None)
+    if rows and all(":" in row[0] for row in rows):  # CVAT's label:color_rgb:parts:actions
+        rows = [",".join(row).lstrip("# ").split(":") for row in rows]
+    columns, rows = find_columns(rows) if rows else ({"name": 0}, [])
     listed = []
-    for row in rows:
-        levels, colour = [row[band] for band in bands], ""
-        if len(levels) == 3:
-            if not all(level.isdecimal() and int(level) < 256 for level in levels):
-                raise UserError(
-                    path,
-                    f"{row[name_at]}: r,g,b are {','.join(levels)}, not 0 to 255",
-                    "fix the csv",
-                )
-            colour = "#" + "".join(f"{int(level):02x}" for level in levels)
-        value = row[id_at] if id_at is not None else ""
-        listed.append(ListedClass(row[name_at], value, colour))
+    for number, row in enumerate(rows):
+        if len(row) <= max(columns.values()):
+            raise UserError(path, f"class {number + 1} has a field too few", "fix the csv")
+        fields = {field: row[column] for field, column in columns.items()}
+        levels = fields.get("colour") or " ".join(fields[band] for band in "rgb" if band in fields)
+        colour = read_colour(levels)
+        if levels and not colour:
+            problem = f"{fields['name']}: r,g,b are {levels.replace(' ', ',')}, not 0 to 255"
+            raise UserError(path, problem, "fix the csv")
+        listed.append(ListedClass(fields["name"], fields.get("id", ""), colour))
     check_unique(path, listed)
     return tuple(listed)
+
+
+def find_columns(rows: list[list[str]]) -> tuple[dict[str, int], list[list[str]]]:
+    """The columns of a list of classes, {"name": 1, "id": 0, ...}, and the rows below a header."""
+    words = [re.sub(r"[\s_]", "", cell.lower()) for cell in rows[0]]
+    known = {word for headers in COLUMNS.values() for word in headers}
+    has_header = bool(known & set(words)) and not any(word.isdecimal() for word in words)
+    rows = rows[has_header:]
+    cells = list(zip(*rows, strict=False))[: len(words)]
+    numbers = [k for k, column in enumerate(cells) if all(cell.isdecimal() for cell in column)]
+    texts = [k for k in range(len(words)) if k not in numbers]
+    colours = [k for k in texts if k < len(cells) and all(map(read_colour, cells[k]))]
+    if not has_header:  # id, or r,g,b, or both in this order
+        names = ["id"] * (len(numbers) in (1, 4)) + [*"rgb"] * (len(numbers) > 2)
+        found = dict(zip(names, numbers, strict=False)) if texts else {}
+        found |= {"colour": colours[0]} if colours else {}
+        return found | {"name": min({*texts} - {*colours}, default=0)}, rows
+    found = {}
+    for field, headers in COLUMNS.items():
+        fitting = [words.index(word) for word in headers if word in words]
+        fitting = [k for k in fitting if k not in found.values()]
+        if field == "id":
+            fitting = [k for k in fitting if k in numbers or words[k] == "id"]
+        elif field == "name":
+            fitting = [k for k in [*fitting, *texts] if k in texts and k not in found.values()]
+            fitting = fitting or [words.index(word) for word in headers if word in words] or [0]
+        found |= {field: fitting[0]} if fitting else {}
+    return found, rows
+
+
+def read_colour(text: str) -> str:
+    """A colour such as #804080, 128 64 128 or (128, 64, 128), as #804080; "" for anything else."""
+    if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
+        return text.lower()
+    fits = re.fullmatch(r"\W*(\d+)\W+(\d+)\W+(\d+)\W*", text)
+    levels = [int(level) for level in fits.groups()] if fits else []
+    return "#" + bytes(levels).hex() if levels and max(levels) < 256 else ""
 
 
 def check_unique(path: Path, listed: list[ListedClass]) -> None:
@@ -208,12 +252,17 @@ class Labels(NamedTuple):
 
 
 def decide_labels(
-    pixels: Counter[float], channel: str, request: ClassRequest, training: bool
+    pixels: Counter[float],
+    channel: str,
+    request: ClassRequest,
+    training: bool,
+    ignored: tuple[float, ...] = (),
 ) -> Labels:
     """The classes of label maps: those listed, else one for each value. Raises UserError.
 
-    `pixels`: {value: number of pixels}; `channel`: see `masks.MaskValues`.
+    `pixels`: {value: number of pixels}; `ignored`: values that are no classes although listed.
     """
+    request = settle_list(pixels, channel, request)
     if channel == "grey" and not (request.listed or request.names or request.model):
         refuse_grey_levels(pixels)
     if channel != "colour" and str(IGNORE) not in {entry.id for entry in request.listed}:
@@ -234,6 +283,7 @@ def decide_labels(
     if request.names and request.listed:
         check_request(request, value_of)
         value_of = {name: value_of[name] for name in request.names}
+    value_of = {name: label for name, label in value_of.items() if label not in ignored}
     names, labels = tuple(value_of), tuple(value_of.values())
     present = [name for name, label in value_of.items() if pixels[label]]
     if training and len(present) < 2:
@@ -254,7 +304,7 @@ def refuse_grey_levels(pixels: Counter[float]) -> None:
     if IGNORE in pixels and highest >= LARGE_ID and 2 * len(levels) < highest:
         all_levels = first_five(f"{value:g}" for value in sorted(pixels))
         united = f"--foreground {levels[len(levels) // 2]:g}-{IGNORE} takes these for one class"
-        several = f"--classes FILE with id,name lists several, and {IGNORE} is ignored"
+        several = f"--classes FILE with id,name lists several; --ignore {IGNORE} ignores it"
         raise UserError(
             "--data",
             f"grey levels {all_levels} (is {IGNORE} a class, or ignored?)",
@@ -290,6 +340,32 @@ def name_values(
 def show(value: float, channel: str) -> str:
     """A value as people write it: 15, 0.5, #ff0000."""
     return f"#{value:06x}" if channel == "colour" else f"{value:g}"
+
+
+def settle_list(pixels: Counter[float], channel: str, request: ClassRequest) -> ClassRequest:
+    """The same with the ids of grey colours, and without a found list that does not fit: said."""
+    listed = request.listed if channel == "colour" else grey_ids(request.listed)
+    ids = {entry.id or str(number) for number, entry in enumerate(listed)}
+    known = {entry.colour for entry in listed} if channel == "colour" else {*ids, str(IGNORE)}
+    values = [show(value, channel) for value in sorted(pixels)]
+    unknown = first_five(value for value in values if value not in known)
+    problem = request.unread
+    if listed and request.optional and unknown:
+        problem, listed = f"{request.where} is not used (it does not list {unknown})", ()
+    if problem:
+        columns = "name,r,g,b" if channel == "colour" else "id,name"
+        print(f"classes: {problem}; --classes FILE with {columns} names them", flush=True)
+    return request._replace(listed=listed)
+
+
+def grey_ids(listed: tuple[ListedClass, ...]) -> tuple[ListedClass, ...]:
+    """Listed classes whose ids, where there are none, are the levels of their grey colours."""
+    levels = [entry.colour[1:3] for entry in listed if not entry.id and entry.colour]
+    grey = all(entry.colour == f"#{3 * entry.colour[1:3]}" for entry in listed)
+    if len(levels) < len(listed) or not grey:
+        return listed
+    ids = [str(int(level, 16)) for level in levels]
+    return tuple(entry._replace(id=id) for entry, id in zip(listed, ids, strict=True))
 
 
 def label_of(entry: ListedClass, number: int, request: ClassRequest) -> int:

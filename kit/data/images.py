@@ -1,8 +1,11 @@
 """Images: read, write, resize, cut into tiles, to the network's input and back."""
 
+import io
 import itertools
+import logging
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +30,7 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more 
 
 warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # hostile model files
 warnings.filterwarnings("ignore", module="PIL")  # large images, damaged EXIF: reading decides
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # as the warnings
 
 # --------------------------------------------------------------------------------------------------
 #  Read
@@ -37,9 +41,26 @@ def open_header(path: str | Path) -> Image.Image:
     """Open an image without decoding it. Raises UserError."""
     try:
         check_file(path)
-        return Image.open(path, formats=IMAGE_FORMATS)
+        try:
+            return Image.open(path, formats=IMAGE_FORMATS)
+        except Image.UnidentifiedImageError:
+            return Image.open(without_damaged_extras(path), formats=("PNG",))
     except Exception as error:  # Pillow raises anything on a damaged file
         raise unreadable(path, error) from None
+
+
+def without_damaged_extras(path: str | Path) -> io.BytesIO:
+    """The bytes of a file; of a PNG without ancillary chunks (resolution) of a bad checksum."""
+    content = Path(path).read_bytes()
+    kept, place = [content[:8]], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        chunk = content[place:end]
+        ancillary = chunk[4:5].islower()
+        if not ancillary or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big"):
+            kept.append(chunk)
+        place = end
+    return io.BytesIO(b"".join(kept))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -131,7 +152,8 @@ def read_image(path: str | Path, value_range: tuple[float, ...] = ()) -> np.ndar
             "save it with 8 or 16 bits per channel, or train on such images",
         )
     black, white = value_range or (0, 255 if values.max() <= 255 else 65535)
-    levels = (values.astype(np.float64) - black) * (255 / (white - black))
+    values = np.nan_to_num(values.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    levels = (values - black) * (255 / (white - black))  # no data is black
     pixels = np.clip(levels + 1e-6, 0, 255).astype(np.uint8)  # rounded down, as // 257 would
     return pixels if pixels.ndim == 3 else cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
 
@@ -170,7 +192,7 @@ def find_value_range(paths: Iterable[Path], window: str) -> tuple[float, ...]:
             f"--window {window}", f"takes two percentiles from 0 to 100, such as {PERCENTILES}"
         )
     samples = [sample_pixels(path) for path in paths]
-    values = np.concatenate([np.zeros(0), *samples])
+    values, without = leave_out_no_data(np.concatenate([np.zeros(0), *samples]))
     if not len(values):
         return ()
     black, white = np.percentile(values, percentiles).tolist()
@@ -180,8 +202,22 @@ def find_value_range(paths: Iterable[Path], window: str) -> tuple[float, ...]:
         black, white, reason = 0.0, 65535.0, "all 16 bits are used"
     white = white if white > black else black + 1
     levels = f"{black:g} is black, {white:g} white ({reason})"
-    print(f"images: {len(samples)} of more than 8 bits, {levels}")
+    print(f"images: {len(samples)} of more than 8 bits, {levels}{without}")
     return black, white
+
+
+def leave_out_no_data(values: np.ndarray) -> tuple[np.ndarray, str]:
+    """The values (n,) without no-data, and which that is, for people.
+
+    No-data is not finite, or a negative value further below the others than these are apart.
+    """
+    left, without = values[np.isfinite(values)], []
+    if len(left) < len(values):
+        without = ["NaN or infinity"]
+    others = left[left > left.min()] if len(left) else left
+    if len(others) and left.min() < 0 and others.min() - left.min() > np.ptp(others):
+        left, without = others, [*without, f"{left.min():g}"]
+    return left, f"; {' and '.join(without)}: no data, black (infinity: white)" * bool(without)
 
 
 def sample_pixels(path: Path) -> np.ndarray:

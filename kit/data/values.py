@@ -1,5 +1,7 @@
 """What the values in mask files mean, decided over all of them: one class, or labels of several."""
 
+import contextlib
+import itertools
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from kit.config import IGNORE, Classes
-from kit.data.classes import ClassRequest, Labels, decide_labels, show
+from kit.data.classes import LARGE_ID, ClassRequest, Labels, decide_labels, show
 from kit.data.images import open_image
 from kit.data.masks import (
     LabelMap,
@@ -25,7 +27,10 @@ from kit.data.masks import (
 )
 from kit.errors import UserError, first_five
 
-FEW_LABELS = 5  # up to so many values may be classes or numbers of objects
+FEW_OBJECTS = 8  # as many, in every mask, may be classes of one piece each
+FEW_LABELS = 4  # as many, in some masks, may be, too
+SAMPLED_MASKS = 12  # and values of each, to count connected pieces
+INVERTED = 0.75  # of the pixels are foreground: a line says so
 MOST_LABELS = 254  # exclusive classes that fit into 8 bits, next to the ignored value 255
 
 # --------------------------------------------------------------------------------------------------
@@ -41,6 +46,7 @@ class ValueCounts(NamedTuple):
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
     palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
     path: Path  # the first file
+    channel: str  # see `masks.MaskValues`
 
     def without(self, values: set[float]) -> "ValueCounts":
         """The same without some values."""
@@ -78,12 +84,20 @@ def count_values(mask: MaskFile, channel: str, opener: Opener) -> ValueCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return ValueCounts(pixels, lossy, hint, palette, mask.path)
+    return ValueCounts(pixels, lossy, hint, palette, mask.path, channel)
 
 
 def sum_pixels(counts: list[ValueCounts]) -> Counter[float]:
     """{value: number of pixels} of all masks."""
-    return sum((count.pixels for count in counts), Counter())
+    pixels: Counter[float] = Counter()
+    for count in counts:
+        pixels.update(count.pixels)
+    return pixels
+
+
+def is_lossy(counts: list[ValueCounts]) -> bool:
+    """Whether a mask is a JPEG."""
+    return any(count.lossy for count in counts)
 
 
 def palette_colours(image: Image.Image) -> set[tuple[int, int, str]]:
@@ -161,41 +175,49 @@ def decide_values(
     ignored. Raises UserError.
     """
     counts = count_all(masks, "grey", opener)
-    channel = choose_channel(counts)
-    if channel != "grey":
-        counts = count_all(masks, channel, opener)
+    channel, lossy = choose_channel(counts), is_lossy(counts)
+    counts = counts if channel == "grey" else count_all(masks, channel, opener)
+    counts, ignored = leave_out(counts, ignore, channel, training)
     pixels = sum_pixels(counts)
-    ignored = {value for value in pixels if value < 0}
-    ignored |= listed_values("--ignore", ignore, pixels, channel) if ignore else set()
-    counts = [count.without(ignored) for count in counts]
-    pixels = sum_pixels(counts)
+    values, hint = None, ""
     if foreground:
-        listed = listed_values("--foreground", foreground, pixels, channel)
-        rest = set(pixels) - listed
-        own = {IGNORE} & rest if channel == "grey" and len(rest) > 1 else set()
-        values = MaskValues(channel, tuple(sorted(listed)), tuple(own))
-    elif request and request.asks_for_labels:
-        values = None
-    else:
-        values = binary_values(masks, counts, channel, request, opener)
+        values = listed_foreground(foreground, pixels, channel, lossy)
+    elif not (request and request.asks_for_labels):
+        values = binary_values(counts, channel, request, training, opener)
     if values is not None:
         if training and counts:
             check_foreground(values, pixels, len(masks))
-        values = replace(values, ignored=(*values.ignored, *sorted(ignored)))
-        return values, describe_values(values, pixels, len(counts)), None
+            hint = hint_of_inversion(values, counts)
+        values = replace(values, ignored=(*values.ignored, *ignored))
+        return values, describe_values(values, pixels, len(counts)) + hint, None
     check_labels(counts, channel, request)
     palette = set().union(*(count.palette for count in counts))
     if channel == "grey" and palette:
         channel = palette_channel(palette, request)
-        counts = count_all(masks, channel, opener)
-    labels = decide_labels(sum_pixels(counts), channel, request, training)
-    return MaskValues(channel), describe_labels(counts, channel, labels), labels
+        counts, ignored = leave_out(count_all(masks, channel, opener), ignore, channel, training)
+    labels = decide_labels(sum_pixels(counts), channel, request, training, ignored)
+    return MaskValues(channel), describe_labels(counts, channel, labels, ignored), labels
+
+
+def leave_out(
+    counts: list[ValueCounts], ignore: str, channel: str, training: bool
+) -> tuple[list[ValueCounts], tuple[float, ...]]:
+    """The counts without ignored values, and these: no-data below 0 or NaN, and --ignore's."""
+    pixels = sum_pixels(counts)
+    ignored = {value for value in pixels if value < 0}
+    if ignore and training:
+        ignored |= listed_values("--ignore", ignore, pixels, channel)
+    elif ignore:  # what is scored need not have every value
+        for text in ignore.split(","):
+            with contextlib.suppress(UserError):
+                ignored |= listed_values("--ignore", text, pixels, channel)
+    return [count.without(ignored) for count in counts], tuple(sorted(ignored))
 
 
 def choose_channel(counts: list[ValueCounts]) -> str:
     """Where the masks are: grey, colour or alpha. Raises UserError for a JPEG's colours."""
     hints = {count.hint for count in counts}
-    if "colour" in hints and any(count.lossy for count in counts):
+    if "colour" in hints and is_lossy(counts):
         remedy = "save PNG files, with as many colours as there are classes"
         raise UserError("--data", "JPEG masks of colours: JPEG's noise blurs them", remedy)
     if "colour" in hints or differ(
@@ -220,14 +242,14 @@ def palette_channel(palette: set[tuple[int, int, str]], request: ClassRequest) -
 
 
 def binary_values(
-    masks: list[MaskFile],
     counts: list[ValueCounts],
     channel: str,
     request: ClassRequest | None,
+    training: bool,
     opener: Opener,
 ) -> MaskValues | None:
     """What the values of masks of one class mean; None for label maps. Raises UserError."""
-    pixels, lossy = sum_pixels(counts), any(count.lossy for count in counts)
+    pixels, lossy = sum_pixels(counts), is_lossy(counts)
     values, highest = set(pixels), max(pixels, default=0)
     if lossy and 0 < highest <= 8:
         raise UserError(
@@ -235,53 +257,54 @@ def binary_values(
             f"masks of 0 to {highest:g} as JPEG: JPEG's noise is as large as their values",
             "save PNG files",
         )
-    if channel != "colour" and 1 in values and values <= {0, 1, IGNORE}:
-        if IGNORE in values and not any({1, IGNORE} <= set(count.pixels) for count in counts):
-            return MaskValues(channel, (1, IGNORE))  # some files have 0 and 1, others 0 and 255
-        return MaskValues(channel, (1,), tuple(values & {IGNORE}))
-    if values == {0, highest} and highest > 0 and not lossy:
-        return MaskValues(channel, (highest,))
-    if channel != "colour":
-        for full in (1, IGNORE, 65535):
-            if values <= {0, full}:
-                return MaskValues(channel, (full,))
-        cut = soft_cut(pixels, lossy)
-        if cut is not None:
-            return MaskValues(channel, cut=cut)
-    unlisted = not lossy and not (request and request.listed)
-    if unlisted and are_objects(masks, counts, channel, opener):
-        if not (request and request.merged) and len(values) <= FEW_LABELS:
+    full_scales = values & {1, IGNORE, 65535}
+    if values <= {0, *full_scales} and channel != "colour":
+        if all(len(full_scales & set(count.pixels)) < 2 for count in counts):
+            return MaskValues(channel, tuple(sorted(full_scales)) or (1,))  # each has its own
+        if values <= {0, 1, IGNORE}:
+            return MaskValues(channel, (1,), (IGNORE,))
+    labels = values - {0, IGNORE if channel == "grey" else 0}
+    if 0 in values and len(labels) == 1 and (IGNORE not in values or max(labels) < LARGE_ID):
+        return MaskValues(channel, tuple(labels), tuple(values - labels - {0}))
+    cut = None if channel == "colour" else soft_cut(pixels, lossy)
+    if cut is not None:
+        return MaskValues(channel, cut=cut)
+    refuse_soft_levels(counts)
+    merged = bool(request and request.merged)  # into one class
+    if (not request or request.may_be_objects) and are_objects(counts, opener):
+        most = FEW_OBJECTS if len({len(count.pixels) for count in counts}) == 1 else FEW_LABELS
+        if training and not merged and len(labels) <= most:
             raise objects_or_classes(pixels, channel)
         return MaskValues(channel, cut=0)
-    if request and request.merged and not request.model:  # all labels but 0, or black
-        ignored = {IGNORE} & values if channel == "grey" else set()
-        return MaskValues(channel, tuple(sorted(values - {0} - ignored)), tuple(ignored))
-    return None
+    if not merged or request.model:
+        return None
+    ignored = {IGNORE} & values if channel == "grey" else set()
+    return MaskValues(channel, tuple(sorted(values - {0} - ignored)), tuple(ignored))
 
 
-def are_objects(
-    masks: list[MaskFile], counts: list[ValueCounts], channel: str, opener: Opener
-) -> bool:
-    """Whether values number objects: each is one piece, and numbers are not those of classes.
+def are_objects(counts: list[ValueCounts], opener: Opener) -> bool:
+    """Whether values number the objects of each image on a background of 0, and are no classes.
 
-    They run from 1 in each mask, to other numbers, or are many of which none is in most masks.
+    In nearly all images they are 1, 2, 3, ..., or few of many values recur; and nearly all are in
+    one piece.
     """
-    numbers = [set(count.pixels) - {0} for count in counts]
-    images = Counter(value for values in numbers for value in values)
-    if len(images) < 3 or any(value != int(value) for value in images):
+    pixels = sum_pixels(counts)
+    if len(pixels) < 4 or is_lossy(counts) or pixels[0] < max(pixels.values()):
         return False
-    from_one = np.mean([values == set(range(1, 1 + len(values))) for values in numbers]) > 0.9
-    many = len(images) > 4 * FEW_LABELS and sum(images.values()) >= 3 * len(numbers)
-    rare = many and 2 * max(images.values()) <= len(numbers)
-    few = len(images) < FEW_LABELS  # as many are asked about
-    if not rare and not (from_one and (few or len({len(values) for values in numbers}) > 1)):
+    listed = [sorted(set(count.pixels) - {0}) for count in counts]
+    unit = min(set(pixels) - {0})  # 1, or that of green or red in a colour
+    numbered = [values == [unit * (k + 1) for k in range(len(values))] for values in listed]
+    images = Counter(itertools.chain(*listed))
+    often = max(1, len(counts) / 10)
+    rare = len(images) > FEW_OBJECTS and np.median(list(images.values())) <= often
+    if not rare and (unit not in (1, 1 << 8, 1 << 16) or np.mean(numbered) < 0.9):
         return False
     pieces = []
-    for mask in masks[:: -(-len(masks) // 8)]:
-        values = mask_pixels(opener(mask.path), channel)
-        for value in np.unique(values[values > 0])[:40]:
-            pieces.append(cv2.connectedComponents((values == value).astype(np.uint8))[0] - 1)
-    return np.mean(np.array(pieces) == 1) > 0.9
+    for count in counts[:: -(-len(counts) // SAMPLED_MASKS)]:
+        values = mask_pixels(opener(count.path), count.channel)
+        for value in sorted(set(count.pixels) - {0})[:SAMPLED_MASKS]:
+            pieces.append(cv2.connectedComponents(np.uint8(values == value))[0] - 1)
+    return bool(np.mean(np.array(pieces) < 2) >= 0.9)
 
 
 def soft_cut(pixels: Counter[float], lossy: bool) -> float | None:
@@ -306,21 +329,55 @@ def soft_cut(pixels: Counter[float], lossy: bool) -> float | None:
     return None if label or ends < 2 * pairs[2:-2].max() or not ends else full / 2
 
 
-def listed_values(flag: str, values: str, pixels: Counter[float], channel: str) -> set[float]:
-    """The values of a flag, such as 15 or 1,128-255 or -1. Raises UserError for one without use."""
+def listed_foreground(
+    foreground: str, pixels: Counter[float], channel: str, lossy: bool
+) -> MaskValues:
+    """The values of --foreground, such as 15 or 1,128-255. Raises UserError for one without use.
+
+    255 is ignored next to other background, unless it is listed or the levels are soft.
+    """
+    listed = listed_values("--foreground", foreground, pixels, channel)
+    rest = set(pixels) - listed
+    labels = channel == "grey" and rest > {IGNORE} and not lossy and soft_cut(pixels, lossy) is None
+    return MaskValues(channel, tuple(sorted(listed)), (IGNORE,) if labels else ())
+
+
+def listed_values(flag: str, listed: str, pixels: Counter[float], channel: str) -> set[float]:
+    """The values that a flag lists, such as 15 or 1,128-255. Raises UserError for one without use.
+
+    Those of labels may be written as numbers or as colours.
+    """
     names = {show(value, channel): value for value in sorted(pixels)}
-    listed: set[float] = set()
-    for text in values.replace(" ", "").lower().split(","):
-        low, _, high = text.rpartition("-")
+    chosen: set[float] = set()
+    for text in listed.replace(" ", "").lower().split(","):
+        low, _, high = text.partition("-")
         try:
-            limits = (names[text], names[text]) if text in names else (float(low), float(high))
+            limits = (
+                (names[text], names[text]) if text in names else (float(low), float(high or low))
+            )
         except ValueError:
             limits = (1, 0)  # nothing is in it
-        chosen = {value for value in pixels if limits[0] <= value <= limits[1]}
-        if not chosen:
+        values = {value for value in pixels if limits[0] <= value <= limits[1]}
+        if not values:
             raise UserError(f"{flag} {text}", "no mask has this value", first_five(names))
-        listed |= chosen
-    return listed
+        chosen |= values
+    return chosen
+
+
+def hint_of_inversion(values: MaskValues, counts: list[ValueCounts]) -> str:
+    """The end of a line about masks that are foreground nearly everywhere; else ""."""
+    shares = []
+    for count in counts:
+        seen = {value: n for value, n in count.pixels.items() if value not in values.ignored}
+        foreground = sum(n for value, n in seen.items() if values.covers(value))
+        shares.append(foreground / max(1, sum(seen.values())))
+    if np.mean(shares) <= INVERTED or values.cut == 0.5:
+        return ""
+    rest = sorted(set(sum_pixels(counts)) - {*values.ignored})
+    rest = [show(value, values.channel) for value in rest if not values.covers(value)]
+    flag = ",".join(rest) if values.cut is None else f"0-{values.cut:g}"
+    share = f"{100 * np.mean(shares):.0f} % of the pixels are foreground"
+    return f"; {share}, so the masks look inverted: --foreground {flag} inverts them"
 
 
 def check_foreground(values: MaskValues, pixels: Counter[float], count: int) -> None:
@@ -347,11 +404,15 @@ def check_labels(counts: list[ValueCounts], channel: str, request: ClassRequest 
     """Raise UserError where the values are not those of classes: few whole numbers, no JPEG."""
     pixels = sum_pixels(counts)
     whole = all(value == int(value) >= 0 for value in pixels) and len(pixels) <= MOST_LABELS + 1
-    lossy = any(count.lossy for count in counts)
-    if not request or request.merged or not whole or lossy or soft_labels(pixels, channel):
+    lossy = is_lossy(counts)
+    if not request or request.merged or not whole or lossy:
         raise not_binary(counts, channel)
     if channel == "colour" and not request.listed and not any(v & 0xFFFF for v in pixels):
-        raise objects_or_classes(pixels, channel)
+        raise UserError(
+            "--data",
+            "the masks are numbers in red alone: of objects, or of classes?",
+            "--classes one takes all for one class; --classes FILE with name,r,g,b lists classes",
+        )
 
 
 def objects_or_classes(pixels: Counter[float], channel: str) -> UserError:
@@ -360,20 +421,40 @@ def objects_or_classes(pixels: Counter[float], channel: str) -> UserError:
     columns = "name,r,g,b" if channel == "colour" else "id,name"
     return UserError(
         "--data",
-        f"masks of {names}: are they numbers of objects, or classes?",
+        f"values {names}, each in one piece: are they numbered objects, or classes?",
         f"--classes one takes all for one class; --classes FILE with {columns} lists classes",
     )
 
 
-def soft_labels(pixels: Counter[float], channel: str) -> list[float]:
-    """The levels of labels with soft edges: a few that most pixels have, many between; else []."""
+def refuse_soft_levels(counts: list[ValueCounts]) -> None:
+    """Raise UserError for a few levels, such as 0, 128 and 255, with soft edges or JPEG's noise.
+
+    Each image has levels all over, but nearly all pixels are close to one of few.
+    """
+    pixels = sum_pixels(counts)
     peaks: list[float] = []
-    for level, count in pixels.most_common():
-        if count > 0.01 * pixels.total() and all(abs(level - peak) > 16 for peak in peaks):
-            peaks.append(level)
-    most = sum(pixels[peak] for peak in peaks) > 0.7 * pixels.total()
-    soft = channel == "grey" and len(pixels) > 40 and 3 <= len(peaks) <= 5
-    return sorted(peaks) if soft and most else []
+    total = pixels.total()
+    for value, count in pixels.most_common(64):
+        if count > 0.01 * total and all(abs(value - peak) > 16 for peak in peaks):
+            peaks.append(value)
+    peaks.sort()
+    close = sum(n for v, n in pixels.items() if any(abs(v - peak) <= 8 for peak in peaks))
+    many = (
+        bool(counts) and np.median([len({v // 16 for v in count.pixels}) for count in counts]) >= 8
+    )
+    if not (
+        many and close > 0.7 * total and 3 <= len(peaks) <= 8 and LARGE_ID <= peaks[-1] <= IGNORE
+    ):
+        return
+    flags = [
+        f"--foreground {(low + high) / 2:g}-{IGNORE} (all from {high:g})"
+        for low, high in itertools.pairwise(peaks)
+    ]
+    levels = ", ".join(f"{peak:g}" for peak in peaks)
+    problem = (
+        f"the masks are a label map with soft edges or JPEG's noise, of levels around {levels}"
+    )
+    raise UserError("--data", problem, f"name the foreground: {' or '.join(flags)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +468,7 @@ def in_channel(channel: str) -> str:
 
 
 def describe_values(values: MaskValues, pixels: Counter[float], count: int) -> str:
-    """What the values of so many masks mean, and whether they look inverted."""
+    """What the values of so many masks mean, and what is ignored."""
     names = first_five(show(value, values.channel) for value in sorted(pixels))
     foreground = first_five(show(value, values.channel) for value in values.foreground)
     text = f"of {names}: foreground is {foreground}"
@@ -398,25 +479,22 @@ def describe_values(values: MaskValues, pixels: Counter[float], count: int) -> s
         soft = f"{len(pixels)} levels with two peaks (soft edges or JPEG)"
         text = f"of {soft}, foreground is above {values.cut:g}"
     if values.ignored:
-        text += f"; ignored: {first_five(show(v, values.channel) for v in values.ignored)}"
-    covered = sum(number for value, number in pixels.items() if values.covers(value))
-    rest = [v for v in sorted(pixels) if not values.covers(v) and v not in values.ignored]
-    if rest and covered > 0.75 * sum(pixels.values()):
-        flag = show(rest[0], values.channel) if len(rest) == 1 else f"{rest[0]:g}-{rest[-1]:g}"
-        text += f"; it covers {100 * covered / sum(pixels.values()):.0f} %: if the masks are "
-        text += f"inverted, take --foreground '{flag}'"
+        text += f"; {first_five(show(v, values.channel) for v in values.ignored)} is ignored"
     return f"{count} files{in_channel(values.channel)} {text}"
 
 
-def describe_labels(counts: list[ValueCounts], channel: str, labels: Labels) -> str:
-    """What label maps were understood as, and which values are ignored."""
+def describe_labels(
+    counts: list[ValueCounts], channel: str, labels: Labels, always: tuple[float, ...]
+) -> str:
+    """What label maps were understood as, and which values are ignored: some `always`."""
     pixels = sum_pixels(counts)
     ignored = []
     free = set() if channel == "colour" else {IGNORE} & set(pixels) - set(labels.labels)
     for value in sorted(set(pixels) - set(labels.labels) - free):
         where = next(count.path.name for count in counts if value in count.pixels)
         ignored.append(f"{show(value, channel)} ({pixels[value]} pixels, such as in {where})")
-    never = f"; {IGNORE} is ignored" if free else ""
+    never = f"; {first_five(show(v, channel) for v in sorted({*free, *always}))} is ignored"
+    never *= bool(free or always)
     unlisted = f"; not listed and ignored: {first_five(ignored)}" if ignored else ""
     names = zip(labels.classes.names, labels.labels, strict=True)
     absent = [name for name, label in names if not pixels[label]]
@@ -436,12 +514,7 @@ def not_binary(counts: list[ValueCounts], channel: str) -> UserError:
     labels = [value for value in pixels if value not in (0, IGNORE)] or list(pixels)
     example = show(max(labels, key=pixels.__getitem__), channel)
     remedy = f"name the values that are foreground, such as --foreground {example}"
-    ranges, peaks = "", soft_labels(pixels, channel)
-    if peaks:
-        remedy = f"levels around {first_five(f'{peak:g}' for peak in peaks)} have soft edges: name "
-        remedy += f"the foreground, such as --foreground {sum(peaks[:2]) / 2:g}-{max(pixels):g}"
-    elif len(values) > 5:
-        ranges = ", or ranges such as 128-255"
+    ranges = ", or ranges such as 128-255" if len(values) > 5 else ""
     ignored = f" ({IGNORE} is ignored unless listed)" if IGNORE in pixels else ""
     return UserError(
         "--data", f"the masks are a label map: {first_five(values)}", f"{remedy}{ranges}{ignored}"
