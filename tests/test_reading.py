@@ -1150,7 +1150,7 @@ def test_images_without_a_mask_are_left_out_or_empty_when_that_is_said(tmp_path,
 
 @pytest.mark.parametrize("kind", ["few masks", "label maps"])
 def test_empty_is_no_remedy_for_few_masks_or_label_maps(tmp_path, kind):
-    write(tmp_path, convert=labels(1, 2, 3) if kind == "label maps" else grey)
+    write(tmp_path, convert=labels(7, 2, 3) if kind == "label maps" else grey)
     for number in range(2 if kind == "label maps" else 4):
         (tmp_path / "masks" / f"p{number:02d}.png").unlink()
     assert "--missing empty" not in asked(tmp_path, "--missing leave_out")
