@@ -567,11 +567,11 @@ def test_validation_images_are_decoded_once_where_memory_allows(roads, monkeypat
         return read_sample(*args)
 
     monkeypatch.setattr("kit.data.samples.read_sample", read)
-    first, again = validation[3], validation[3]
-    assert len(reads) == (1 if fits else 2)
+    first, other, again = validation[3], validation[4], validation[3]
+    assert len(reads) == (2 if fits else 3)
     assert (first["image"] == again["image"]).all()
     assert first["name"] == again["name"]
-    assert validation[4]["name"] != first["name"]
+    assert other["name"] != first["name"]
 
 
 def test_augmentation_takes_its_arguments_and_fills_with_ignore():

@@ -245,7 +245,7 @@ def test_data_that_cannot_be_trained_on_is_one_line_before_the_training(tmp_path
     assert done.returncode == 2
     last = kaggle.with_setting_names(done.stderr).strip().splitlines()[-1]
     assert last.startswith("error: DATA ")
-    assert "name them with MASKS" in last
+    assert "leave these images out with MISSING leave_out" in last
     assert "Traceback" not in done.stderr
 
 

@@ -85,9 +85,8 @@ def configure(data, *flags):
 
 def load(config):
     """The samples of a command."""
-    names = ("masks", "target", "foreground", "rle", "missing", "classes", "window", "folds")
-    names = (*names, "seed", "group")
-    return samples.load(config.data, **{name: getattr(config, name) for name in names})[0]
+    names = "masks target foreground ignore rle missing classes window folds seed group"
+    return samples.load(config.data, **{name: getattr(config, name) for name in names.split()})[0]
 
 
 def identify(data, *flags):

@@ -425,11 +425,12 @@ def test_the_schedule_starts_with_the_first_step_and_ends_with_the_minutes(tmp_p
         accumulate_grad_batches=1,
         strategy=SimpleNamespace(broadcast=lambda value: value),
     )
-    module = SimpleNamespace(set_progress=reached.append)
+    module = SimpleNamespace(set_progress=reached.append, device=torch.device("cpu"))
+    callback.measure_step = lambda *_: None  # it would change what is kept
     clock.reserve = 10.0
     for index, seconds in enumerate((20, 35, 50)):
         now[0] = 100.0 + seconds
-        callback.on_train_batch_start(trainer, module, None, index)
+        callback.on_train_batch_start(trainer, module, {"name": ["a"]}, index)
     assert reached == [0.0, 0.5, 1.0] and trainer.should_stop
     assert callback.state_dict()["clock"] == (50.0, 20.0, 10.0)
 

@@ -41,7 +41,9 @@ def assign_folds(
             if occurrence(samples, fold).any(axis=1).nunique() == 1:
                 break
         print(f"groups: {reason}")
-    there = occurrence(samples, fold)
+    there, sizes = occurrence(samples, fold), np.unique(fold, return_counts=True)[1]
+    uneven = " (uneven: see the groups)" if 2 * sizes.max() > len(samples) > 3 else ""
+    print(f"split: {len(sizes)} folds of {sizes.min()} to {sizes.max()} images{uneven}")
     for index, name in enumerate(names):
         if there[index].any() and not there[index].all():
             count = sum(shares[index] > 0 for shares in samples.shares)
