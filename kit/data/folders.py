@@ -414,7 +414,7 @@ def collect_classes(root: Path, images: list[ImageFile], pairs: dict[str, Pairs]
     for name in names:
         for image, files in pairs[name].items():
             united[image] += files
-    collection, missing = collect(root, images, united), 0
+    collection, missing = collect(root, images, united, "a mask for each class"), 0
     masks: list[Planes | None] = []
     for image in images:
         files = [pairs[name].get(image.name) for name in names]
@@ -482,10 +482,12 @@ def fitting_masks(images: list[ImageFile], others: list[ImageFile]) -> dict[str,
     return {kind: matched for kind, matched in pairs.items() if 2 * len(matched) >= best > 0}
 
 
-def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
+def collect(
+    root: Path, images: list[ImageFile], pairs: Pairs, several: str = "united"
+) -> Collection:
     """The samples of paired files, with the columns `folder` and `split`.
 
-    Raises UserError where two images of a folder share a name.
+    `several`: what the masks of an image are, for people. Raises UserError where two images of a folder share a name.
     """
     check_names((image.path, image.stem) for image in images)
     paths = [image.path for image in images]
@@ -499,8 +501,8 @@ def collect(root: Path, images: list[ImageFile], pairs: Pairs) -> Collection:
     samples["split"] = [image.split for image in images]
     if pairs:
         name, files = max(pairs.items(), key=lambda pair: len(pair[1]))
-        several = f" and {len(files) - 1} more, united" if len(files) > 1 else ""
-        print(f"pairs: {len(pairs)} images, such as {name} with {files[0].name}{several}")
+        more = f" and {len(files) - 1} more, {several}" if len(files) > 1 else ""
+        print(f"pairs: {len(pairs)} images, such as {name} with {files[0].name}{more}")
     return Collection("one mask file per image", samples)
 
 

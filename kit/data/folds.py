@@ -42,7 +42,8 @@ def assign_folds(
                 break
         print(f"groups: {reason}")
     there, sizes = occurrence(samples, fold), np.unique(fold, return_counts=True)[1]
-    uneven = " (uneven: see the groups)" if 2 * sizes.max() > len(samples) > 3 else ""
+    large = "fold" not in samples and 2 * sizes.max() > len(samples) > 3
+    uneven = " (uneven: the groups are large)" if large else ""
     print(f"split: {len(sizes)} folds of {sizes.min()} to {sizes.max()} images{uneven}")
     for index, name in enumerate(names):
         if there[index].any() and not there[index].all():
