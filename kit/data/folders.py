@@ -487,7 +487,8 @@ def collect(
 ) -> Collection:
     """The samples of paired files, with the columns `folder` and `split`.
 
-    `several`: what the masks of an image are, for people. Raises UserError where two images of a folder share a name.
+    `several`: what several masks of an image are, for people. Raises UserError where two images of
+    a folder share a name.
     """
     check_names((image.path, image.stem) for image in images)
     paths = [image.path for image in images]
