@@ -144,30 +144,32 @@ def read_classes(path: Path) -> tuple[ListedClass, ...]:
 
 def find_columns(rows: list[list[str]]) -> tuple[dict[str, int], list[list[str]]]:
     """The columns of a list of classes, {"name": 1, "id": 0, ...}, and the rows below a header."""
-    words = [re.sub(r"[\s_]", "", cell.lower()) for cell in rows[0]]
-    known = {word for headers in COLUMNS.values() for word in headers}
-    has_header = bool(known & set(words)) and not any(word.isdecimal() for word in words)
+    titles = [re.sub(r"[\s_]", "", cell.lower()) for cell in rows[0]]
+    usual = {title for headers in COLUMNS.values() for title in headers}
+    has_header = bool(usual & set(titles)) and not any(title.isdecimal() for title in titles)
     rows = rows[has_header:]
-    cells = list(zip(*rows, strict=False))[: len(words)]
+    cells = list(zip(*rows, strict=False))[: len(titles)]
     numbers = [k for k, column in enumerate(cells) if all(cell.isdecimal() for cell in column)]
-    texts = [k for k in range(len(words)) if k not in numbers]
+    texts = [k for k in range(len(titles)) if k not in numbers]
     colours = [k for k in texts if k < len(cells) and all(map(read_colour, cells[k]))]
     if not has_header:  # id, or r,g,b, or both in this order
         names = ["id"] * (len(numbers) in (1, 4)) + [*"rgb"] * (len(numbers) > 2)
-        found = dict(zip(names, numbers, strict=False)) if texts else {}
-        found |= {"colour": colours[0]} if colours else {}
-        return found | {"name": min({*texts} - {*colours}, default=0)}, rows
-    found = {}
+        columns = dict(zip(names, numbers, strict=False)) if texts else {}
+        columns |= {"colour": colours[0]} if colours else {}
+        return columns | {"name": min({*texts} - {*colours}, default=0)}, rows
+    columns = {}
     for field, headers in COLUMNS.items():
-        fitting = [words.index(word) for word in headers if word in words]
-        fitting = [k for k in fitting if k not in found.values()]
+        fitting = [titles.index(title) for title in headers if title in titles]
+        fitting = [k for k in fitting if k not in columns.values()]
         if field == "id":
-            fitting = [k for k in fitting if k in numbers or words[k] == "id"]
+            fitting = [k for k in fitting if k in numbers or titles[k] == "id"]
         elif field == "name":
-            fitting = [k for k in [*fitting, *texts] if k in texts and k not in found.values()]
-            fitting = fitting or [words.index(word) for word in headers if word in words] or [0]
-        found |= {field: fitting[0]} if fitting else {}
-    return found, rows
+            fitting = [k for k in [*fitting, *texts] if k in texts and k not in columns.values()]
+            fitting = (
+                fitting or [titles.index(title) for title in headers if title in titles] or [0]
+            )
+        columns |= {field: fitting[0]} if fitting else {}
+    return columns, rows
 
 
 def read_colour(text: str) -> str:
@@ -346,9 +348,9 @@ def settle_list(pixels: Counter[float], channel: str, request: ClassRequest) -> 
     """The same with the ids of grey colours, and without a found list that does not fit: said."""
     listed = request.listed if channel == "colour" else grey_ids(request.listed)
     ids = {entry.id or str(number) for number, entry in enumerate(listed)}
-    known = {entry.colour for entry in listed} if channel == "colour" else {*ids, str(IGNORE)}
+    named = {entry.colour for entry in listed} if channel == "colour" else {*ids, str(IGNORE)}
     values = [show(value, channel) for value in sorted(pixels)]
-    unknown = first_five(value for value in values if value not in known)
+    unknown = first_five(value for value in values if value not in named)
     problem = request.unread
     if listed and request.optional and unknown:
         problem, listed = f"{request.where} is not used (it does not list {unknown})", ()

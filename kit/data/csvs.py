@@ -425,8 +425,8 @@ def follow_csv(collection: Collection, root: Path, rle: str) -> Collection:
                 size = read_header(image).size
                 mask = (masks[image].read(size) == 1).any(0)
                 with contextlib.suppress(UserError):  # impossible in this order
-                    found = planes[name].change(RunLengths, order=order).read(size).any(0)
-                    agree[order] += int((mask & found).sum() > 0.95 * (mask | found).sum())
+                    decoded = planes[name].change(RunLengths, order=order).read(size).any(0)
+                    agree[order] += int((mask & decoded).sum() > 0.95 * (mask | decoded).sum())
         except UserError:  # of something else
             continue
         order, count = max(agree.items(), key=lambda item: item[1], default=("", 0))
