@@ -648,6 +648,14 @@ def test_masks_of_a_sibling_folder_belong_to_it_by_all_names(
         read(tmp_path / data, masks=sibling)
 
 
+def test_masks_that_fit_two_folders_are_proposed_for_neither(tmp_path):
+    """The authentic images have no masks, those of the forged ones have the same names."""
+    for folder in ("train_images/authentic", "train_images/forged"):
+        write(tmp_path, folder + "/{:02d}.png", "train_masks/{:02d}.png")
+    line = asked(tmp_path, "no mask", "csv")
+    assert "--data " not in line.split(";", 1)[1]
+
+
 @pytest.mark.parametrize(
     "suffixes", [("tif", "png"), ("png", "bmp"), ("bmp", "tif"), ("jpg", "png")]
 )

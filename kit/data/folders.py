@@ -275,18 +275,22 @@ def propose_masks(root: Path) -> list[str]:
 
 
 def propose_folders(root: Path) -> list[str]:
-    """The flags with which masks fit one folder of images, or the test images."""
+    """The flags with which masks fit one folder of images, or the test images.
+
+    None where the same masks fit two folders: nothing says whose they are.
+    """
     images, masks = images_and_masks(root, "auto")
-    groups, fitting = defaultdict(list), []
+    groups, fitting, taken = defaultdict(list), [], Counter()
     for image in sorted(images, key=lambda image: image.split != "test"):
         tests = (p for p in image.path.parents if split_of(split_words(p.name)) == "test")
         folder = next(tests) if image.split == "test" else image.path.parent
         groups[folder].append(image._replace(split=""))
     for folder, some in groups.items():
-        paths = [mask.path.parent for files in match(some, masks).values() for mask in files]
+        paths = [mask.path for files in match(some, masks).values() for mask in files]
+        taken.update(paths)
         if len(paths) > 1 and 2 * len(paths) >= len(some) and folder != root:
-            fitting.append(f"--data {folder} --masks {os.path.commonpath(paths)}")
-    return fitting
+            fitting.append(f"--data {folder} --masks {os.path.commonpath(p.parent for p in paths)}")
+    return fitting if max(taken.values(), default=0) < 2 else []
 
 
 def without_auxiliary(images: list[ImageFile]) -> list[ImageFile]:
