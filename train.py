@@ -426,7 +426,7 @@ def train(config: Config, started: float | None = None) -> Path:
         if config.check:
             table = samples.decode_pairs(collection.samples, model_config, 0, opener)
             show_data(resolved, model_config, table, out)
-            samples.write_understood(table, model_config.classes, out)
+            samples.write_understood(table, model_config.classes, out, opener)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
         settings = asdict(resolved) | {"resume": config.resume}

@@ -438,16 +438,18 @@ def spread(samples: pd.DataFrame, count: int) -> pd.DataFrame:
     return samples.sort_values("share", ascending=False, kind="stable").iloc[places]
 
 
-def write_understood(samples: pd.DataFrame, classes: Classes, out: Path) -> None:
+def write_understood(
+    samples: pd.DataFrame, classes: Classes, out: Path, opener: Opener = open_image
+) -> None:
     """Write samples.csv, a row for each image of `load`, and the masks as they were understood."""
     for folder in ("", *mask_folders(classes)):
         (writable_folder(out / "masks" / folder) / MARKER).touch()  # what is there is no data
-    in_parallel(
-        lambda row: write_mask(
-            out / "masks", row.id, row.mask.read((row.height, row.width)), classes
-        ),
-        samples,
-    )
+
+    def write(row: Any) -> None:
+        mask = row.mask.read((row.height, row.width), opener)
+        write_mask(out / "masks", row.id, mask, classes)
+
+    in_parallel(write, samples)
     table = samples[["id", "image", "height", "width"]]
     table = table.assign(masks=[getattr(mask, "source", mask.path) for mask in samples["mask"]])
     shares = np.stack(samples.shares)
