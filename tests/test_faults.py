@@ -192,6 +192,12 @@ def test_ctrl_c_on_a_terminal_reaches_the_workers_too(roads, tmp_path):
     assert "Traceback" not in printed
 
 
+def test_a_worker_prints_its_errors_but_not_that_nobody_fetches_its_batch(capsys):
+    for error in (ConnectionResetError("reset"), EOFError(), ValueError("broken")):
+        loaders.print_error(type(error), error, None)
+    assert capsys.readouterr().err == "ValueError: broken\n"
+
+
 def test_while_it_exports_a_second_signal_ends_it_at_once():
     before = signal.getsignal(signal.SIGTERM)
     run = SimpleNamespace(rows=[], describe_end=str, signals=[], together=False)

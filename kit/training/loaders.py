@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -67,13 +68,20 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=leave_ends_to_the_training,
     )
 
 
-def ignore_interrupt(_: int) -> None:
+def leave_ends_to_the_training(_: int) -> None:
     """Ctrl-C reaches the workers, too: it is the training that ends and exports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = print_error
+
+
+def print_error(kind: type, error: BaseException, trace: Any) -> None:
+    """As Python does, but for a batch that the training, interrupted, no longer fetches."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class ShardedSampler(Sampler):
