@@ -37,6 +37,7 @@ class Options:
     tta: Literal["auto", "true", "false"] = "auto"  # horizontal-flip TTA; auto: as trained
     batch_size: int = 8  # [0..65536] images, or tiles, at a time; 0: 8
     comparisons: bool = True  # write comparisons/ID.jpg
+    show: str = ""  # the channels seen as red, green, blue, such as 4,3,2; "": as trained
     bev: bool = False  # write bev/ID.jpg, the bird's-eye view, where there is a calibration (KITTI)
     save_probs: bool = False  # write probs/ID.png, 8-bit probabilities
     # submission.csv, submission_kitti.zip, or png: label maps in submission.zip
@@ -72,7 +73,7 @@ from tqdm import tqdm
 from kit.config import IGNORE, ModelConfig
 from kit.data import kitti
 from kit.data.classes import mask_folders, write_mask
-from kit.data.images import each_plane, write_image
+from kit.data.images import each_plane, to_picture, write_image
 from kit.data.names import MARKER, list_files
 from kit.data.samples import find_samples
 from kit.files import writable_folder
@@ -123,6 +124,8 @@ def make_plan(options: Options) -> Plan:
         config = replace(config, thresholds=(options.threshold,) * len(config.thresholds))
     if options.min_pixels not in ("auto", -1):
         config = replace(config, areas=(options.min_pixels,) * len(config.areas))
+    if options.show:
+        config = replace(config, show=tuple(map(int, re.findall(r"\d+", options.show))))
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Plan(models, config, options, Path(options.out), rank, processes)
 
@@ -230,7 +233,8 @@ def write_outputs(
             write_image(writable_folder(out / "probs" / folder) / f"{sample.id}.png", plane)
     if options.comparisons:
         path = out / "comparisons" / f"{sample.id}.jpg"
-        write_image(path, comparison(image, ground_truth, mask, sample.id, classes))
+        picture = to_picture(image, plan.config)
+        write_image(path, comparison(picture, ground_truth, mask, sample.id, classes))
     for view in sample.views if options.bev else ():
         warped = None
         if ground_truth is not None:

@@ -108,6 +108,16 @@ for wing in ("data", "network", "results", "training"):
 
 # %% kit/data/images.py _kg_hide-input=true
 
+# %% kit/data/readers.py _kg_hide-input=true
+
+# %% kit/data/photos.py _kg_hide-input=true
+
+# %% kit/data/tiffs.py _kg_hide-input=true
+
+# %% kit/data/arrays.py _kg_hide-input=true
+
+# %% kit/data/rasters.py _kg_hide-input=true
+
 # %% title-network-wing [markdown]
 # ### kit/network: the model
 

@@ -30,6 +30,8 @@ class Config:
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
     missing: Literal["error", "empty", "leave_out"] = "error"  # images without a mask
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
+    channels: str = "auto"  # of an image: 1 is grey, 4 with transparency; auto: its own
+    show: str = ""  # the channels seen as red, green, blue in pictures, such as 4,3,2
     check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
@@ -129,14 +131,17 @@ def augmentation(config: Config) -> A.Compose:
             p=0.7,
         ),
         A.RandomBrightnessContrast(0.25 * k, 0.25 * k, p=0.6),
-        A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4),
-        A.RandomShadow(shadow_roi=(0, 0, 1, 1), p=0.2),
     ]
+    if config.channels in ("auto", "rgb"):
+        changes += [A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4)]
+        changes += [A.RandomShadow(shadow_roi=(0, 0, 1, 1), p=0.2)]
+    elif config.channels != "1":
+        changes += [A.ChannelDropout(p=0.1)]
     return A.Compose((crop if config.tiles else []) + (changes if k > 0 else []))
 
 
 class SegmentationDataset(Dataset):
-    """Items with `image` (3, H, W) and `mask` (K, H, W), both uint8, see `masks.py`.
+    """Items with `image` (C, H, W) of 0..255 and `mask` (K, H, W) uint8, see `masks.py`.
 
     A plane for each class of 0, 1 and 255 (ignored); of exclusive classes one of their numbers.
     Without `augment` (validation) an item also has its `ground_truth` at the image's own size.
@@ -161,7 +166,8 @@ class SegmentationDataset(Dataset):
         row, item = self.rows[index], {}
         if self.augment is None:
             if self.last[0] != index:
-                self.last = index, samples.read_sample(row, self.config.value_range)
+                depth = self.config.channels, self.config.value_range
+                self.last = index, samples.read_sample(row, *depth)
             image, mask = self.last[1]
             if corner:
                 image, mask = images.cut_pair(image, mask, corner, self.config)
@@ -173,7 +179,7 @@ class SegmentationDataset(Dataset):
         if self.augment:
             seed = np.random.SeedSequence([self.seed, int(self.epoch), position])
             self.augment.set_random_seed(int(seed.generate_state(1)[0]))  # whichever worker it is
-            changed = self.augment(image=image, masks=planes)
+            changed = self.augment(image=images.to_unit(image), masks=planes)
             image, planes = changed["image"], changed["masks"]
         item |= {"name": row.image.name, "image": images.to_tensor(image)}
         return item | {"mask": torch.from_numpy(planes.copy())}
@@ -403,20 +409,8 @@ def train(config: Config, started: float | None = None) -> Path:
     started = time.monotonic() if started is None else started  # of this process
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
-    collection, opener = samples.load(
-        config.data,
-        masks=config.masks,
-        target=config.target,
-        foreground=config.foreground,
-        ignore=config.ignore,
-        rle=config.rle,
-        missing=config.missing,
-        classes=config.classes,
-        window=config.window,
-        folds=config.folds,
-        seed=config.seed,
-        group=config.group,
-    )
+    reading = {name: getattr(config, name) for name in samples.LOADED}
+    collection, opener = samples.load(config.data, **reading)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
@@ -479,15 +473,16 @@ def train_fold(
 
 def show_data(config: Config, model_config: ModelConfig, table: pd.DataFrame, out: Path) -> None:
     """Write examples.jpg and augmented.jpg, which show swapped pairs and shifted masks."""
-    classes = model_config.classes
     rows = samples.spread(table, 12).itertuples()
     chosen = samples.spread(table[table.fold != config.fold], 6)[:4]  # not the emptiest
     with loaders.strictly():
         augment = augmentation(config)
     dataset = SegmentationDataset(chosen, model_config, config.seed, augment)
-    examples = ((row, *samples.read_sample(row, model_config.value_range)) for row in rows)
-    images.write_image(writable_folder(out) / "examples.jpg", visualize.examples(examples, classes))
-    images.write_image(out / "augmented.jpg", visualize.augmentations(dataset, classes))
+    depth = model_config.channels, model_config.value_range
+    examples = ((row, *samples.read_sample(row, *depth)) for row in rows)
+    drawn = visualize.examples(examples, model_config)
+    images.write_image(writable_folder(out) / "examples.jpg", drawn)
+    images.write_image(out / "augmented.jpg", visualize.augmentations(dataset))
     print(f"look at {out / 'examples.jpg'} and {out / 'augmented.jpg'}", flush=True)
 
 

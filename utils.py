@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from kit.config import Classes
-from kit.data.images import read_image
+from kit.data.readers import read_image
 from kit.data.rle import rle_decode, rle_encode
 from kit.network.model import best_device, prepare_device
 from kit.results import metrics, predict, visualize
@@ -31,13 +31,13 @@ class Model:
         self.classes = self.config.class_names
 
     def predict(self, image: str | Path | np.ndarray) -> np.ndarray:
-        """The mask of an image: a path, or (h, w, 3) uint8 RGB. Raises UserError.
+        """The mask of an image: a path, or (h, w, 3) uint8 RGB, or (h, w, C). Raises UserError.
 
         Bool (h, w) of one class, bool (K, h, w) of several; of classes that exclude each other
         their numbers, uint8 (h, w).
         """
         if not isinstance(image, np.ndarray):
-            image = read_image(image, self.config.value_range)
+            image = read_image(image, self.config.channels, self.config.value_range)
         (prediction,) = predict.predict_images(self.models, [image], batch_size=8)
         mask = predict.postprocess(prediction, self.config)
         return mask[0] if len(self.classes) == 1 else mask

@@ -47,11 +47,15 @@ class ModelConfig:
     decoder_channels: str = "1"  # a factor for smp's, or numbers of channels
     height: int = 256  # [1..16384] pixels of the input, or of a tile
     width: int = 256  # [1..16384] as height
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # [-1..2] of red, green, blue in 0..1
+    channels: int = 3  # [1..64] of an image
+    bands: tuple[str, ...] = ()  # patterns of the files of an image's channels; (): it is one file
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # [-1..2] of each channel in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
     top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
     tiles: bool = False  # cut the image into tiles instead of resizing it
-    value_range: tuple[float, ...] = ()  # black and white where images have over 8 bits
+    # black and white where images have over 8 bits: of all channels, or of each
+    value_range: tuple[float, ...] = ()
+    show: tuple[int, ...] = ()  # [1..64] the channels seen as red, green, blue in pictures
     target: str = "road"  # what the mask means, for layouts with several targets
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
     instances: bool = False  # the training csv has a row for each object of an image
@@ -70,8 +74,10 @@ class ModelConfig:
             check_fields(self)
         except UserError as error:
             raise ValueError(str(error)) from None
-        if (len(self.mean), len(self.std), len(self.value_range) % 2) != (3, 3, 0):
-            raise ValueError("mean and std need three numbers each, value_range two or none")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std need {self.channels} numbers each")
+        if len(self.value_range) not in (0, 2, 2 * self.channels):
+            raise ValueError("value_range needs two numbers, two for each channel, or none")
         if not len(self.class_names) == len(self.class_values) > 0:
             raise ValueError("not as many class_values as class_names")
         each = self.classes.planes
@@ -83,6 +89,11 @@ class ModelConfig:
         """What the model tells apart; the channels of its logits."""
         return Classes(self.class_names, self.class_values, self.exclusive)
 
+    @property
+    def rgb(self) -> bool:
+        """Whether the channels are red, green and blue, or three equal ones."""
+        return self.channels == 3 and not self.bands
+
     def describe(self) -> str:
         """The network in a line for people."""
         top = f" below the upper {100 * self.top:.0f} %" if self.top else ""
@@ -90,7 +101,8 @@ class ModelConfig:
         decoder = "" if self.decoder_channels == "1" else f" ({self.decoder_channels})"
         mean, std = (" ".join(f"{n:.3g}" for n in values) for values in (self.mean, self.std))
         statistics = f"mean {mean}, deviation {std}"
-        return f"model: {self.arch}{decoder} {self.encoder}, input {size}, {statistics}"
+        channels = "" if self.channels == 3 else f" of {self.channels} channels"
+        return f"model: {self.arch}{decoder} {self.encoder}, input {size}{channels}, {statistics}"
 
 
 def plane_settings(classes: Classes, threshold: float = 0.5, area: int = 0) -> dict[str, tuple]:

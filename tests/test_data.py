@@ -18,7 +18,7 @@ from PIL import Image
 
 import train
 from kit.config import IGNORE, Classes, ModelConfig, plane_settings
-from kit.data import images, masks
+from kit.data import images, masks, photos, readers
 from kit.data.folders import Collection
 from kit.data.folds import BLOCK, assign_folds
 from kit.data.kitti import KittiMask
@@ -116,7 +116,7 @@ def test_a_mask_is_none_or_an_object_that_reads_itself(roads, tmp_path):
             [part] = row.mask.parts
             assert type(part) is kind
             assert row.mask.path == part.path
-            size = images.read_header(row.image).size
+            size = readers.read_header(row.image).size
             planes, plane = row.mask.read(size), part.read(size)
             assert (planes.shape, planes.dtype) == ((1, *size), np.uint8)
             assert np.array_equal(planes, plane[None])
@@ -355,7 +355,7 @@ def test_images_of_every_usual_kind(tmp_path):
     }
     for name, (image, expected) in cases.items():
         image.save(tmp_path / f"{name}.png")
-        pixels = images.read_image(tmp_path / f"{name}.png")
+        pixels = readers.read_image(tmp_path / f"{name}.png")
         assert pixels.dtype == np.uint8, name
         assert (pixels == expected).all(), name
 
@@ -366,7 +366,7 @@ def test_a_turned_photograph_is_read_upright(tmp_path):
     exif[0x0112] = 6  # turn right
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "phone.jpg", exif=exif)
-    assert images.read_image(tmp_path / "images" / "phone.jpg").shape == (8, 4, 3)
+    assert readers.read_image(tmp_path / "images" / "phone.jpg").shape == (8, 4, 3)
     (tmp_path / "train.csv").write_text("id,rle_mask\nphone,29 4\nother,1 1\n")
     Image.fromarray(pixels).save(tmp_path / "images" / "other.png")
     _, sample = scan(training_samples(tmp_path), Classes()).itertuples()
@@ -417,7 +417,7 @@ def test_reading_in_threads_leaves_the_warning_filters_alone(tmp_path, monkeypat
         monkeypatch.setattr(warnings, name, record)
     with_pairs(samples)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(images.read_image, samples.image))
+        list(pool.map(readers.read_image, samples.image))
     assert threads <= {threading.main_thread()}
     assert warnings.filters == before
 
@@ -443,14 +443,14 @@ def test_each_mask_file_is_decoded_once(tmp_path, monkeypatch, kind):
 
     def open_mask_file(path):
         opened.append(path)
-        return images.open_image(path)
+        return photos.open_image(path)
 
-    def decode(path, *args, original=images.decode):
+    def decode(path, *args, original=photos.decode):
         decoded.append(path)
         return original(path, *args)
 
     monkeypatch.setattr(masks, "open_image", open_mask_file)
-    monkeypatch.setattr(images, "decode", decode)  # what reads past it counts, too
+    monkeypatch.setattr(photos, "decode", decode)  # what reads past it counts, too
     names = inspect.signature(load).parameters
     settings = {name: getattr(train.Config(), name) for name in names} | {"data": str(tmp_path)}
     collection, opener = load(**settings)
@@ -733,8 +733,9 @@ def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
         settings.pop(name)
     assert [name for name, value in settings.items() if value == "auto"] == ["lr"]
     for field in dataclasses.fields(ModelConfig):  # fields of one name are copied
-        if field.name in settings and field.name != "precision":
+        if field.name in settings and field.name not in ("precision", "channels", "show"):
             assert getattr(model_config, field.name) == settings[field.name], field.name
+    assert (config.channels, model_config.channels, model_config.show) == ("rgb", 3, ())
 
 
 # --------------------------------------------------------------------------------------------------

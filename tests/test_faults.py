@@ -31,7 +31,7 @@ from PIL import Image
 
 import train
 from kit.config import ModelConfig
-from kit.data import csvs, folds, images, kitti, masks, rle, samples
+from kit.data import csvs, folds, kitti, masks, readers, rle, samples
 from kit.errors import UserError
 from kit.network import model
 from kit.training import callbacks, loaders, resolve
@@ -468,15 +468,15 @@ def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
     named = [Path(f"{stem}.png") for stem in stems]
 
     def read_image(path):
-        return images.read_image(path).shape[2] == 3
+        return readers.read_image(path).shape[2] == 3
 
     def read_image_size(path):
-        return min(images.read_header(path).size) > 0
+        return min(readers.read_header(path).size) > 0
 
     def read_mask(kind):
         return lambda path: set(np.unique(kind(path).read(size))) <= {0, 1, 255}
 
-    readers = [
+    trials = [
         (row.image, read_image),
         (row.image, read_image_size),
         (row.mask.path, read_mask(kitti.KittiMask)),
@@ -491,7 +491,7 @@ def test_damaged_files_are_refused_or_read_right(trained, roads, tmp_path):
         ),
     ]
     tried = refused = 0
-    for whole, reader in readers:
+    for whole, reader in trials:
         content = whole.read_bytes()
         for _ in range((MANY or 40) // (4 if whole.suffix == ".pt" else 1)):
             path = tmp_path / f"damaged{tried}{whole.suffix}"

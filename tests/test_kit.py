@@ -26,10 +26,11 @@ from conftest import KIT, TINY, build_once, run, succeed
 from PIL import Image
 
 from kit.config import IGNORE, Classes, ModelConfig
-from kit.data import images
+from kit.data import images, readers
 from kit.data import samples as data
 from kit.data.folds import assign_folds
 from kit.data.names import MARKER
+from kit.data.rasters import Layer
 from kit.errors import UserError
 from kit.network import model
 from kit.results import metrics, predict
@@ -156,7 +157,7 @@ def test_batch_norm_is_reestimated_on_many_images_at_once(roads, tmp_path):
     trained = model.load_model(tmp_path / "model.pt", "cpu")
     samples = data.scan(data.find_samples(str(roads), training=True).samples, Classes())
     samples = samples[assign_folds(samples, Config.folds, Config.seed).fold != Config.fold]
-    pixels = [images.read_image(row.image) for row in samples.itertuples()]
+    pixels = [readers.read_image(row.image) for row in samples.itertuples()]
     resized = [images.resize_image(image, trained.config) for image in pixels]
     inputs = torch.stack(list(map(images.to_tensor, resized)))
     inputs = images.normalise(inputs, trained.config)
@@ -410,7 +411,7 @@ def test_bev_scores_are_those_of_the_submitted_maps(trained, validation_folder, 
     def check(samples, out):
         evaluation = metrics.Evaluation(Classes())
         for row in samples.itertuples():
-            [truth] = row.mask.read(images.read_header(row.image).size)
+            [truth] = row.mask.read(readers.read_header(row.image).size)
             for view in row.views:
                 warped = view.warp(truth, IGNORE)
                 counts = metrics.pixel_counts(maps[row.mask.path.name], warped)
@@ -522,6 +523,7 @@ def test_the_cores_share_a_batch_and_keep_its_order(roads, trained, tmp_path, mo
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(Path(samples.image[5]).read_bytes()[:5000])
     samples.loc[5, "image"] = damaged
+    samples.at[5, "layers"] = (Layer(damaged),)
     for cores, batch_size in ((3, 8), (8, 2), (2, 1), (2, 100)):
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
         failed, threads = [], threading.active_count()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from kit.config import Classes, ModelConfig
-from kit.data import images
+from kit.data import images, photos, readers
 from kit.data.classes import write_mask
 from kit.data.folds import assign_folds
 from kit.data.names import list_files
@@ -815,7 +815,7 @@ def test_a_zip_is_named_with_the_command_that_unpacks_it(tmp_path):
     asked(tmp_path, f"unzip -q {tmp_path}/train.zip -d {tmp_path}/train")
 
 
-@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5", "a.nii.gz", "a.nii", "a.dcm"])
+@pytest.mark.parametrize("name", ["a.h5", "a.nii.gz", "a.nii", "a.dcm"])
 def test_arrays_and_volumes_are_named_as_not_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     asked(tmp_path, f"{name[1:]} is not read: save each image as a PNG or TIFF")
@@ -1023,31 +1023,35 @@ def test_images_of_16_bits_are_scaled_as_the_data_set_needs(tmp_path, capsys, bl
     paths = [tmp_path / f"{number}.tif" for number in range(3)]
     for number, path in enumerate(paths):
         deep_image(path, number, black, white)
-    assert images.find_value_range(paths, "0.5,99.5") == window
+    assert readers.find_value_range(paths, "0.5,99.5") == window
     assert "3 of more than 8 bits" in capsys.readouterr().out
-    pixels = images.read_image(paths[0], window)
+    pixels = readers.read_image(paths[0], 3, window)
     mask = pair(0)[1]
-    assert pixels[mask].min() == (255 if window[0] else 255 * white // 65535)
+    assert pixels.dtype == np.uint16
+    assert pixels[mask].min() == (65535 if window[0] else white)
     assert pixels[~mask].max() == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -9999, -3.4e38])
 def test_no_data_in_images_is_left_out_and_said(tmp_path, capsys, value):
-    """It becomes black, and does not move what is black and white."""
+    """It becomes black, and does not move what is black and white; what is no number is ignored."""
     levels = np.random.default_rng(0).uniform(-25, -5, (44, 60)).astype(np.float32)
     ranges = []
     for name in ("clean", "holes"):
         pixels = levels.copy()
         pixels[:9] = value if name == "holes" else pixels[:9]
         save(tmp_path / f"{name}.tif", pixels)
-        ranges.append(images.find_value_range([tmp_path / f"{name}.tif"], images.PERCENTILES))
-    assert "no data, black" in capsys.readouterr().out
+        ranges.append(readers.find_value_range([tmp_path / f"{name}.tif"], readers.PERCENTILES))
+    finite, printed = np.isfinite(value), capsys.readouterr().out
+    assert ("no data, black" if finite else "NaN and infinity: ignored") in printed
     assert np.allclose(*ranges, atol=0.5)
-    seen = images.read_image(tmp_path / "holes.tif", ranges[1])
-    assert (seen[:9] == (255 if value == np.inf else 0)).all()
-    assert 100 < seen[9:].mean() < 150
+    seen = readers.read_image(tmp_path / "holes.tif", 3, ranges[1])
+    assert (seen[:9] == (65535 if value == np.inf else 0)).all()
+    assert 100 * 257 < seen[9:].mean() < 150 * 257
+    missing = readers.no_data(tmp_path / "holes.tif")
+    assert missing is None if finite else (missing == (np.arange(44) < 9)[:, None]).all()
     with pytest.raises(UserError, match="values that 8-bit images do not have"):
-        images.read_image(tmp_path / "holes.tif")
+        readers.read_image(tmp_path / "holes.tif")
 
 
 @pytest.mark.parametrize("chunk", [b"pHYs", b"IHDR"])
@@ -1058,50 +1062,58 @@ def test_a_png_with_a_bad_checksum_is_read_where_it_does_not_matter(tmp_path, ch
     content[place + 4 + int.from_bytes(content[place - 4 : place], "big")] ^= 255
     (tmp_path / "p.png").write_bytes(content)
     if chunk == b"pHYs":
-        assert (images.read_image(tmp_path / "p.png") == pair(0)[0]).all()
-        assert images.read_header(tmp_path / "p.png").size == (44, 60)
+        assert (readers.read_image(tmp_path / "p.png") == pair(0)[0]).all()
+        assert readers.read_header(tmp_path / "p.png").size == (44, 60)
     else:
         with pytest.raises(UserError, match=r"p\.png"):
-            images.read_image(tmp_path / "p.png")
+            readers.read_image(tmp_path / "p.png")
 
 
 def test_colours_of_16_bits_keep_their_low_bits(tmp_path):
     colours = np.dstack([np.full((4, 6), value, np.uint16) for value in (100, 300, 500)])
     cv2.imwrite(str(tmp_path / "a.png"), colours[..., ::-1])
-    assert images.read_header(tmp_path / "a.png").deep
-    assert images.read_image(tmp_path / "a.png", (100.0, 500.0))[0, 0].tolist() == [0, 127, 255]
+    assert readers.read_header(tmp_path / "a.png").deep
+    assert readers.read_image(tmp_path / "a.png", 3, (100.0, 500.0))[0, 0].tolist() == [
+        0,
+        32767,
+        65535,
+    ]
 
 
 def test_levels_between_0_and_1_are_an_image(tmp_path):
     values = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
     save(tmp_path / "a.tif", Image.fromarray(values))
-    window = images.find_value_range([tmp_path / "a.tif"], "0,100")
+    window = readers.find_value_range([tmp_path / "a.tif"], "0,100")
     assert window == (0, 1)
-    assert images.read_image(tmp_path / "a.tif", window)[..., 0].ravel().tolist()[::23] == [0, 255]
+    pixels = readers.read_image(tmp_path / "a.tif", 3, window)
+    assert pixels[..., 0].ravel().tolist()[::23] == [0, 65535]
     with pytest.raises(UserError, match="values that 8-bit images do not have"):
-        images.read_image(tmp_path / "a.tif")
+        readers.read_image(tmp_path / "a.tif")
 
 
 def test_16_bits_that_use_8_are_not_black_for_a_model_of_8_bits(tmp_path):
     deep_image(tmp_path / "a.tif", 0, 10, 250)
-    assert images.read_image(tmp_path / "a.tif").max() == 250
+    assert readers.read_image(tmp_path / "a.tif").max() == 250
 
 
 def test_images_of_8_bits_have_no_window(tmp_path):
-    assert images.find_value_range([], "0.5,99.5") == ()
+    assert readers.find_value_range([], "0.5,99.5") == ()
 
 
 @pytest.mark.parametrize("wanted", ["5", "a,b", "-1,50", "50,101", "60,40", "nan,50"])
 def test_percentiles_out_of_range_are_refused(wanted):
     with pytest.raises(UserError, match=f"--window {wanted}: takes two percentiles"):
-        images.find_value_range([], wanted)
+        readers.find_value_range([], wanted)
 
 
 def test_several_pages_are_asked_about(tmp_path):
     pages = [Image.fromarray(pair(number)[0]) for number in range(3)]
+    pages[0].save(tmp_path / "a.webp", save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=r"a\.webp: has 3 pages; save the one"):
+        readers.read_image(tmp_path / "a.webp")
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(UserError, match=r"a\.tif: has 3 pages; save the one"):
-        images.read_image(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif: has 9 channels, 3 are needed"):
+        readers.read_image(tmp_path / "a.tif")
 
 
 def test_a_smaller_copy_in_a_tiff_is_no_page(tmp_path):
@@ -1109,8 +1121,8 @@ def test_a_smaller_copy_in_a_tiff_is_no_page(tmp_path):
     small = page.resize((30, 22))
     small.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: reduced
     page.save(tmp_path / "a.tif", save_all=True, append_images=[small])
-    assert images.open_header(tmp_path / "a.tif").n_frames == 2
-    assert images.read_image(tmp_path / "a.tif").shape == (44, 60, 3)
+    assert photos.open_header(tmp_path / "a.tif").n_frames == 2
+    assert readers.read_image(tmp_path / "a.tif").shape == (44, 60, 3)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -1122,7 +1134,7 @@ def test_a_mask_of_the_stored_size_is_turned_with_its_image(tmp_path, orientatio
         image, mask = pair(number)
         file = tmp_path / "images" / f"{number}.{suffix}"
         save(file, Image.fromarray(image), exif=exif)
-        assert images.read_header(file) == ((60, 44), orientation, False)
+        assert readers.read_header(file) == ((60, 44), orientation, False, False, 3)
         save(tmp_path / "masks" / f"{number}.png", grey(mask))
     samples = scan(find_samples(str(tmp_path), training=True).samples, Classes())
     for row in samples.itertuples():

@@ -85,8 +85,7 @@ def configure(data, *flags):
 
 def load(config):
     """The samples of a command."""
-    names = "masks target foreground ignore rle missing classes window folds seed group"
-    return samples.load(config.data, **{name: getattr(config, name) for name in names.split()})[0]
+    return samples.load(config.data, **{name: getattr(config, name) for name in samples.LOADED})[0]
 
 
 def identify(data, *flags):
@@ -268,6 +267,7 @@ def test_all_that_weights_follow_from_is_there():
 def test_code_is_what_a_training_step_reaches(same):
     """Reading masks is no part of it: their digests show what it gives."""
     names = {"train", "kit/config", "kit/files", "kit/data/images", "kit/data/samples"}
+    names |= {f"kit/data/{name}" for name in ("readers", "photos", "tiffs", "arrays", "rasters")}
     names |= {f"kit/network/{name}" for name in ("model", "encoders")}
     names |= {f"kit/training/{name}" for name in ("callbacks", "loaders", "resolve")}
     assert {key.split(": ")[0] for key in same.code} == {f"{name}.py" for name in names}
@@ -275,7 +275,7 @@ def test_code_is_what_a_training_step_reaches(same):
 
 
 WORDS = [  # printed lines, messages of errors, docstrings, pictures, scores
-    ("kit/data/images.py", 'print(f"images: {', 'print(f"pictures: {'),
+    ("kit/data/readers.py", 'print(f"images: {', 'print(f"pictures: {'),
     ("train.py", 'print(f"--session_minutes: over', 'print(f"--session_minutes: done'),
     ("kit/training/callbacks.py", "the weights so far are kept: try", "take"),
     ("kit/network/encoders.py", '"no such file"', '"is not there"'),

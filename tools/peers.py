@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kit.config import Classes, ModelConfig, plane_settings
 from kit.data.folds import assign_folds
-from kit.data.images import read_image, write_image
+from kit.data.images import write_image
+from kit.data.readers import read_image
 from kit.data.samples import find_samples, read_sample, scan
 from kit.errors import UserError
 from kit.network import encoders, model

@@ -17,9 +17,9 @@ import pandas as pd
 from kit.config import Classes
 from kit.data.classes import sort_values
 from kit.data.folders import Collection, choose_split, image_folder, masks_next_to
-from kit.data.images import read_header
 from kit.data.masks import LabelMap, MaskFile, Planes
 from kit.data.names import image_paths, list_files, list_images, make_ids, split_of, split_words
+from kit.data.readers import read_header
 from kit.data.rle import (
     HEAD,
     ORDERS,

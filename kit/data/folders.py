@@ -15,7 +15,6 @@ import pandas as pd
 
 from kit.config import Classes
 from kit.data.classes import sort_values
-from kit.data.images import IMAGE_SUFFIXES, open_image
 from kit.data.masks import MaskFile, Planes
 from kit.data.names import (
     LOSSY,
@@ -34,13 +33,15 @@ from kit.data.names import (
     tail_of,
     words_of_place,
 )
+from kit.data.photos import open_image
+from kit.data.readers import IMAGE_SUFFIXES
 from kit.errors import UserError, first_five
 
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MASK_COLOURS = 64  # files with more are rather images
 PROPOSED = 20  # names that are tried before one is proposed
-NOT_READ = {".npy", ".npz", ".h5", ".hdf5", ".mat", ".nii", ".mha", ".nrrd", ".dcm", ".dicom"}
+NOT_READ = {".h5", ".hdf5", ".mat", ".nii", ".mha", ".nrrd", ".dcm", ".dicom"}
 
 
 class Collection(NamedTuple):
@@ -53,7 +54,8 @@ class Collection(NamedTuple):
     rle: str = "columns"  # order of RLE in submission.csv, see rle.py
     instances: bool = False  # a csv has a row for each object of an image
     classes: Classes = Classes()  # that the masks tell apart
-    value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `images.read_image`
+    channels: int = 3  # of each image
+    value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `rasters.to_pixels`
 
 
 # --------------------------------------------------------------------------------------------------

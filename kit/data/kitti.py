@@ -18,9 +18,10 @@ import pandas as pd
 
 from kit.config import IGNORE, Classes
 from kit.data.folders import Collection
-from kit.data.images import encode_image, open_image
+from kit.data.images import encode_image
 from kit.data.masks import MaskFile, Opener, Planes, open_mask
 from kit.data.names import list_images
+from kit.data.photos import open_image
 from kit.errors import UserError, first_five, reason_of
 from kit.files import write_file
 

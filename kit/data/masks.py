@@ -16,7 +16,9 @@ from PIL.Image import Transpose
 
 from kit.config import IGNORE, Classes
 from kit.data.classes import ClassRequest, choose_planes
-from kit.data.images import open_image, read_header
+from kit.data.photos import open_image
+from kit.data.rasters import Layer
+from kit.data.readers import no_data, read_header
 from kit.errors import UserError, first_five
 
 Opener = Callable[[Path], Image.Image]  # decodes a file: `open_image`, or a `DecodedFiles`
@@ -34,6 +36,7 @@ class Planes:
 
     parts: tuple[Any, ...]  # for each class an object with `read(size, opener)`; None: empty
     united: bool = False  # into one class
+    image: tuple[Layer, ...] = ()  # its image where that may have pixels without data: ignored
 
     @property
     def path(self) -> Path:
@@ -52,9 +55,10 @@ class Planes:
         for plane, part in zip(planes, self.parts, strict=True):
             if part:
                 plane[:] = part.read(size, opener)
-        if not self.united:
-            return planes
-        return np.where((planes == 1).any(0), 1, planes.max(0)).astype(np.uint8)[None]
+        if self.united:
+            united = np.where((planes == 1).any(0), 1, planes.max(0))
+            planes = united.astype(np.uint8)[None]
+        return ignore_no_data(planes, self.image)
 
     def change(self, kind: type, **changes: Any) -> "Planes":
         """The same with some fields of all parts of one kind replaced."""
@@ -111,6 +115,7 @@ class LabelMap:
     file: MaskFile
     channel: str
     labels: tuple[float, ...]  # the value of each class; others are ignored
+    image: tuple[Layer, ...] = ()  # as of `Planes`
 
     @property
     def path(self) -> Path:
@@ -126,7 +131,16 @@ class LabelMap:
                 "keep one, or name it with --masks",
             )
         image = open_mask(self.path, size, self.file.image, opener)
-        return class_numbers(mask_pixels(image, self.channel), self.labels)
+        numbers = class_numbers(mask_pixels(image, self.channel), self.labels)
+        return ignore_no_data(numbers, self.image)
+
+
+def ignore_no_data(mask: np.ndarray, image: tuple[Layer, ...]) -> np.ndarray:
+    """A mask, (K, h, w) or (h, w), ignored where its image has no data. Raises UserError."""
+    missing = no_data(image) if image else None
+    if missing is not None:
+        mask[..., missing] = IGNORE
+    return mask
 
 
 def class_numbers(pixels: np.ndarray, labels: tuple[float, ...]) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kit.data.images import IMAGE_SUFFIXES, open_image
+from kit.data.photos import open_image
+from kit.data.readers import IMAGE_SUFFIXES
 from kit.errors import UserError
 
 MASK_WORDS = {

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kit.data.images import read_header, read_image
 from kit.data.masks import outline_length
+from kit.data.readers import read_header, read_image
 from kit.errors import UserError
 
 EMPTY = {"", "-", "-1", "1 0", "0 0", "[]", "nan", "null", "none"}  # a mask without foreground

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +22,7 @@ from kit.data import csvs, folders, kitti
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection, describe_folder
 from kit.data.folds import assign_folds
-from kit.data.images import (
-    IMAGE_SUFFIXES,
-    find_value_range,
-    open_image,
-    prepare_pair,
-    read_header,
-    read_image,
-)
+from kit.data.images import prepare_pair
 from kit.data.masks import (
     DecodedFiles,
     MaskFile,
@@ -38,6 +32,16 @@ from kit.data.masks import (
     measure,
 )
 from kit.data.names import MARKER
+from kit.data.photos import open_image
+from kit.data.rasters import Layer
+from kit.data.readers import (
+    IMAGE_SUFFIXES,
+    decide_channels,
+    find_value_range,
+    may_have_floats,
+    read_header,
+    read_image,
+)
 from kit.data.rle import RunLengths, decide_order
 from kit.data.values import decide_files
 from kit.errors import UserError, first_five, reason_of
@@ -60,6 +64,12 @@ LAYOUTS = [
 # --------------------------------------------------------------------------------------------------
 
 
+LOADED = (  # what `load` takes of train.py's settings
+    "masks", "target", "foreground", "ignore", "rle", "missing", "classes", "window", "channels",
+    "folds", "seed", "group",
+)  # fmt: skip
+
+
 def load(
     data: str,
     *,
@@ -71,6 +81,7 @@ def load(
     missing: str,
     classes: str,
     window: str,
+    channels: str,
     folds: int,
     seed: int,
     group: str,
@@ -94,10 +105,11 @@ def load(
         opener=opener,
     )
     samples = scan(collection.samples, collection.classes, opener)
-    value_range = find_value_range(samples.image[samples.deep], window)
+    count = decide_channels(samples, channels)
+    value_range = find_value_range(samples.layers[samples.deep], window, count)
     names = collection.classes.names
     samples[["fold", "group", "why"]] = assign_folds(samples, folds, seed, group, names)
-    collection = collection._replace(samples=samples, value_range=value_range)
+    collection = collection._replace(samples=samples, value_range=value_range, channels=count)
     print(describe(collection), flush=True)
     return collection, opener
 
@@ -118,19 +130,17 @@ def find_samples(
     """Understand a folder by the first layout that recognises it, and the values of its masks.
 
     The samples table has a row for each image, with the columns `id` (names the outputs), `image`
-    (path), `mask` (None, `masks.Planes` or `masks.LabelMap`), `category` (a group that is scored by
-    itself, or ""), `views` (such as BEV, scored too) and `fields` (a csv's other columns, or None);
-    where folders say so also `group` and `fold`. With `training` every image has a mask.
+    (path), `layers` (of the image, see `rasters.Layer`), `mask` (None, `masks.Planes` or
+    `masks.LabelMap`), `category` (a group that is scored by itself, or ""), `views` (such as BEV,
+    scored too) and `fields` (a csv's other columns, or None); where folders say so also `group` and
+    `fold`. With `training` every image has a mask.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
     images without a mask for images without foreground, "leave_out" leaves them out; `classes`:
     --classes, or the classes of a model. Raises UserError.
     """
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training)
-    samples = collection.samples
-    for column, default in (("category", ""), ("views", ()), ("fields", None)):
-        if column not in samples:
-            samples[column] = [default] * len(samples)
+    samples = complete(collection.samples)
     if training and missing == "empty":
         empty = Planes((RunLengths(root),) * len(collection.classes.names))
         samples["mask"] = [mask or empty for mask in samples["mask"]]
@@ -146,7 +156,23 @@ def find_samples(
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(samples=samples, rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener)
+    samples["mask"] = list(map(ignore_without_data, samples["mask"], samples.layers))
     return csvs.follow_csv(collection, root, rle) if training else collection
+
+
+def complete(samples: pd.DataFrame) -> pd.DataFrame:
+    """The samples of a layout with the columns that it left out."""
+    for column, default in (("category", ""), ("views", ()), ("fields", None)):
+        if column not in samples:
+            samples[column] = [default] * len(samples)
+    if "layers" not in samples:
+        samples["layers"] = [(Layer(image),) for image in samples.image]
+    return samples
+
+
+def ignore_without_data(mask: Any, layers: tuple[Layer, ...]) -> Any:
+    """The mask of an image, to be ignored where an image of floats is NaN or infinity."""
+    return replace(mask, image=layers) if mask and may_have_floats(layers) else mask
 
 
 def leave_out(samples: pd.DataFrame, root: Path, missing: str) -> pd.DataFrame:
@@ -318,11 +344,11 @@ def in_parallel(function: Callable, samples: pd.DataFrame) -> list[Any]:
 def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -> pd.DataFrame:
     """Read image headers and masks: the samples with more columns.
 
-    `height`, `width` of the image; `turn`, EXIF's orientation; `deep`, whether it has more than 8
-    bits; `share` of foreground, 0..1; `shares`, that of each class; `above`, how much of the height
-    is above the foreground, 0..1 (1 for an empty mask); `thickness` of the mask's thinner side, see
-    `masks.thickness`; `digest` of the mask's pixels. A pair that cannot be read is 1x1 and empty
-    here; `decode_pairs` names it.
+    `height`, `width` and `channels` of the image; `turn`, EXIF's orientation; `deep`, whether it
+    has more than 8 bits; `share` of foreground, 0..1; `shares`, that of each class; `above`, how
+    much of the height is above the foreground, 0..1 (1 for an empty mask); `thickness` of the
+    mask's thinner side, see `masks.thickness`; `digest` of the mask's pixels. A pair that cannot be
+    read is 1x1 and empty here; `decode_pairs` names it.
     """
     rows = in_parallel(lambda sample: scan_sample(sample, classes, opener), samples)
     return samples.join(pd.DataFrame(rows, index=samples.index))
@@ -331,13 +357,14 @@ def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -
 def scan_sample(sample: Any, classes: Classes, opener: Opener) -> dict[str, Any]:
     """A row of `scan`."""
     try:
-        header = read_header(sample.image)
+        header = read_header(sample.layers)
         mask = sample.mask.read(header.size, opener)
     except UserError:
-        bad = {"height": 1, "width": 1, "turn": 1, "deep": False, "share": 0.0, "above": 1.0}
-        return bad | {"thickness": 0.0, "digest": 0, "shares": (0.0,) * len(classes.names)}
+        bad = {"height": 1, "width": 1, "channels": 0, "turn": 1, "deep": False, "share": 0.0}
+        bad |= {"above": 1.0, "thickness": 0.0, "digest": 0}
+        return bad | {"shares": (0.0,) * len(classes.names)}
     image = {"height": header.size[0], "width": header.size[1]}
-    image |= {"turn": header.turn, "deep": header.deep}
+    image |= {"channels": header.channels, "turn": header.turn, "deep": header.deep}
     return image | measure(mask, classes) | {"digest": zlib.crc32(mask.tobytes())}
 
 
@@ -347,13 +374,16 @@ def portable_rows(samples: pd.DataFrame) -> list[SimpleNamespace]:
 
 
 def read_sample(
-    sample: Any, value_range: tuple[float, ...] = (), opener: Opener = open_image
+    sample: Any,
+    channels: int = 3,
+    value_range: tuple[float, ...] = (),
+    opener: Opener = open_image,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The image (h, w, 3) uint8 and its mask, (K, h, w) or (h, w) uint8. Raises UserError.
+    """The image (h, w, channels) and its mask, (K, h, w) or (h, w) uint8. Raises UserError.
 
-    `value_range`: see `images.read_image`.
+    `value_range`: see `rasters.to_pixels`.
     """
-    image = read_image(sample.image, value_range)
+    image = read_image(sample.layers, channels, value_range)
     return image, sample.mask.read(image.shape[:2], opener)
 
 
@@ -361,7 +391,8 @@ def read_pair(
     sample: Any, config: ModelConfig, opener: Opener = open_image
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same at the network's size, see `images.prepare_pair`."""
-    return prepare_pair(*read_sample(sample, config.value_range, opener), config)
+    pair = read_sample(sample, config.channels, config.value_range, opener)
+    return prepare_pair(*pair, config)
 
 
 def decode_pairs(
@@ -374,7 +405,8 @@ def decode_pairs(
     """
     pixels = (samples.height * samples.width).sum()
     pixels = pixels if config.tiles else len(samples) * config.height * config.width
-    channels = 3 + max(1, config.classes.planes)  # of an image and its mask
+    depth = 2 if config.value_range else 1
+    channels = depth * config.channels + max(1, config.classes.planes)  # bytes of a pixel
 
     def decode(sample: Any) -> Any:
         try:

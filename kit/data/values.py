@@ -15,7 +15,6 @@ from PIL import Image
 
 from kit.config import IGNORE, Classes
 from kit.data.classes import LARGE_ID, ClassRequest, Labels, decide_labels, show
-from kit.data.images import open_image
 from kit.data.masks import (
     LabelMap,
     MaskFile,
@@ -25,6 +24,7 @@ from kit.data.masks import (
     mask_pixels,
     palette_levels,
 )
+from kit.data.photos import open_image
 from kit.errors import UserError, first_five
 
 FEW_OBJECTS = 8  # as many, in every mask, may be classes of one piece each

@@ -51,6 +51,11 @@ def timm_name(encoder: str) -> str:
     return ""
 
 
+def input_channels(network: torch.nn.Module) -> int:
+    """The channels of an image that a network takes: those of its first convolution."""
+    return next((weight.shape[1] for weight in network.parameters() if weight.dim() == 4), 3)
+
+
 def check_names(arch: str, encoder: str) -> None:
     """Raise UserError with the closest names for one that there is not."""
     if arch.lower() not in ARCHS:
@@ -85,11 +90,15 @@ LIGHT = 512  # an encoder whose deepest features have fewer channels: EfficientN
 LARGEST_FACTOR = 4  # a single number up to it is a factor, above it a number of channels
 
 
-def build(arch: str, encoder: str, classes: int, channels: str = "1") -> torch.nn.Module:
-    """Build smp's network without pretrained weights. Raises UserError."""
+def build(
+    arch: str, encoder: str, classes: int, channels: str = "1", inputs: int = 3
+) -> torch.nn.Module:
+    """Build smp's network without pretrained weights; `inputs`: channels of an image. UserError."""
     check_names(arch, encoder)
     options = decoder_options(arch, channels)
-    create = functools.partial(smp.create_model, encoder_weights=None, classes=classes)
+    create = functools.partial(
+        smp.create_model, encoder_weights=None, in_channels=inputs, classes=classes
+    )
     try:
         return create(arch, encoder, **options)
     except Exception as error:  # smp and timm raise anything
@@ -233,9 +242,25 @@ def load_weights(network: torch.nn.Module, arch: str, encoder: str, weights: str
     check_weights(encoder, weights)
     if weights in weights_names(encoder):
         load = functools.partial(smp.create_model, arch, encoder, encoder_weights=weights)
-        network.encoder.load_state_dict(from_hub(encoder, load).encoder.state_dict())
+        state, own = from_hub(encoder, load).encoder.state_dict(), network.encoder.state_dict()
+        network.encoder.load_state_dict({key: widen(state[key], own[key]) for key in own})
     elif weights != "none":
         network.encoder.load_state_dict(fit_weights(network.encoder, encoder, weights))
+
+
+def widen(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A first convolution for 3 channels as one for others, as smp's `in_channels` does it.
+
+    Channel c gets the weights of channel c % 3, times 3 over the number of channels; one channel
+    gets the sum of the three. Any other tensor stays as it is.
+    """
+    fits = given.dim() == own.dim() == 4 and given.shape[1] == 3 and own.shape[1] != 3
+    if not fits or (given.shape[0], *given.shape[2:]) != (own.shape[0], *own.shape[2:]):
+        return given
+    count = own.shape[1]
+    if count == 1:
+        return given.sum(1, keepdim=True)
+    return given[:, [c % 3 for c in range(count)]] * (3 / count)
 
 
 def plain_name(key: str) -> str:
@@ -257,6 +282,7 @@ def fit_weights(module: torch.nn.Module, encoder: str, file: str) -> dict[str, t
     check_unique(weights, given, set(map(plain_name, needed)), file)
     for key, tensor in initial.items():
         other = given.get(plain_name(key))
+        other = other if other is None else widen(other, tensor)
         fits = other is not None and other.shape == tensor.shape
         state[key] = other if fits else tensor
         if not fits and key in needed:

@@ -40,13 +40,14 @@ class TrainedModel(NamedTuple):
 
 
 def build_network(config: ModelConfig, weights: str = "none") -> torch.nn.Module:
-    """Build the network: (N, 3, H, W) float32 to logits (N, K, H, W) of K classes.
+    """Build the network: (N, C, H, W) float32 to logits (N, K, H, W) of K classes.
 
     `weights`: "none" (for inference always), "imagenet" and the like (from the Hub or its cache),
     or a file for the encoder. Raises UserError for unknown names and weights that cannot be had.
     """
     count = len(config.class_names)
-    network = encoders.build(config.arch, config.encoder, count, config.decoder_channels)
+    options = config.decoder_channels, config.channels
+    network = encoders.build(config.arch, config.encoder, count, *options)
     encoders.load_weights(network, config.arch, config.encoder, weights)
     return network
 
@@ -194,7 +195,7 @@ def make_ema(network: torch.nn.Module, decay: float) -> AveragedModel:
 
 
 def reestimate_batch_norm(network: torch.nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Set BatchNorm's statistics to their mean over large batches (N, 3, H, W), in place.
+    """Set BatchNorm's statistics to their mean over large batches (N, C, H, W), in place.
 
     Precise BN (Wu and Johnson, arXiv 2105.07576). The running statistics of small batches miss how
     images differ from batch to batch. torch's `update_bn` would also switch dropout on.

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from kit.config import IGNORE, Classes, ModelConfig
-from kit.data.images import decode_image, each_plane, encode_image, read_image, write_image
+from kit.data.images import decode_image, each_plane, encode_image, to_picture, write_image
+from kit.data.readers import read_image
 from kit.files import write_file
 from kit.network.model import TrainedModel, best_device, load_model, save_model
 from kit.results import visualize
@@ -176,7 +177,7 @@ class Prediction:
 
     def __init__(self, sample: Any, prediction: np.ndarray, config: ModelConfig, decoded: bool):
         """`prediction`: see `predict.to_prediction`. Unless `decoded` it is kept as PNG."""
-        self.sample, self.value_range = sample, config.value_range
+        self.sample, self.config = sample, config
         self.size, self.arrays, self.pngs = prediction.shape[1:], None, []
         if decoded:
             self.arrays = prediction, sample.mask.read(self.size)
@@ -199,8 +200,10 @@ class Prediction:
 
     @property
     def image(self) -> np.ndarray:
-        """(h, w, 3) uint8."""
-        return read_image(self.sample.image, self.value_range)
+        """The image for people, (h, w, 3) uint8."""
+        config = self.config
+        pixels = read_image(self.sample.layers, config.channels, config.value_range)
+        return to_picture(pixels, config)
 
 
 def predict_validation(trained: TrainedModel, validation: pd.DataFrame) -> list[Prediction]:

@@ -22,12 +22,12 @@ from kit.config import ModelConfig
 from kit.data.images import (
     cut_tile,
     normalise,
-    read_image,
     resize_image,
     restore,
     tile_corners,
     to_tensor,
 )
+from kit.data.readers import read_image
 from kit.errors import UserError, first_five
 from kit.network.model import TrainedModel, autocast, load_model, resolve_precision
 
@@ -97,7 +97,7 @@ def to_prediction(probabilities: torch.Tensor, config: ModelConfig) -> torch.Ten
 
 @torch.inference_mode()
 def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torch.Tensor:
-    """(N, 3, H, W) uint8 to probabilities (N, K, H, W) float32 on the model's device.
+    """(N, C, H, W) of 0..255 to probabilities (N, K, H, W) float32 on the model's device.
 
     Where the device's memory runs out, half of the images at a time. Raises UserError where it
     cannot hold one.
@@ -148,7 +148,7 @@ def class_blocks(
 def row_blocks(
     model: TrainedModel, image: np.ndarray, batch_size: int, tta: bool
 ) -> Iterator[Block]:
-    """A large image (h, w, 3) uint8 in tiles that overlap by a quarter, blended: rows in blocks."""
+    """A large image (h, w, C) in tiles that overlap by a quarter, blended: rows in blocks."""
     config, size = model.config, image.shape[:2]
     corners = tile_corners(size, config, overlap=0.25)
     rows, columns = (
@@ -210,7 +210,7 @@ def average(
 def predict_images(
     models: list[TrainedModel], images: list[np.ndarray], batch_size: int, tta: str = "auto"
 ) -> list[np.ndarray]:
-    """Images (h, w, 3) uint8 of any sizes to predictions, averaged over the models.
+    """Images (h, w, C) of any sizes to predictions, averaged over the models.
 
     A prediction is what `to_prediction` makes. All images are one batch; of a large one
     `batch_size` tiles. `tta`: auto is as trained.
@@ -269,6 +269,8 @@ MUST_AGREE = {  # in what models that are averaged must be alike: ModelConfig's 
     "class_values": "values of the classes",
     "classes.kind": "kinds of classes",
     "target": "targets",
+    "channels": "numbers of channels",
+    "bands": "files of channels (--channels)",
     "value_range": "ranges of values (--window)",
     "rle": "orders of RLE",
 }
@@ -304,7 +306,7 @@ def predict(
     tta: str = "auto",
     failed: list[tuple[Any, UserError]] | None = None,
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-    """Yield (sample, image (h, w, 3) uint8, prediction) in the samples' order.
+    """Yield (sample, image (h, w, C), prediction) in the samples' order.
 
     Threads each take a batch from its files through the models: on a CPU one per core, so that no
     core waits for another after every layer; next to a GPU four, so that it never waits for files.
@@ -331,10 +333,10 @@ def predict_batch(
     models: list[TrainedModel], batch: list, size: int, tta: str
 ) -> tuple[list[tuple], list[tuple]]:
     """Read a batch of samples and predict what can be read; the results, and the errors."""
-    images, errors = [], []
+    images, errors, config = [], [], models[0].config
     for row in batch:
         try:
-            images.append((row, read_image(row.image, models[0].config.value_range)))
+            images.append((row, read_image(row.layers, config.channels, config.value_range)))
         except UserError as error:
             errors.append((row, error))
     predictions = predict_images(models, [image for _, image in images], size, tta)

@@ -28,9 +28,10 @@ from kit.data.csvs import (
     name_images,
     split_id,
 )
-from kit.data.images import IMAGE_SUFFIXES, encode_image, read_header
+from kit.data.images import encode_image
 from kit.data.masks import plane
 from kit.data.names import IMAGE_WORDS, SPLIT_WORDS, list_files, make_ids, split_words
+from kit.data.readers import IMAGE_SUFFIXES, read_header
 from kit.data.rle import (
     LISTS,
     RLE_COLUMNS,

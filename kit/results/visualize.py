@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure  # not pyplot, whose figures are the user's
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay
 
-from kit.config import IGNORE, Classes
+from kit.config import IGNORE, Classes, ModelConfig
 from kit.data.classes import FOREGROUND, class_colours
-from kit.data.images import each_plane
+from kit.data.images import each_plane, from_tensor, to_picture
 from kit.data.masks import plane
 from kit.errors import UserError
 
@@ -212,34 +212,35 @@ def stack(images: list[np.ndarray]) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def examples(rows: Iterable[tuple[Any, np.ndarray, np.ndarray]], classes: Classes) -> np.ndarray:
+def examples(rows: Iterable[tuple[Any, np.ndarray, np.ndarray]], config: ModelConfig) -> np.ndarray:
     """Images with their masks laid over, ignored pixels black, in a grid: examples.jpg.
 
-    `rows`: a sample of `samples.scan`, its image (h, w, 3) uint8 and its mask; a generator keeps
-    one of them in memory at a time.
+    `rows`: a sample of `samples.scan`, its image (h, w, C) and its mask; a generator keeps one of
+    them in memory at a time.
     """
-    panels = []
+    panels, classes = [], config.classes
     for row, image, mask in rows:
-        image, mask = fit_example(image, mask)
+        image, mask = fit_example(to_picture(image, config), mask)
         drawn = paint(image, mask_layers(mask, classes))
         title = f"{row.id[:24]}  {row.width}x{row.height}  {100 * row.share:.1f} %"
         panels.append(panel(tint(drawn, ignored_pixels(mask), BLACK, 0.7), title))
     return add_legend(grid(panels, 3), classes, classes.names)
 
 
-def augmentations(dataset: Any, classes: Classes, images: int = 4, draws: int = 4) -> np.ndarray:
+def augmentations(dataset: Any, images: int = 4, draws: int = 4) -> np.ndarray:
     """Augmented items as the network gets them, masks outlined, ignored black: augmented.jpg.
 
     `dataset`: a SegmentationDataset with augmentation; each row of the grid shows one of its items.
     """
-    panels = []
+    panels, classes = [], dataset.config.classes
     for position in np.linspace(0, len(dataset) - 1, images).astype(int).tolist():
         for draw in range(draws):
             dataset.epoch.fill_(draw)
             item = dataset[position]
             mask = item["mask"].numpy()
             mask = mask[0] if classes.exclusive else mask
-            image, mask = fit_example(np.moveaxis(item["image"].numpy(), 0, -1), mask)
+            image = to_picture(from_tensor(item["image"]), dataset.config)
+            image, mask = fit_example(image, mask)
             drawn = tint(image, ignored_pixels(mask), BLACK, 0.7)
             for _, colour, covered in mask_layers(mask, classes):
                 if colour != BLACK:

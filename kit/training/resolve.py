@@ -6,6 +6,7 @@ The trial step finds out what a network takes, before any image is decoded.
 import itertools
 import math
 import os
+import re
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.func import functional_call
 from kit.config import ModelConfig, plane_settings
 from kit.data.folders import Collection
 from kit.data.images import item_places
+from kit.data.readers import measure_statistics
 from kit.errors import UserError, reason_of
-from kit.network.encoders import automatic_decoder, normalisation, timm_name
+from kit.network.encoders import automatic_decoder, input_channels, normalisation, timm_name
 from kit.network.model import (
     BATCH_NORM,
     best_device,
@@ -70,6 +72,7 @@ def resolve(
         max_minutes=minutes,
         rle=collection.rle,
         classes=",".join(classes.names) if classes.several else "one",
+        channels="rgb" if collection.channels == 3 else str(collection.channels),
         class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
         batch_size=config.batch_size or default_batch(device, precision, small, count),
@@ -107,7 +110,10 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     classes = collection.classes
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(resolved))
     weights = "none" if resolved.check else resolved.encoder_weights
+    shown = [int(n) for n in re.findall(r"\d+", resolved.show)]
     settings = {name: getattr(resolved, name) for name in shared} | {
+        "channels": collection.channels,
+        "show": tuple(shown),
         "precision": precision,
         "instances": collection.instances,
         "value_range": collection.value_range,
@@ -117,6 +123,10 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         **plane_settings(classes, area=max(0, resolved.min_pixels)),
         **normalisation(resolved.arch, resolved.encoder, weights),
     }
+    if collection.channels != 3:
+        training = collection.samples[collection.samples.fold != resolved.fold]
+        count, limits = collection.channels, collection.value_range
+        settings |= measure_statistics(training.layers.tolist(), count, limits)
     return ModelConfig(**settings)
 
 
@@ -411,7 +421,7 @@ def trial_pass(
     }
     for name in weights:
         copies[name].requires_grad_()
-    images = torch.zeros(batch, 3, *size, device=device)
+    images = torch.zeros(batch, input_channels(network), *size, device=device)
     training = network.training
     try:
         with torch.set_grad_enabled(backward):

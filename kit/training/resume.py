@@ -22,7 +22,7 @@ except ImportError:  # Windows: folders are not locked
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
     "devices", "workers", "resume", "tta", "check", "classes", "empty_score", "metric",
-    "min_pixels",
+    "min_pixels", "show",
 }  # fmt: skip
 
 # The weights follow from these definitions, and from all that they reach.
@@ -42,7 +42,8 @@ WEIGHTS_FOLLOW_FROM = (
     f"{CALLBACKS}: BatchNormReestimation",
     "kit/network/model.py: build_network",
     "kit/network/encoders.py: normalisation",
-    "kit/data/images.py: find_value_range",
+    "kit/data/readers.py: find_value_range",
+    "kit/data/readers.py: measure_statistics",
     "kit/data/samples.py: decode_pairs",
 )
 

@@ -1,0 +1,106 @@
+"""Rasters: an opened image file of any number of channels, and its values as pixels.
+
+A reader, an entry in `readers.READERS`, takes a `Layer` and returns a `Raster`, or None.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from kit.errors import UserError
+
+Window = tuple[int, int, int, int]  # y, x, height, width
+MOST_CHANNELS = 64
+
+
+class Layer(NamedTuple):
+    """A file, or a page of it, that holds channels of an image."""
+
+    path: Path
+    page: int = -1  # of a file of several pages, from 0; -1: the file is an image
+
+    def __str__(self) -> str:
+        return f"{self.path} (page {self.page + 1})" if self.page >= 0 else str(self.path)
+
+
+Source = str | Path | tuple[Layer, ...]  # of an image: a file, or several layers one after another
+
+
+class Raster(NamedTuple):
+    """An opened image file."""
+
+    size: tuple[int, int]  # (height, width), upright
+    bands: int
+    deep: bool  # more than 8 bits per channel
+    read: Callable[[], np.ndarray]  # decodes it: (h, w, bands), raises UserError
+    floats: bool = False  # values may be NaN or infinity: no data
+    alpha: bool = False  # the last band is transparency
+    turn: int = 1  # EXIF's orientation: 1 for upright, over 4 where height and width are swapped
+
+
+def layers_of(source: Source) -> tuple[Layer, ...]:
+    """The layers of an image; of a path the file itself."""
+    return source if isinstance(source, tuple) else (Layer(Path(source)),)
+
+
+def natural_channels(rasters: list[Raster]) -> int:
+    """How many channels an image of these rasters has.
+
+    Of a single file: a grey image has three equal ones, and transparency is none.
+    """
+    counts = [raster.bands - raster.alpha for raster in rasters]
+    return 3 if counts == [1] else sum(counts)
+
+
+def join_layers(values: list[np.ndarray], alphas: list[bool], channels: int) -> np.ndarray | None:
+    """The values of the layers, (h, w, bands) each, as (h, w, channels); None: they do not fit.
+
+    All bands where there are as many, else without transparency. Else each layer has its share of
+    the channels: of a grey layer they are equal, one channel of a colour image is its grey level.
+    """
+    for kept in (values, [v[..., : v.shape[2] - a] for v, a in zip(values, alphas, strict=True)]):
+        if sum(v.shape[2] for v in kept) == channels:
+            return np.dstack(kept) if len(kept) > 1 else kept[0]
+    share, rest = divmod(channels, len(kept))
+    if rest or not all(v.shape[2] == 1 or (share, v.shape[2]) == (1, 3) for v in kept):
+        return None
+    return np.dstack([grey(v) if v.shape[2] == 3 else v.repeat(share, 2) for v in kept])
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    """The grey levels (h, w, 1) of a colour image (h, w, 3) RGB, of the same dtype."""
+    fits = values if values.dtype in (np.uint8, np.uint16) else values.astype(np.float32)
+    return cv2.cvtColor(np.ascontiguousarray(fits), cv2.COLOR_RGB2GRAY)[..., None]
+
+
+# --------------------------------------------------------------------------------------------------
+#  Values to pixels
+# --------------------------------------------------------------------------------------------------
+
+
+def to_pixels(values: np.ndarray, value_range: tuple[float, ...], where: Source) -> np.ndarray:
+    """Values (h, w, C) as pixels: uint8 without a `value_range`, else uint16.
+
+    `value_range`: what becomes black and white, of all channels or of each; () for a model that was
+    trained on 8 bits: 0 and 65535, or 0 and 255 where no value is larger. What is no number is
+    black. `where`: for the message. Raises UserError for values that 8 bits do not have.
+    """
+    if values.dtype == np.uint8:
+        return values.astype(np.uint16) * 257 if value_range else values
+    if not value_range and (values.min() < 0 or values.dtype.kind == "f"):
+        raise UserError(
+            layers_of(where)[0],
+            "values that 8-bit images do not have",
+            "save it with 8 or 16 bits per channel, or train on such images",
+        )
+    full, kind = (65535, np.uint16) if value_range else (255, np.uint8)
+    limits = value_range or (0.0, 255.0 if values.max() <= 255 else 65535.0)
+    black, white = np.array(limits[::2]), np.array(limits[1::2])
+    precise = np.float64 if values.dtype.itemsize > 2 else np.float32
+    levels = np.nan_to_num(values.astype(precise), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    levels = (levels - black.astype(precise)) * (full / (white - black)).astype(precise)
+    rounding = 0.5 if value_range else 1e-6  # of 8 bits down, as // 257 would
+    return np.clip(levels + rounding, 0, full).astype(kind)
