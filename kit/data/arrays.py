@@ -1,6 +1,7 @@
 """Arrays: images and masks in .npy files, and in .npz files of one array."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def load_array(path: Path) -> np.ndarray:
                 content = content[content.files[0]]
     except Exception as error:  # numpy raises anything on a damaged file
         problem = reason_of(error)
-        problem = "holds objects, not numbers" if "pickle" in problem else problem
+        if re.search("pickle|objects", problem):
+            problem = "holds objects, not numbers"
         raise UserError(path, problem, "save one array of numbers with numpy.save") from None
     if content.dtype.kind not in "biuf":
         raise UserError(path, f"holds {content.dtype}, not numbers", "save an array of numbers")

@@ -47,8 +47,12 @@ def resize_image(image: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: tuple[int, int], method: int) -> np.ndarray:
-    """Resize (h, w, C) to (width, height), of OpenCV's methods; a single channel keeps its axis."""
-    return cv2.resize(image, size, interpolation=method).reshape(size[1], size[0], image.shape[2])
+    """Resize (h, w, C) to (width, height), of OpenCV's methods, which take up to 4 channels."""
+    parts = [
+        cv2.resize(image[..., start : start + 4], size, interpolation=method)
+        for start in range(0, image.shape[2], 4)
+    ]
+    return parts[0] if parts[0].ndim == 3 and len(parts) == 1 else np.dstack(parts)
 
 
 def resize_mask(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -72,7 +76,11 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 def from_tensor(tensor: torch.Tensor) -> np.ndarray:
     """The way back from `to_tensor`: (C, h, w) to (h, w, C), uint8 or uint16."""
     pixels = np.moveaxis(tensor.numpy(), 0, -1)
-    return pixels if pixels.dtype == np.uint8 else (257 * pixels).clip(0, 65535).astype(np.uint16)
+    return (
+        pixels
+        if pixels.dtype == np.uint8
+        else (257 * pixels + 0.5).clip(0, 65535).astype(np.uint16)
+    )
 
 
 def normalise(images: torch.Tensor, config: ModelConfig) -> torch.Tensor:

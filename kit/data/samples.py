@@ -356,12 +356,14 @@ def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -
 
 def scan_sample(sample: Any, classes: Classes, opener: Opener) -> dict[str, Any]:
     """A row of `scan`."""
+    channels = 0
     try:
         header = read_header(sample.layers)
+        channels = header.channels
         mask = sample.mask.read(header.size, opener)
     except UserError:
-        bad = {"height": 1, "width": 1, "channels": 0, "turn": 1, "deep": False, "share": 0.0}
-        bad |= {"above": 1.0, "thickness": 0.0, "digest": 0}
+        bad = {"height": 1, "width": 1, "channels": channels, "turn": 1, "deep": False}
+        bad |= {"share": 0.0, "above": 1.0, "thickness": 0.0, "digest": 0}
         return bad | {"shares": (0.0,) * len(classes.names)}
     image = {"height": header.size[0], "width": header.size[1]}
     image |= {"channels": header.channels, "turn": header.turn, "deep": header.deep}
