@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ MOST_LABELS = 254  # exclusive classes that fit into 8 bits, next to the ignored
 # --------------------------------------------------------------------------------------------------
 
 
-class ValueCounts(NamedTuple):
+class MaskCounts(NamedTuple):
     """The distinct values of a mask in one channel."""
 
     pixels: Counter[float]  # {value: number of pixels}
@@ -46,28 +47,46 @@ class ValueCounts(NamedTuple):
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
     palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
     path: Path  # the first file
-    channel: str  # see `masks.MaskValues`
-
-    def without(self, values: set[float]) -> "ValueCounts":
-        """The same without some values."""
-        rest = {value: count for value, count in self.pixels.items() if value not in values}
-        return self._replace(pixels=Counter(rest))
 
 
-def count_all(masks: list[MaskFile], channel: str, opener: Opener) -> list[ValueCounts]:
-    """The values of each mask, read in threads; one that cannot be read is left out here."""
+class ValueCounts:
+    """The distinct values of all masks in one channel, see `masks.MaskValues`."""
 
-    def count(mask: MaskFile) -> ValueCounts | None:
+    def __init__(
+        self, masks: list[MaskCounts], channel: str, ignored: Iterable[float] = ()
+    ) -> None:
+        """`ignored`: values that the masks have, but that do not count."""
+        self.masks, self.channel, self.ignored = masks, channel, tuple(sorted(ignored))
+        self.lossy = any(mask.lossy for mask in masks)
+        self.palette = set().union(*(mask.palette for mask in masks))
+        self.pixels: Counter[float] = Counter()
+        for mask in masks:
+            self.pixels.update(mask.pixels)
+
+    def show(self, values: Iterable[float] | None = None) -> str:
+        """Some values, or all, as people write them."""
+        values = sorted(self.pixels if values is None else values)
+        return first_five(show(value, self.channel) for value in values)
+
+    def describe(self, kind: str) -> str:
+        """How many files of a kind there are, and where their values are unless it is grey."""
+        return f"{len(self.masks)} {kind}" + f" in {self.channel}" * (self.channel != "grey")
+
+
+def count_all(masks: list[MaskFile], channel: str, opener: Opener) -> ValueCounts:
+    """The values of all masks, read in threads; one that cannot be read is left out here."""
+
+    def count(mask: MaskFile) -> MaskCounts | None:
         try:
             return count_values(mask, channel, opener)
         except UserError:  # `samples.decode_pairs` names the file
             return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [counts for counts in pool.map(count, masks) if counts]
+        return ValueCounts(list(filter(None, pool.map(count, masks))), channel)
 
 
-def count_values(mask: MaskFile, channel: str, opener: Opener) -> ValueCounts:
+def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
     """The values of one mask. Soft levels of 0..1 are rounded to 256 steps. Raises UserError."""
     pixels, lossy, hint, palette = Counter(), False, "", set()
     for path in (mask.path, *mask.more):
@@ -84,20 +103,7 @@ def count_values(mask: MaskFile, channel: str, opener: Opener) -> ValueCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return ValueCounts(pixels, lossy, hint, palette, mask.path, channel)
-
-
-def sum_pixels(counts: list[ValueCounts]) -> Counter[float]:
-    """{value: number of pixels} of all masks."""
-    pixels: Counter[float] = Counter()
-    for count in counts:
-        pixels.update(count.pixels)
-    return pixels
-
-
-def is_lossy(counts: list[ValueCounts]) -> bool:
-    """Whether a mask is a JPEG."""
-    return any(count.lossy for count in counts)
+    return MaskCounts(pixels, lossy, hint, palette, mask.path)
 
 
 def palette_colours(image: Image.Image) -> set[tuple[int, int, str]]:
@@ -157,7 +163,6 @@ def decide_files(
         numbers = labels.labels
         maps = [mask and LabelMap(mask.parts[0], values.channel, numbers) for mask in masks]
         return maps, labels.classes
-
     return [mask and mask.change(MaskFile, values=values) for mask in masks], classes
 
 
@@ -175,57 +180,54 @@ def decide_values(
     ignored. Raises UserError.
     """
     counts = count_all(masks, "grey", opener)
-    channel, lossy = choose_channel(counts), is_lossy(counts)
-    counts = counts if channel == "grey" else count_all(masks, channel, opener)
-    counts, ignored = leave_out(counts, ignore, channel, training)
-    pixels = sum_pixels(counts)
+    channel = choose_channel(counts)
+    if channel != "grey":
+        counts = count_all(masks, channel, opener)
+    counts = leave_out(counts, ignore, training)
     values, hint = None, ""
     if foreground:
-        values = listed_foreground(foreground, pixels, channel, lossy)
+        values = listed_foreground(foreground, counts)
     elif not (request and request.asks_for_labels):
-        values = binary_values(counts, channel, request, training, opener)
+        values = binary_values(counts, request, training, opener)
     if values is not None:
-        if training and counts:
-            check_foreground(values, pixels, len(masks))
+        if training and counts.masks:
+            check_foreground(values, counts, len(masks))
             hint = hint_of_inversion(values, counts)
-        values = replace(values, ignored=(*values.ignored, *ignored))
-        return values, describe_values(values, pixels, len(counts)) + hint, None
-    check_labels(counts, channel, request)
-    palette = set().union(*(count.palette for count in counts))
-    if channel == "grey" and palette:
-        channel = palette_channel(palette, request)
-        counts, ignored = leave_out(count_all(masks, channel, opener), ignore, channel, training)
-    labels = decide_labels(sum_pixels(counts), channel, request, training, ignored)
-    return MaskValues(channel), describe_labels(counts, channel, labels, ignored), labels
+        values = replace(values, ignored=(*values.ignored, *counts.ignored))
+        return values, describe_values(values, counts) + hint, None
+    check_labels(counts, request)
+    if channel == "grey" and counts.palette:
+        channel = palette_channel(counts.palette, request)
+        counts = leave_out(count_all(masks, channel, opener), ignore, training)
+    labels = decide_labels(counts.pixels, channel, request, training, counts.ignored)
+    return MaskValues(channel), describe_labels(counts, labels), labels
 
 
-def leave_out(
-    counts: list[ValueCounts], ignore: str, channel: str, training: bool
-) -> tuple[list[ValueCounts], tuple[float, ...]]:
-    """The counts without ignored values, and these: no-data below 0 or NaN, and --ignore's."""
-    pixels = sum_pixels(counts)
-    ignored = {value for value in pixels if value < 0}
-    if ignore and training:
-        ignored |= listed_values("--ignore", ignore, pixels, channel)
-    elif ignore:  # what is scored need not have every value
-        for text in ignore.split(","):
-            with contextlib.suppress(UserError):
-                ignored |= listed_values("--ignore", text, pixels, channel)
-    return [count.without(ignored) for count in counts], tuple(sorted(ignored))
+def leave_out(counts: ValueCounts, ignore: str, training: bool) -> ValueCounts:
+    """The counts without ignored values: no-data below 0 or NaN, and --ignore's. UserError."""
+    ignored = {value for value in counts.pixels if value < 0}
+    accepted = () if training else (UserError,)  # what is scored need not have every value
+    for text in ignore.split(",") if ignore else ():
+        with contextlib.suppress(*accepted):
+            ignored |= listed_values("--ignore", text, counts)
+    if not ignored:
+        return counts
+    masks = [
+        mask._replace(pixels=Counter({v: n for v, n in mask.pixels.items() if v not in ignored}))
+        for mask in counts.masks
+    ]
+    return ValueCounts(masks, counts.channel, ignored)
 
 
-def choose_channel(counts: list[ValueCounts]) -> str:
+def choose_channel(counts: ValueCounts) -> str:
     """Where the masks are: grey, colour or alpha. Raises UserError for a JPEG's colours."""
-    hints = {count.hint for count in counts}
-    if "colour" in hints and is_lossy(counts):
+    hints = {mask.hint for mask in counts.masks}
+    if "colour" in hints and counts.lossy:
         remedy = "save PNG files, with as many colours as there are classes"
         raise UserError("--data", "JPEG masks of colours: JPEG's noise blurs them", remedy)
-    if "colour" in hints or differ(
-        {(level, c) for count in counts for level, _, c in count.palette}
-    ):
+    if "colour" in hints or differ({(level, colour) for level, _, colour in counts.palette}):
         return "colour"
-    one_value = len(set().union(*(count.pixels for count in counts))) == 1
-    return "alpha" if "alpha" in hints and one_value else "grey"
+    return "alpha" if "alpha" in hints and len(counts.pixels) == 1 else "grey"
 
 
 def differ(colours: set[tuple[int, str]]) -> bool:
@@ -242,16 +244,11 @@ def palette_channel(palette: set[tuple[int, int, str]], request: ClassRequest) -
 
 
 def binary_values(
-    counts: list[ValueCounts],
-    channel: str,
-    request: ClassRequest | None,
-    training: bool,
-    opener: Opener,
+    counts: ValueCounts, request: ClassRequest | None, training: bool, opener: Opener
 ) -> MaskValues | None:
     """What the values of masks of one class mean; None for label maps. Raises UserError."""
-    pixels, lossy = sum_pixels(counts), is_lossy(counts)
-    values, highest = set(pixels), max(pixels, default=0)
-    if lossy and 0 < highest <= 8:
+    channel, values, highest = counts.channel, set(counts.pixels), max(counts.pixels, default=0)
+    if counts.lossy and 0 < highest <= 8:
         raise UserError(
             "--data",
             f"masks of 0 to {highest:g} as JPEG: JPEG's noise is as large as their values",
@@ -259,22 +256,21 @@ def binary_values(
         )
     full_scales = values & {1, IGNORE, 65535}
     if values <= {0, *full_scales} and channel != "colour":
-        if all(len(full_scales & set(count.pixels)) < 2 for count in counts):
+        if all(len(full_scales & set(mask.pixels)) < 2 for mask in counts.masks):
             return MaskValues(channel, tuple(sorted(full_scales)) or (1,))  # each has its own
         if values <= {0, 1, IGNORE}:
             return MaskValues(channel, (1,), (IGNORE,))
     labels = values - {0, IGNORE if channel == "grey" else 0}
     if 0 in values and len(labels) == 1 and (IGNORE not in values or max(labels) < LARGE_ID):
         return MaskValues(channel, tuple(labels), tuple(values - labels - {0}))
-    cut = None if channel == "colour" else soft_cut(pixels, lossy)
+    cut = soft_cut(counts)
     if cut is not None:
         return MaskValues(channel, cut=cut)
     refuse_soft_levels(counts)
     merged = bool(request and request.merged)  # into one class
     if (not request or request.may_be_objects) and are_objects(counts, opener):
-        most = FEW_OBJECTS if len({len(count.pixels) for count in counts}) == 1 else FEW_LABELS
-        if training and not merged and len(labels) <= most:
-            raise objects_or_classes(pixels, channel)
+        if training and not merged:
+            refuse_few_objects(counts, len(labels))
         return MaskValues(channel, cut=0)
     if not merged or request.model:
         return None
@@ -282,115 +278,108 @@ def binary_values(
     return MaskValues(channel, tuple(sorted(values - {0} - ignored)), tuple(ignored))
 
 
-def are_objects(counts: list[ValueCounts], opener: Opener) -> bool:
+def are_objects(counts: ValueCounts, opener: Opener) -> bool:
     """Whether values number the objects of each image on a background of 0, and are no classes.
 
     In nearly all images they are 1, 2, 3, ..., or few of many values recur; and nearly all are in
     one piece.
     """
-    pixels = sum_pixels(counts)
-    if len(pixels) < 4 or is_lossy(counts) or pixels[0] < max(pixels.values()):
+    pixels = counts.pixels
+    if len(pixels) < 4 or counts.lossy or pixels[0] < max(pixels.values()):
         return False
-    listed = [sorted(set(count.pixels) - {0}) for count in counts]
+    listed = [sorted(set(mask.pixels) - {0}) for mask in counts.masks]
     unit = min(set(pixels) - {0})  # 1, or that of green or red in a colour
     numbered = [values == [unit * (k + 1) for k in range(len(values))] for values in listed]
     images = Counter(itertools.chain(*listed))
-    often = max(1, len(counts) / 10)
+    often = max(1, len(listed) / 10)
     rare = len(images) > FEW_OBJECTS and np.median(list(images.values())) <= often
     if not rare and (unit not in (1, 1 << 8, 1 << 16) or np.mean(numbered) < 0.9):
         return False
     pieces = []
-    for count in counts[:: -(-len(counts) // SAMPLED_MASKS)]:
-        values = mask_pixels(opener(count.path), count.channel)
-        for value in sorted(set(count.pixels) - {0})[:SAMPLED_MASKS]:
+    for mask in counts.masks[:: -(-len(listed) // SAMPLED_MASKS)]:
+        values = mask_pixels(opener(mask.path), counts.channel)
+        for value in sorted(set(mask.pixels) - {0})[:SAMPLED_MASKS]:
             pieces.append(cv2.connectedComponents(np.uint8(values == value))[0] - 1)
     return bool(np.mean(np.array(pieces) < 2) >= 0.9)
 
 
-def soft_cut(pixels: Counter[float], lossy: bool) -> float | None:
+def soft_cut(counts: ValueCounts) -> float | None:
     """Half of the full scale where the levels are soft: two peaks, at 0 and at the full scale.
 
     Between the peaks soft edges fill many of 16 bins evenly, JPEG's noise those near the peaks; a
-    further peak is a label, and so are few levels.
+    further peak is a label, and so are few levels. Colours are not soft.
     """
-    levels = np.array(sorted(pixels), float)
+    levels = np.array(sorted(counts.pixels), float)
     full = next((full for full in (1, 255, 65535) if levels.max() <= full), 0)
-    if not full or levels.min() < 0:
+    if counts.channel == "colour" or not full or levels.min() < 0:
         return None
-    counts = np.array([pixels[level] for level in sorted(pixels)])
-    bins = np.histogram(levels / full, 16, (0, 1), weights=counts)[0]
+    weights = [counts.pixels[level] for level in levels]
+    bins = np.histogram(levels / full, 16, (0, 1), weights=weights)[0]
     filled = (bins[2:-2] > 0).sum()
-    if full > 1 and not lossy and (len(levels) < 16 or filled < 8):
+    if full > 1 and not counts.lossy and (len(levels) < 16 or filled < 8):
         return None
     ends = min(bins[:2].sum(), bins[-2:].sum())
     pairs = bins[:-1] + bins[1:]
-    central = pairs[4:11]
-    label = central.max() > max(0.6 * bins[4:12].sum(), 0.01 * ends)
+    label = pairs[4:11].max() > max(0.6 * bins[4:12].sum(), 0.01 * ends)
     return None if label or ends < 2 * pairs[2:-2].max() or not ends else full / 2
 
 
-def listed_foreground(
-    foreground: str, pixels: Counter[float], channel: str, lossy: bool
-) -> MaskValues:
+def listed_foreground(foreground: str, counts: ValueCounts) -> MaskValues:
     """The values of --foreground, such as 15 or 1,128-255. Raises UserError for one without use.
 
     255 is ignored next to other background, unless it is listed or the levels are soft.
     """
-    listed = listed_values("--foreground", foreground, pixels, channel)
-    rest = set(pixels) - listed
-    labels = channel == "grey" and rest > {IGNORE} and not lossy and soft_cut(pixels, lossy) is None
-    return MaskValues(channel, tuple(sorted(listed)), (IGNORE,) if labels else ())
+    listed = listed_values("--foreground", foreground, counts)
+    of_labels = counts.channel == "grey" and set(counts.pixels) - listed > {IGNORE}
+    ignored = of_labels and not counts.lossy and soft_cut(counts) is None
+    return MaskValues(counts.channel, tuple(sorted(listed)), (IGNORE,) if ignored else ())
 
 
-def listed_values(flag: str, listed: str, pixels: Counter[float], channel: str) -> set[float]:
+def listed_values(flag: str, listed: str, counts: ValueCounts) -> set[float]:
     """The values that a flag lists, such as 15 or 1,128-255. Raises UserError for one without use.
 
     Those of labels may be written as numbers or as colours.
     """
-    names = {show(value, channel): value for value in sorted(pixels)}
+    names = {show(value, counts.channel): value for value in sorted(counts.pixels)}
     chosen: set[float] = set()
     for text in listed.replace(" ", "").lower().split(","):
         low, _, high = text.partition("-")
-        try:
-            limits = (
-                (names[text], names[text]) if text in names else (float(low), float(high or low))
-            )
-        except ValueError:
-            limits = (1, 0)  # nothing is in it
-        values = {value for value in pixels if limits[0] <= value <= limits[1]}
+        values = {names[text]} if text in names else set()
+        with contextlib.suppress(ValueError):  # no number: nothing is in it
+            values |= {
+                value for value in counts.pixels if float(low) <= value <= float(high or low)
+            }
         if not values:
             raise UserError(f"{flag} {text}", "no mask has this value", first_five(names))
         chosen |= values
     return chosen
 
 
-def hint_of_inversion(values: MaskValues, counts: list[ValueCounts]) -> str:
+def hint_of_inversion(values: MaskValues, counts: ValueCounts) -> str:
     """The end of a line about masks that are foreground nearly everywhere; else ""."""
     shares = []
-    for count in counts:
-        seen = {value: n for value, n in count.pixels.items() if value not in values.ignored}
+    for mask in counts.masks:
+        seen = {value: n for value, n in mask.pixels.items() if value not in values.ignored}
         foreground = sum(n for value, n in seen.items() if values.covers(value))
         shares.append(foreground / max(1, sum(seen.values())))
     if np.mean(shares) <= INVERTED or values.cut == 0.5:
         return ""
-    rest = sorted(set(sum_pixels(counts)) - {*values.ignored})
-    rest = [show(value, values.channel) for value in rest if not values.covers(value)]
-    flag = ",".join(rest) if values.cut is None else f"0-{values.cut:g}"
+    rest = [v for v in sorted(counts.pixels) if not (v in values.ignored or values.covers(v))]
+    listed = ",".join(show(value, values.channel) for value in rest)
+    flag = listed if values.cut is None else f"0-{values.cut:g}"
     share = f"{100 * np.mean(shares):.0f} % of the pixels are foreground"
     return f"; {share}, so the masks look inverted: --foreground {flag} inverts them"
 
 
-def check_foreground(values: MaskValues, pixels: Counter[float], count: int) -> None:
+def check_foreground(values: MaskValues, counts: ValueCounts, files: int) -> None:
     """Raise UserError where masks have no foreground, or no background."""
-    is_foreground = [values.covers(value) for value in sorted(pixels)]
-    background = sum(not yes for yes in is_foreground) - len(values.ignored)
-    if any(is_foreground) and background:
+    foreground = [value for value in counts.pixels if values.covers(value)]
+    if foreground and len(counts.pixels) > len(foreground) + len(values.ignored):
         return
-    kind = "full (no background)" if any(is_foreground) else "empty (no foreground)"
-    names = first_five(show(value, values.channel) for value in sorted(pixels))
+    kind = "full (no background)" if foreground else "empty (no foreground)"
     raise UserError(
         "--data",
-        f"all {count} masks are {kind}: {names}",
+        f"all {files} masks are {kind}: {counts.show()}",
         "name other masks with --masks, or the values of the foreground with --foreground",
     )
 
@@ -400,14 +389,14 @@ def check_foreground(values: MaskValues, pixels: Counter[float], count: int) -> 
 # --------------------------------------------------------------------------------------------------
 
 
-def check_labels(counts: list[ValueCounts], channel: str, request: ClassRequest | None) -> None:
+def check_labels(counts: ValueCounts, request: ClassRequest | None) -> None:
     """Raise UserError where the values are not those of classes: few whole numbers, no JPEG."""
-    pixels = sum_pixels(counts)
-    whole = all(value == int(value) >= 0 for value in pixels) and len(pixels) <= MOST_LABELS + 1
-    lossy = is_lossy(counts)
-    if not request or request.merged or not whole or lossy:
-        raise not_binary(counts, channel)
-    if channel == "colour" and not request.listed and not any(v & 0xFFFF for v in pixels):
+    whole = all(value == int(value) >= 0 for value in counts.pixels)
+    few = len(counts.pixels) <= MOST_LABELS + 1
+    if not (request and whole and few) or request.merged or counts.lossy:
+        raise not_binary(counts)
+    in_red = counts.channel == "colour" and not any(value & 0xFFFF for value in counts.pixels)
+    if in_red and not request.listed:
         raise UserError(
             "--data",
             "the masks are numbers in red alone: of objects, or of classes?",
@@ -415,46 +404,44 @@ def check_labels(counts: list[ValueCounts], channel: str, request: ClassRequest 
         )
 
 
-def objects_or_classes(pixels: Counter[float], channel: str) -> UserError:
-    """The message for few values that may number objects."""
-    names = first_five(show(value, channel) for value in sorted(pixels))
-    columns = "name,r,g,b" if channel == "colour" else "id,name"
-    return UserError(
+def refuse_few_objects(counts: ValueCounts, objects: int) -> None:
+    """Raise UserError where the most objects of a mask are so few that they may be classes."""
+    same = len({len(mask.pixels) for mask in counts.masks}) == 1
+    if objects > (FEW_OBJECTS if same else FEW_LABELS):
+        return
+    columns = "name,r,g,b" if counts.channel == "colour" else "id,name"
+    raise UserError(
         "--data",
-        f"values {names}, each in one piece: are they numbered objects, or classes?",
+        f"values {counts.show()}, each in one piece: are they numbered objects, or classes?",
         f"--classes one takes all for one class; --classes FILE with {columns} lists classes",
     )
 
 
-def refuse_soft_levels(counts: list[ValueCounts]) -> None:
+def refuse_soft_levels(counts: ValueCounts) -> None:
     """Raise UserError for a few levels, such as 0, 128 and 255, with soft edges or JPEG's noise.
 
     Each image has levels all over, but nearly all pixels are close to one of few.
     """
-    pixels = sum_pixels(counts)
-    peaks: list[float] = []
-    total = pixels.total()
+    pixels, peaks = counts.pixels, []
     for value, count in pixels.most_common(64):
-        if count > 0.01 * total and all(abs(value - peak) > 16 for peak in peaks):
+        if count > 0.01 * pixels.total() and all(abs(value - peak) > 16 for peak in peaks):
             peaks.append(value)
     peaks.sort()
     close = sum(n for v, n in pixels.items() if any(abs(v - peak) <= 8 for peak in peaks))
-    many = (
-        bool(counts) and np.median([len({v // 16 for v in count.pixels}) for count in counts]) >= 8
-    )
-    if not (
-        many and close > 0.7 * total and 3 <= len(peaks) <= 8 and LARGE_ID <= peaks[-1] <= IGNORE
-    ):
+    levels = np.median([len({v // 16 for v in mask.pixels}) for mask in counts.masks] or [0])
+    soft = levels >= 8 and close > 0.7 * pixels.total()
+    if not (soft and 3 <= len(peaks) <= 8 and LARGE_ID <= peaks[-1] <= IGNORE):
         return
     flags = [
         f"--foreground {(low + high) / 2:g}-{IGNORE} (all from {high:g})"
         for low, high in itertools.pairwise(peaks)
     ]
-    levels = ", ".join(f"{peak:g}" for peak in peaks)
-    problem = (
-        f"the masks are a label map with soft edges or JPEG's noise, of levels around {levels}"
+    around = ", ".join(f"{peak:g}" for peak in peaks)
+    raise UserError(
+        "--data",
+        f"the masks are a label map with soft edges or JPEG's noise, of levels around {around}",
+        f"name the foreground: {' or '.join(flags)}",
     )
-    raise UserError("--data", problem, f"name the foreground: {' or '.join(flags)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -462,60 +449,52 @@ def refuse_soft_levels(counts: list[ValueCounts]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def in_channel(channel: str) -> str:
-    """Where values were read, unless it is grey."""
-    return "" if channel == "grey" else f" in {channel}"
-
-
-def describe_values(values: MaskValues, pixels: Counter[float], count: int) -> str:
-    """What the values of so many masks mean, and what is ignored."""
-    names = first_five(show(value, values.channel) for value in sorted(pixels))
-    foreground = first_five(show(value, values.channel) for value in values.foreground)
-    text = f"of {names}: foreground is {foreground}"
-    if values.cut == 0:
-        text = f"of {len(pixels) - 1} objects: foreground is above 0; if they are classes, list "
-        text += "them: --classes FILE"
-    elif values.cut is not None:
-        soft = f"{len(pixels)} levels with two peaks (soft edges or JPEG)"
+def describe_values(values: MaskValues, counts: ValueCounts) -> str:
+    """What the values of masks mean, and what is ignored."""
+    if values.cut is None:
+        text = f"of {counts.show()}: foreground is {counts.show(values.foreground)}"
+    elif values.cut == 0:
+        text = f"of {len(counts.pixels) - 1} objects: foreground is above 0; if they are classes, "
+        text += "list them: --classes FILE"
+    else:
+        soft = f"{len(counts.pixels)} levels with two peaks (soft edges or JPEG)"
         text = f"of {soft}, foreground is above {values.cut:g}"
-    if values.ignored:
-        text += f"; {first_five(show(v, values.channel) for v in values.ignored)} is ignored"
-    return f"{count} files{in_channel(values.channel)} {text}"
+    ignored = f"; {counts.show(values.ignored)} is ignored" if values.ignored else ""
+    return f"{counts.describe('files')} {text}{ignored}"
 
 
-def describe_labels(
-    counts: list[ValueCounts], channel: str, labels: Labels, always: tuple[float, ...]
-) -> str:
-    """What label maps were understood as, and which values are ignored: some `always`."""
-    pixels = sum_pixels(counts)
+def describe_labels(counts: ValueCounts, labels: Labels) -> str:
+    """What label maps were understood as, and which values are ignored."""
+    unlisted, always = set(counts.pixels) - set(labels.labels), set(counts.ignored)
+    if counts.channel != "colour":
+        always |= {IGNORE} & unlisted
     ignored = []
-    free = set() if channel == "colour" else {IGNORE} & set(pixels) - set(labels.labels)
-    for value in sorted(set(pixels) - set(labels.labels) - free):
-        where = next(count.path.name for count in counts if value in count.pixels)
-        ignored.append(f"{show(value, channel)} ({pixels[value]} pixels, such as in {where})")
-    never = f"; {first_five(show(v, channel) for v in sorted({*free, *always}))} is ignored"
-    never *= bool(free or always)
-    unlisted = f"; not listed and ignored: {first_five(ignored)}" if ignored else ""
+    for value in sorted(unlisted - always):
+        where = next(mask.path.name for mask in counts.masks if value in mask.pixels)
+        pixels = f"{counts.pixels[value]} pixels, such as in {where}"
+        ignored.append(f"{show(value, counts.channel)} ({pixels})")
     names = zip(labels.classes.names, labels.labels, strict=True)
-    absent = [name for name, label in names if not pixels[label]]
-    without = f"; in no mask: {first_five(absent)}" if absent else ""
-    maps = f"{len(counts)} label maps{in_channel(channel)} of {len(labels.labels)} classes"
-    return f"{maps}{never}{unlisted}{without}"
+    absent = [name for name, label in names if not counts.pixels[label]]
+    text = f"{counts.describe('label maps')} of {len(labels.labels)} classes"
+    text += f"; {counts.show(always)} is ignored" if always else ""
+    text += f"; not listed and ignored: {first_five(ignored)}" if ignored else ""
+    return text + (f"; in no mask: {first_five(absent)}" if absent else "")
 
 
-def not_binary(counts: list[ValueCounts], channel: str) -> UserError:
+def not_binary(counts: ValueCounts) -> UserError:
     """The message for values that are not binary: how many pixels and images each has."""
-    pixels = sum_pixels(counts)
-    images = Counter(value for count in counts for value in count.pixels)
+    pixels, channel = counts.pixels, counts.channel
+    images = Counter(value for mask in counts.masks for value in mask.pixels)
     values = [
         f"{show(value, channel)} ({pixels[value]} pixels, {images[value]} images)"
         for value in sorted(pixels)
     ]
     labels = [value for value in pixels if value not in (0, IGNORE)] or list(pixels)
     example = show(max(labels, key=pixels.__getitem__), channel)
-    remedy = f"name the values that are foreground, such as --foreground {example}"
     ranges = ", or ranges such as 128-255" if len(values) > 5 else ""
     ignored = f" ({IGNORE} is ignored unless listed)" if IGNORE in pixels else ""
     return UserError(
-        "--data", f"the masks are a label map: {first_five(values)}", f"{remedy}{ranges}{ignored}"
+        "--data",
+        f"the masks are a label map: {first_five(values)}",
+        f"name the values that are foreground, such as --foreground {example}{ranges}{ignored}",
     )
