@@ -6,8 +6,7 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Collection as Container
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ INDEX_COLUMNS = {"", "index", "unnamed: 0"}  # as pandas writes a table's index
 CLASS_COLUMNS = {"classid", "class_id", "class", "classname", "class_name", "label", "category_id"}
 COMPARED = 20  # masks in a csv that are compared with files
 Match = Callable[[str], str]  # from an id to an image's stem, see `id_matcher`
-Rows = list[tuple[int, str]]  # the number of a row of a csv, and its mask
+Rows = tuple[tuple[int, str], ...]  # the number of a row of a csv, and its mask
 ClassRows = list[tuple[int, str, str]]  # the same, and the class; "" where there is none
 
 # --------------------------------------------------------------------------------------------------
@@ -157,10 +156,8 @@ def id_column(
 
 def is_counter(values: list[str]) -> bool:
     """Whether the values of a column are numbers that grow from row to row, such as an index."""
-    if not all(map(str.isdecimal, values)):
-        return False
-    numbers = list(map(int, values))
-    return all(first < second for first, second in itertools.pairwise(numbers))
+    grows = (int(first) < int(second) for first, second in itertools.pairwise(values))
+    return all(map(str.isdecimal, values)) and all(grows)
 
 
 def class_column(header: list[str], ids: int) -> int | None:
@@ -204,10 +201,9 @@ def row_classes(
     labels = {line: class_of(label) for line, (_, label) in pairs.items() if label}
     if len(set(labels.values())) < 2 or 2 * len(labels) <= len(table):
         return table, {}
-    rows = {}
     for line, row in table.items():
-        rows[line] = [*row[:ids], pairs[line][0], *row[ids + 1 :]]
-    return rows, labels
+        row[ids] = pairs[line][0]
+    return table, labels
 
 
 def is_flag(labels: dict[int, str], filled: Iterable[int]) -> bool:
@@ -255,18 +251,18 @@ def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collect
     if not root.is_dir():
         return None
     folder = image_folder(root, training)
-    below = [] if folder else [file for file in list_files(root) if not file.role]
-    if masks == "auto" and not training and choose_split(below, True):
+    below = [file for file in list_files(root) if not file.role]
+    if masks == "auto" and not (training or folder) and choose_split(below, True):
         return None  # predicts those
     place = csv_place(folder or root, masks, training)
     if not place or not (folder or below):
         return None
+    others = [file.path for file in choose_split(below, False)]
     paths = list(list_images(folder).values()) if folder else []
     try:
-        table = read_masks(place, paths or [file.path for file in choose_split(below, False)])
+        table = read_masks(place, paths or others)
         if training and folder and not table.fields:  # those of another folder then
-            below = [file for file in list_files(root) if not file.role]
-            table = read_masks(place, [file.path for file in choose_split(below, False)])
+            table = read_masks(place, others)
         names = images_with_rows(place, table)
         planes = table.planes(place)
         check_sizes(place, table.fields, names)
@@ -275,9 +271,15 @@ def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collect
             raise
         print(f"no scores: {error}")  # nobody named this csv
         return None
-    rows = {"id": list(names), "image": list(names.values()), "mask": [planes[n] for n in names]}
-    samples = pd.DataFrame(rows).assign(fields=[table.fields.get(name) for name in names])
-    samples["folder"] = [os.path.relpath(path.parent, root) for path in names.values()]
+    samples = pd.DataFrame(
+        {
+            "id": list(names),
+            "image": list(names.values()),
+            "mask": [planes[name] for name in names],
+            "fields": [table.fields.get(name) for name in names],
+            "folder": [os.path.relpath(path.parent, root) for path in names.values()],
+        }
+    )
     classes = Classes(table.classes, table.classes) if table.classes else Classes()
     return Collection("csv of RLE masks", samples, classes=classes)
 
@@ -304,10 +306,7 @@ class MaskTable(NamedTuple):
 
     def planes(self, path: Path) -> dict[str, Planes]:
         """{name: mask}; `path`: of the csv. Raises UserError."""
-
-        def make(some: Rows) -> RunLengths:
-            return RunLengths(path, tuple(some))
-
+        make = functools.partial(RunLengths, path)
         return {n: make_planes(path, rows, self.classes, make) for n, rows in self.rows.items()}
 
 
@@ -348,15 +347,14 @@ def read_masks(path: Path, images: list[Path]) -> MaskTable:
 
 def clear_word(path: Path, title: str, table: dict[int, list[str]], column: int) -> None:
     """Make the masks empty that are one word, such as authentic, where no other occurs; says so."""
-    words = Counter(row[column] for row in table.values() if len(row[column]) > 2)
-    words = [
-        (word, count) for word, count in words.items() if word.isalpha() and not is_empty(word)
-    ]
+    counts = Counter(row[column] for row in table.values())
+    words = [word for word in counts if len(word) > 2 and word.isalpha() and not is_empty(word)]
     if len(words) == 1:
-        [(word, count)] = words
-        print(f"{path.name}: {title} is {word!r} in {count} rows, read as empty masks")
+        print(
+            f"{path.name}: {title} is {words[0]!r} in {counts[words[0]]} rows, read as empty masks"
+        )
         for row in table.values():
-            row[column] = row[column].replace(word, "")
+            row[column] = row[column].replace(words[0], "")
 
 
 def images_with_rows(path: Path, table: MaskTable) -> dict[str, Path]:
@@ -370,7 +368,7 @@ def images_with_rows(path: Path, table: MaskTable) -> dict[str, Path]:
     rows = f"{len(table.unknown)} ids have no image: {first_five(table.unknown)}"
     empty = f"{len(without)} images have no row: {first_five(without)}"
     if table.unknown and without:
-        none = "" if table.fields else "none of its ids is an image, "
+        none = "none of its ids is an image, " * (not table.fields)
         raise UserError(path, f"{none}{rows}; {empty}", "fix the ids, or add rows of empty masks")
     if table.unknown:
         print(f"{path.name}: {rows}; left out")
@@ -383,24 +381,25 @@ def images_with_rows(path: Path, table: MaskTable) -> dict[str, Path]:
 
 
 def make_planes(
-    path: Path, rows: ClassRows, values: tuple[str, ...], make: Callable[[Rows], Any]
+    path: Path,
+    rows: ClassRows,
+    values: tuple[str, ...],
+    make: Callable[[Rows], RunLengths | MaskFile],
 ) -> Planes:
     """The mask of an image, of what `make` makes of its rows, or of the rows of each class.
 
     `values`: the classes of all images, () for one class. Raises UserError for a row of `path` with
     a mask and without a class.
     """
-    if not values:
-        return Planes((make([row[:2] for row in rows]),))
     nameless = [f"row {line}" for line, mask, label in rows if not (label or is_empty(mask))]
-    if nameless:
+    if values and nameless:
         raise UserError(
             path,
             f"a mask without a class in {first_five(nameless)}, others have one",
             "give it a class, or take the row out",
         )
-    by_class = [[row[:2] for row in rows if row[2] == value] for value in values]
-    return Planes(tuple(map(make, by_class)))
+    by_class = [[row for row in rows if row[2] == value] for value in values] or [rows]
+    return Planes(tuple(make(tuple(row[:2] for row in some)) for some in by_class))
 
 
 def follow_csv(collection: Collection, root: Path, rle: str) -> Collection:
@@ -456,10 +455,10 @@ def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, 
             if (height, width) != tuple(map(int, size)):
                 wrong.append(f"{files[stem].name} is {width}x{height}, not {size[1]}x{size[0]}")
     if wrong:
-        problem = f"its columns for height and width differ from {len(wrong)} images"
+        names = first_five(wrong, " | ")
         raise UserError(
             path,
-            f"{problem} ({first_five(wrong, ' | ')})",
+            f"its columns for height and width differ from {len(wrong)} images ({names})",
             "take the images that the masks were made for",
         )
 
@@ -510,21 +509,16 @@ def resolve_path(root: Path, name: str) -> Path:
 
 def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collection:
     """The samples of a manifest, one for each image. `rows`: index the row's number. UserError."""
-    records = rows.to_dict("index")
-    lines: dict[Path, list[int]] = defaultdict(list)
-    for line, record in records.items():
-        lines[record["image"]].append(line)
-    paths = list(lines)
+    paths = list(rows["image"].unique())
     ids = make_ids(paths, [path.stem for path in paths], root.parent)
     samples, classes = pd.DataFrame({"id": ids, "image": paths, "mask": None}), Classes()
     filled = "mask" in rows and ~rows["mask"].map(is_empty)
     if training or np.any(filled):  # a column of nothing is no ground truth to score with
-        samples["mask"], classes = manifest_masks(root, records, lines)
-    first = (records[own[0]] for own in lines.values())
-    samples["fields"] = [{name: str(value) for name, value in row.items()} for row in first]
+        samples["mask"], classes = manifest_masks(root, rows)
+    samples["fields"] = rows.drop_duplicates("image").astype(str).to_dict("records")
     for column in ("id", "group", "fold", "category"):
         if column in rows:
-            samples[column] = [only_value(root, records, own, column) for own in lines.values()]
+            samples[column] = only_values(root, rows, column)
     check_ids(root, samples.id.tolist())
     if "fold" in samples:
         wrong = [value for value in samples.fold if not value.removesuffix(".0").isdecimal()]
@@ -535,17 +529,16 @@ def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collecti
     return Collection("manifest", samples, classes=classes)
 
 
-def only_value(root: Path, records: dict[int, dict], lines: list[int], column: str) -> str:
-    """The value of a column in all rows of an image. Raises UserError where there are several."""
-    values = list(dict.fromkeys(records[line][column] for line in lines))
-    if len(values) > 1:
-        name = records[lines[0]]["image"].name
+def only_values(root: Path, rows: pd.DataFrame, column: str) -> list[str]:
+    """The value of a column for each image. Raises UserError where its rows have several."""
+    values = rows.groupby("image", sort=False)[column].unique()
+    for path, several in values[values.map(len) > 1].items():
         raise UserError(
             f"--data {root}",
-            f"{name} has several values in column {column}: {first_five(values)}",
+            f"{path.name} has several values in column {column}: {first_five(several)}",
             "an image has one",
         )
-    return values[0]
+    return values.str[0].tolist()
 
 
 def check_ids(root: Path, ids: list[str]) -> None:
@@ -561,30 +554,28 @@ def check_ids(root: Path, ids: list[str]) -> None:
             )
 
 
-def manifest_masks(
-    root: Path, records: dict[int, dict], lines: dict[Path, list[int]]
-) -> tuple[list[Planes], Classes]:
-    """The mask of each image, and the classes. `lines`: its rows. Raises UserError."""
-    values = sort_values(filter(None, (row.get("class", "") for row in records.values())))
-    masks = []
-    for image, own in lines.items():
-        rows = [(line, records[line]["mask"], records[line].get("class", "")) for line in own]
-
-        def make(some: Rows, image: Path = image) -> MaskFile | RunLengths:
-            return manifest_mask(root, image, some)
-
-        masks.append(make_planes(root, rows, values, make))
+def manifest_masks(root: Path, rows: pd.DataFrame) -> tuple[list[Planes], Classes]:
+    """The mask of each image, and the classes. Raises UserError."""
+    labels = rows.get("class", pd.Series("", rows.index))
+    values = sort_values(filter(None, labels))
+    by_image: dict[Path, ClassRows] = defaultdict(list)
+    for image, *row in zip(rows["image"], rows.index, rows["mask"], labels, strict=True):
+        by_image[image].append(tuple(row))
+    masks = [
+        make_planes(root, some, values, functools.partial(manifest_mask, root, image))
+        for image, some in by_image.items()
+    ]
     return masks, Classes(values, values) if values else Classes()
 
 
 def manifest_mask(root: Path, image: Path, rows: Rows) -> MaskFile | RunLengths:
     """The mask in the rows of one image: a file or several, RLE, or empty. Raises UserError."""
-    filled = [(line, name) for line, name in rows if not is_empty(name)]
-    if all(RUNS.fullmatch(name) for _, name in filled):
-        return RunLengths(root, tuple(filled))
-    paths = [resolve_path(root, name) for _, name in filled]
-    pairs = zip(filled, paths, strict=True)
-    lost = [f"row {line}: {name}" for (line, name), path in pairs if not path.is_file()]
+    filled = {line: name for line, name in rows if not is_empty(name)}
+    if all(map(RUNS.fullmatch, filled.values())):
+        return RunLengths(root, tuple(filled.items()))
+    paths = {line: resolve_path(root, name) for line, name in filled.items()}
+    lost = [f"row {line}: {filled[line]}" for line, path in paths.items() if not path.is_file()]
     if lost:
         raise UserError(f"--data {root}", f"masks are neither a file nor RLE: {first_five(lost)}")
-    return MaskFile(paths[0], more=tuple(paths[1:]), image=image)
+    first, *more = paths.values()
+    return MaskFile(first, more=tuple(more), image=image)

@@ -151,15 +151,11 @@ def add_objects(pairs: Pairs, masks: list[ImageFile]) -> Pairs:
 def match_objects(images: list[ImageFile], masks: list[ImageFile]) -> Pairs:
     """Masks of single objects, in a folder for each image: ID/masks/*.png, or masks/ID/*.png."""
     pairs: Pairs = defaultdict(list)
-    keys: tuple[tuple[Place, Place], ...] = (
-        (lambda image: image.place[-1:], lambda mask: mask.place[-1:]),
-        (lambda image: (image.stem,), lambda mask: mask.place[-1:]),
-    )
-    for of_image, of_mask in keys:
-        owners = {of_image(image): image.name for image in images}
-        if len(owners) == len(images) > 1 and all(of_mask(mask) in owners for mask in masks):
+    for key in (lambda image: image.place[-1:], lambda image: (image.stem,)):
+        owners = {key(image): image.name for image in images}
+        if len(owners) == len(images) > 1 and all(mask.place[-1:] in owners for mask in masks):
             for mask in masks:
-                pairs[owners[of_mask(mask)]].append(mask)
+                pairs[owners[mask.place[-1:]]].append(mask)
             break
     return pairs if 2 * len(pairs) >= len(images) else {}
 
@@ -218,9 +214,8 @@ def named_masks(root: Path, masks: str, files: list[ImageFile]) -> list[ImageFil
     if "{stem}" in masks:
         before, after = map(re.escape, masks.split("{stem}", 1))
         pattern = re.compile(rf"(?:.*/)?{before}([^/]+){after}(\.\w+)?")
-        absolute = os.path.isabs(masks)
-        names = [str(file.path) if absolute else file.name for file in files]
-        matches = [(f, pattern.fullmatch(name)) for f, name in zip(files, names, strict=True)]
+        names = [str(file.path) if os.path.isabs(masks) else file.name for file in files]
+        matches = zip(files, map(pattern.fullmatch, names), strict=True)
         chosen = [file._replace(role=masks, stem=match[1]) for file, match in matches if match]
         if not chosen:
             raise UserError(f"--masks {masks}", "no file fits", describe_folder(root))
@@ -386,31 +381,27 @@ def image_folder(root: Path, training: bool) -> Path | None:
 def class_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
     """Images with one folder of masks for each class, masks/NAME/STEM.png; they may overlap.
 
-    A class without a mask is empty. Folders that are named like images or like folders of images
-    are no classes.
+    Or with several kinds of masks that --masks lists. A class without a mask is empty. Folders that
+    are named like images or like folders of images are no classes.
     """
     images, others, _ = one_split(*images_and_masks(root, masks), masks, training)
+    listed = "," in masks
     folders: dict[str, list[ImageFile]] = defaultdict(list)
-    if "," in masks:
-        for mask in others:
-            folders[re.sub(r"\{stem\}[\W_]*", "", Path(mask.role).stem)].append(mask)
-        pairs = {name: match(images, files) for name, files in folders.items()}
-        return collect_classes(root, images, pairs)
-    if "{stem}" in masks:
-        return None
     for mask in others:
-        above = [folder.name for folder in mask.path.parents]
-        last = mask.place[-1:] == (above[0],)  # else the name is that of a split, or of all masks
-        if not last or Path(mask.role).name not in above[1:]:
+        if listed:
+            folders[re.sub(r"\{stem\}[\W_]*", "", Path(mask.role).stem)].append(mask)
+            continue
+        name, *above = [folder.name for folder in mask.path.parents]
+        last = mask.place[-1:] == (name,)  # else the name is that of a split, or of all masks
+        if not last or Path(mask.role).name not in above:
             return None
-        folders[above[0]].append(mask._replace(place=mask.place[:-1]))
+        folders[name].append(mask._replace(place=mask.place[:-1]))
     taken = {image.stem for image in images} | {name for image in images for name in image.place}
-    if len(folders) < 2 or taken & set(folders):
+    if not listed and (len(folders) < 2 or taken & set(folders)):
         return None
     pairs = {name: match(images, files) for name, files in folders.items()}
-    if any(len(pairs[name]) < len(files) for name, files in folders.items()):
-        return None
-    return collect_classes(root, images, pairs)
+    all_match = all(len(pairs[name]) >= len(files) for name, files in folders.items())
+    return collect_classes(root, images, pairs) if listed or all_match else None
 
 
 def collect_classes(root: Path, images: list[ImageFile], pairs: dict[str, Pairs]) -> Collection:
@@ -420,16 +411,14 @@ def collect_classes(root: Path, images: list[ImageFile], pairs: dict[str, Pairs]
     for name in names:
         for image, files in pairs[name].items():
             united[image] += files
-    collection, missing = collect(root, images, united, "a mask for each class"), 0
-    masks: list[Planes | None] = []
-    for image in images:
-        files = [pairs[name].get(image.name) for name in names]
-        parts = tuple(some and mask_file(some, image) for some in files)
-        masks.append(Planes(parts) if any(parts) else None)
-        missing += sum(part is None for part in parts) if any(parts) else 0
+    collection = collect(root, images, united, "a mask for each class")
+    parts = [
+        tuple(mask_file(pairs[name].get(image.name), image) for name in names) for image in images
+    ]
+    collection.samples["mask"] = [Planes(each) if any(each) else None for each in parts]
+    missing = sum(each.count(None) for each in parts if any(each))
     if missing:
         print(f"classes: {missing} masks of a class are not there, they are read as empty")
-    collection.samples["mask"] = masks
     return collection._replace(name="one folder of masks per class", classes=Classes(names, names))
 
 
@@ -460,10 +449,9 @@ def several_fit(
     first = max(fitting, key=lambda name: len(MASK_WORDS & set(split_words(name))))
     remedy = f"choose one, such as --masks '{first}'"
     if apart(kinds, images):
-        remedy += f", or take each for a class with --masks '{','.join(kinds)}'"
-        remedy += " (and --classes one: united)"
-    names = first_five(fitting, " and ")
-    return UserError(f"--data {root}", f"{names} fit the images", remedy)
+        each = f"take each for a class with --masks '{','.join(kinds)}'"
+        remedy += f", or {each} (and --classes one: united)"
+    return UserError(f"--data {root}", f"{first_five(fitting, ' and ')} fit the images", remedy)
 
 
 def apart(kinds: dict[str, list[ImageFile]], images: list[ImageFile]) -> bool:
@@ -498,23 +486,27 @@ def collect(
     """
     check_names((image.path, image.stem) for image in images)
     paths = [image.path for image in images]
-    masks = []
-    for image in images:
-        files = pairs.get(image.name)
-        masks.append(files and Planes((mask_file(files, image),)))
-    ids = make_ids(paths, [image.stem for image in images], root)
-    samples = pd.DataFrame({"id": ids, "image": paths, "mask": masks})
-    samples["folder"] = ["/".join(image.place) for image in images]
-    samples["split"] = [image.split for image in images]
+    files = [mask_file(pairs.get(image.name), image) for image in images]
+    samples = pd.DataFrame(
+        {
+            "id": make_ids(paths, [image.stem for image in images], root),
+            "image": paths,
+            "mask": [file and Planes((file,)) for file in files],
+            "folder": ["/".join(image.place) for image in images],
+            "split": [image.split for image in images],
+        }
+    )
     if pairs:
-        name, files = max(pairs.items(), key=lambda pair: len(pair[1]))
-        more = f" and {len(files) - 1} more, {several}" if len(files) > 1 else ""
-        print(f"pairs: {len(pairs)} images, such as {name} with {files[0].name}{more}")
+        name, masks = max(pairs.items(), key=lambda pair: len(pair[1]))
+        more = f" and {len(masks) - 1} more, {several}" if len(masks) > 1 else ""
+        print(f"pairs: {len(pairs)} images, such as {name} with {masks[0].name}{more}")
     return Collection("one mask file per image", samples)
 
 
-def mask_file(files: list[ImageFile], image: ImageFile) -> MaskFile:
-    """The mask of an image in one file, or in several that are united."""
+def mask_file(files: list[ImageFile] | None, image: ImageFile) -> MaskFile | None:
+    """The mask of an image in one file, or in several that are united; None without any."""
+    if not files:
+        return None
     first, *more = (file.path for file in files)
     return MaskFile(first, more=tuple(more), image=image.path)
 
