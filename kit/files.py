@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import io
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,15 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], Any]) -> None
     finally:
         with contextlib.suppress(OSError):  # gone with its folder
             unfinished.unlink(missing_ok=True)
+
+
+def write_zip(path: Path, contents: dict[str, bytes]) -> None:
+    """Write files, {name: bytes}, as a zip, whole; the same files give the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:  # what is in it, PNG, is compressed already
+        for name in sorted(contents):
+            archive.writestr(zipfile.ZipInfo(name), contents[name])
+    write_file(path, buffer.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------

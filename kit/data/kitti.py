@@ -6,10 +6,7 @@ notebook.py: the rest works.
 
 import dataclasses
 import functools
-import io
-import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from kit.data.masks import MaskFile, Opener, Planes, open_mask
 from kit.data.names import list_images
 from kit.data.photos import open_image
 from kit.errors import UserError, first_five, reason_of
-from kit.files import write_file
+from kit.files import write_zip
 
 # --------------------------------------------------------------------------------------------------
 #  Layout
@@ -38,12 +35,11 @@ def kitti_road(root: Path, masks: str, target: str, training: bool) -> Collectio
     places = [root / "training/image_2", root / "image_2", root]
     if not training:
         places.insert(0, root / "testing/image_2")
-    folders = [place for place in places if place.name == "image_2" and list_images(place)]
-    if not folders or masks.endswith(".csv") or "{stem}" in masks:
+    folder = next((p for p in places if p.name == "image_2" and list_images(p)), None)
+    if not folder or masks.endswith(".csv") or "{stem}" in masks:
         return None
-    folder = folders[0]
-    mask_folder = folder.parent / "gt_image_2"
-    if not mask_folder.is_dir() and not any(re.match(r"[a-z]+_", s) for s in list_images(folder)):
+    images, mask_folder = list_images(folder), folder.parent / "gt_image_2"
+    if not mask_folder.is_dir() and not any(re.match(r"[a-z]+_", stem) for stem in images):
         return None  # KITTI's other benchmarks
     if masks != "auto":
         named = [path for path in (Path(masks), folder.parent / masks) if path.is_dir()]
@@ -52,7 +48,7 @@ def kitti_road(root: Path, masks: str, target: str, training: bool) -> Collectio
         mask_folder = named[0]
     files = list_images(mask_folder)
     rows = []
-    for stem, image in list_images(folder).items():
+    for stem, image in images.items():
         row = {"id": stem, "image": image, "mask": None, "category": "", "views": ()}
         name = re.fullmatch(r"([a-z]+)_(\d+)", stem)
         if not name:
@@ -185,18 +181,18 @@ class KittiSubmission:
                 "take --submission rle or png",
             )
         scored = samples[~samples.category.isin(["", "umm_lane", "uu_lane"])]  # only um has a lane
-        lacking = [Path(row.image).name for row in scored.itertuples() if not row.views]
+        lacking = [Path(row.image) for row in scored.itertuples() if not row.views]
         if len(lacking) == len(scored):
             raise UserError(
                 "--submission kitti",
                 "--data is not in the KITTI layout with image_2 and calib next to it",
             )
         if lacking:
-            folder = os.path.dirname(os.path.dirname(scored.image.iloc[0]))
-            count = f"{len(lacking)} of {len(scored)} images have no calibration in {folder}/calib"
+            folder = lacking[0].parents[1] / "calib"
+            names = first_five(path.name for path in lacking)
             raise UserError(
                 "--submission kitti",
-                f"{count}: {first_five(lacking)}",
+                f"{len(lacking)} of {len(scored)} images have no calibration in {folder}: {names}",
                 "the server rejects a zip without them: add them, or move the images away",
             )
         self.ids = set(scored.id)
@@ -211,9 +207,5 @@ class KittiSubmission:
 
     def write(self, out: Path) -> None:
         """Write the zip whole; the same maps give the same bytes."""
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w") as archive:  # PNG is compressed already
-            for name in sorted(self.answers):
-                archive.writestr(zipfile.ZipInfo(name), self.answers[name])
-        write_file(out / "submission_kitti.zip", content.getvalue())
+        write_zip(out / "submission_kitti.zip", self.answers)
         print(f"wrote {out / 'submission_kitti.zip'}: {len(self.answers)} maps")

@@ -37,12 +37,12 @@ def split_lists(mask: str) -> list[str]:
     if not LISTS.fullmatch(mask):
         return [mask]
     lists = (" ".join(re.findall(r"\d+", part)) for part in mask.split("]"))
-    return [runs for runs in lists if runs]
+    return list(filter(None, lists))
 
 
 def is_runs(mask: str) -> bool:
     """Whether a field of a csv is RLE."""
-    return RUNS.fullmatch(mask) is not None or LISTS.fullmatch(mask) is not None
+    return bool(RUNS.fullmatch(mask) or LISTS.fullmatch(mask))
 
 
 def rle_columns(header: list[str], rows: list[list[str]], names: set[str]) -> list[int]:
@@ -215,13 +215,14 @@ def find_order(examples: list[Example], order: str) -> str:
             "runs overlap with absolute starts, relative too",
             "take --rle columns, rows or relative",
         )
-    order_found, reason = order + base, "--rle"
     if order == "relative" or (order == "auto" and overlap):
-        order_found, reason = "relative", "each start counts from the end of the run before"
+        order, reason = "relative", "each start counts from the end of the run before"
     elif order == "auto":
-        order_found, reason = columns_or_rows(examples, base)
-    print(f"{path.name}: RLE {order_found} ({reason})")
-    return order_found
+        order, reason = columns_or_rows(examples, base)
+    else:
+        order, reason = order + base, "--rle"
+    print(f"{path.name}: RLE {order} ({reason})")
+    return order
 
 
 def absolute_overlaps(mask: RunLengths) -> bool:
@@ -256,8 +257,7 @@ def columns_or_rows(examples: list[Example], base: str) -> tuple[str, str]:
         measured = [
             [measure(image, mask) for mask in both] for image, both in both_orders(examples, base)
         ]
-        values = np.array(measured).reshape(-1, 2)
-        values = values[values[:, 0] != values[:, 1]]
+        values = np.array([pair for pair in measured if pair[0] != pair[1]]).reshape(-1, 2)
         ratios = sign * np.log((values[:, 0] + 1) / (values[:, 1] + 1))
         spread = max(LEAST_SPREAD, np.std(ratios)) if len(ratios) else math.inf
         if abs(ratios.sum()) > len(ratios) * CLEAR + 2 * spread * math.sqrt(len(ratios)):

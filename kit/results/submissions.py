@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ from kit.data.rle import (
     rle_objects,
 )
 from kit.errors import UserError, first_five
-from kit.files import list_tables, read_rows, read_table, write_file
+from kit.files import list_tables, read_rows, read_table, write_file, write_zip
 
 ANSWER_COLUMNS = RLE_COLUMNS | {
     "pixels", "mask", "segmentation", "annotation", "predicted", "prediction", "prediction_string",
@@ -405,13 +404,9 @@ class PngSubmission:
     def add(self, sample: Any, prediction: np.ndarray, mask: np.ndarray) -> None:
         """Keep the PNG of one image's mask, at the image's own size."""
         numbers = mask.reshape(-1, *mask.shape[-2:])[0].astype(np.uint8)
-        self.answers[sample.id] = encode_image(self.values[numbers], ".png")
+        self.answers[f"{sample.id}.png"] = encode_image(self.values[numbers], ".png")
 
     def write(self, out: Path) -> None:
         """Write submission.zip whole; the same masks give the same bytes."""
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for name in sorted(self.answers):
-                archive.writestr(zipfile.ZipInfo(f"{name}.png"), self.answers[name])
-        write_file(out / "submission.zip", buffer.getvalue())
+        write_zip(out / "submission.zip", self.answers)
         print(f"wrote {out / 'submission.zip'}: {len(self.answers)} label maps")
