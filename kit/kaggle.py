@@ -214,8 +214,7 @@ class Session:
         if Path(name).exists():
             return Path(name)
         ending = "/" + re.sub(r"^(/kaggle/input|\.\./input)/", "", str(name)).strip("/").lower()
-        paths = (*self.folders, *self.files)
-        matches = [path for path in paths if str(path).lower().endswith(ending)]
+        matches = [p for p in (*self.folders, *self.files) if str(p).lower().endswith(ending)]
         depth = min((len(path.parts) for path in matches), default=0)
         matches = [path for path in matches if len(path.parts) == depth]
         if len(matches) != 1:
@@ -272,12 +271,12 @@ class Session:
             return
         pattern = r"segmentation[-_]models[-_]pytorch-(\d[\w.]*?)(-py\S*\.whl|\.tar\.gz)"
         matches = {path: re.fullmatch(pattern, path.name) for path in self.files}
-        versions = {path: re.findall(r"\d+", m[1]) for path, m in matches.items() if m}
-        versions = {path: tuple(map(int, numbers)) for path, numbers in versions.items()}
-        archives = [path for path, version in versions.items() if version >= (0, 6)]
+        numbers = {path: re.findall(r"\d+", match[1]) for path, match in matches.items() if match}
+        versions = {path: tuple(map(int, version)) for path, version in numbers.items()}
+        newest = max(versions, key=versions.get, default=None)
         source = ["segmentation-models-pytorch>=0.6"]
-        if archives:
-            source = ["--no-index", "--no-build-isolation", max(archives, key=versions.get)]
+        if newest and versions[newest] >= (0, 6):
+            source = ["--no-index", "--no-build-isolation", newest]
         elif not self.online:
             raise StepFailed(
                 "segmentation-models-pytorch is missing: turn the internet on, or attach a data "

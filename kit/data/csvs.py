@@ -15,9 +15,17 @@ import pandas as pd
 
 from kit.config import Classes
 from kit.data.classes import sort_values
-from kit.data.folders import Collection, choose_split, image_folder, masks_next_to
+from kit.data.folders import Collection, image_folder, masks_next_to
 from kit.data.masks import LabelMap, MaskFile, Planes
-from kit.data.names import image_paths, list_files, list_images, make_ids, split_of, split_words
+from kit.data.names import (
+    choose_split,
+    image_paths,
+    list_files,
+    list_images,
+    make_ids,
+    split_of,
+    split_words,
+)
 from kit.data.readers import read_header
 from kit.data.rle import (
     HEAD,
@@ -235,9 +243,10 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
     train = [path for path in tables if path.name.lower() == "train.csv"]
     if train:
         return train[0]
-    if any(file.role for file in list_files(folder)):
+    files = list_files(folder)
+    if any(file.role for file in files):
         return None
-    if image_paths(folder) and masks_next_to(folder):  # not next to a folder of folders
+    if image_paths(folder) and masks_next_to(folder, files):  # not next to a folder of folders
         return None
     if len(tables) > 1 and training:
         raise UserError(

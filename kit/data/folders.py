@@ -17,17 +17,19 @@ from kit.config import Classes
 from kit.data.classes import sort_values
 from kit.data.masks import MaskFile, Planes
 from kit.data.names import (
-    LOSSY,
     MASK_WORDS,
     SHOWN,
     SPLIT_WORDS,
     ImageFile,
     check_names,
+    choose_split,
     colours,
     image_paths,
+    images_among,
     list_files,
     list_images,
     make_ids,
+    named_masks,
     split_of,
     split_words,
     tail_of,
@@ -41,7 +43,6 @@ TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train
 TEST_FOLDERS = ("testing", "test/images", "test_images", "test")
 MASK_COLOURS = 64  # files with more are rather images
 PROPOSED = 20  # names that are tried before one is proposed
-NOT_READ = {".h5", ".hdf5", ".mat", ".nii", ".mha", ".nrrd", ".dcm", ".dicom"}
 
 
 class Collection(NamedTuple):
@@ -204,66 +205,35 @@ def tails_of_kinds(masks: list[ImageFile], images: list[ImageFile]) -> list[str]
     return tails if len(counts) > 1 and (equal or named) else []
 
 
-def named_masks(root: Path, masks: str, files: list[ImageFile]) -> list[ImageFile]:
-    """The masks that --masks names: a folder, or a pattern with {stem}. Raises UserError.
-
-    Also several of these with a comma between them.
-    """
-    if "," in masks and not (root / masks).exists():
-        return [f for name in masks.split(",") for f in named_masks(root, name.strip(), files)]
-    if "{stem}" in masks:
-        before, after = map(re.escape, masks.split("{stem}", 1))
-        pattern = re.compile(rf"(?:.*/)?{before}([^/]+){after}(\.\w+)?")
-        names = [str(file.path) if os.path.isabs(masks) else file.name for file in files]
-        matches = zip(files, map(pattern.fullmatch, names), strict=True)
-        chosen = [file._replace(role=masks, stem=match[1]) for file, match in matches if match]
-        if not chosen:
-            raise UserError(f"--masks {masks}", "no file fits", describe_folder(root))
-        return chosen
-    folders = {path for file in files for path in file.path.parents if path.name == masks}
-    folders |= {Path(masks).absolute(), root / masks, root.parent / masks}
-    folders = {path for path in folders if path.is_dir()}
-    if not folders:
-        raise UserError(
-            f"--masks {masks}",
-            "not found, and no {stem} in it",
-            "name a folder of masks, a csv of RLE, or a pattern such as labels/{stem}_mask.png",
-        )
-    inside = [file for file in files if folders & set(file.path.parents)]
-    outside = [file for folder in sorted(folders) for file in list_files(folder)]
-    return [file._replace(role=masks) for file in inside or outside]
-
-
 def images_and_masks(root: Path, masks: str) -> tuple[list[ImageFile], list[ImageFile]]:
     """The images below a folder, and the masks there or in a folder next to it."""
     if not root.is_dir() or masks.endswith(".csv"):
         return [], []
     files = list_files(root)
-    images = [file for file in files if not file.role]
     others = [file for file in files if file.role]
     if masks != "auto":
         others = named_masks(root, masks, files)
-        named = {mask.path for mask in others}
-        images = [file for file in images if file.path not in named]
     elif not others and split_of(split_words(root.name)) != "test":
-        others = masks_next_to(root)
-    return without_auxiliary(images), others
+        others = masks_next_to(root, files)
+    return images_among(files, others), others
 
 
 def propose_masks(root: Path) -> list[str]:
     """The flags that name folders or ends of names which pair and look like masks."""
-    tests, files = (choose_split(list_files(root), test) for test in (True, False))
-    not_masks = {file.path for file in tests if not file.role}
-    stems = {file.stem for file in files}
-    names = Counter(folder for file in files for folder in file.name.split("/")[:-1])
-    names.update(f"{{stem}}{tail_of(f.stem, stems)}{f.path.suffix}" for f in files)
+    files = list_files(root)
+    tests = {file.path for file in choose_split(files, True) if not file.role}
+    rest = choose_split(files, False)
+    stems = {file.stem for file in rest}
+    names = Counter(folder for file in rest for folder in file.name.split("/")[:-1])
+    names.update(f"{{stem}}{tail_of(f.stem, stems)}{f.path.suffix}" for f in rest)
     proposals = {}
     for name, _ in names.most_common(PROPOSED):
-        images, others = images_and_masks(root, name)
-        if not_masks & {mask.path for mask in others}:
+        others = named_masks(root, name, files)
+        images = choose_split(images_among(files, others), False)
+        if tests & {mask.path for mask in others}:
             continue
         others = choose_split(others, False)
-        pairs = match(choose_split(images, False), others)
+        pairs = match(images, others)
         paths = [mask.path for masks in pairs.values() for mask in masks]
         if len(pairs) > 1 and 2 * len(paths) > len(others) and colours(paths) <= MASK_COLOURS:
             proposals[name] = len(pairs)
@@ -290,68 +260,21 @@ def propose_folders(root: Path) -> list[str]:
     return fitting if max(taken.values(), default=0) < 2 else []
 
 
-def without_auxiliary(images: list[ImageFile]) -> list[ImageFile]:
-    """The images without those that are made of them: by a word, or where a name occurs again.
-
-    Of these the folder counts that is named as one of images.
-    """
-    ranks: dict[tuple, int] = defaultdict(int)
-    for image in images:
-        key = (image.split, image.stem)
-        ranks[key] = max(ranks[key], image.rank)
-    lowest = 1 if any(image.rank > 0 for image in images) else min(ranks.values(), default=0)
-    images = [i for i in images if i.rank >= max(lowest, 2 * (ranks[i.split, i.stem] == 2))]
-    return without_copies(images)
-
-
-def without_copies(images: list[ImageFile]) -> list[ImageFile]:
-    """The images without those that a folder or a suffix holds again in another format."""
-    kinds: dict[tuple[Path, str], dict[str, ImageFile]] = defaultdict(dict)
-    for image in images:
-        kinds[image.path.parent, image.path.suffix.lower()][image.stem] = image
-    first: dict[frozenset[str], list[tuple[Path, str]]] = defaultdict(list)
-    copies: set[Path] = set()
-    for kind in sorted(kinds, key=lambda kind: kind[1] in LOSSY):
-        stems = frozenset(kinds[kind])
-        others = [kinds[other] for other in first[stems] if other[1] != kind[1]]
-        if len(stems) > 1 and any(alike(kinds[kind], other) for other in others):
-            copies |= {image.path for image in kinds[kind].values()}
-        first[stems].append(kind)
-    return [image for image in images if image.path not in copies]
-
-
-def alike(some: dict[str, ImageFile], others: dict[str, ImageFile]) -> bool:
-    """Whether the first images of the same names, {stem: image}, show the same."""
-    try:
-        pairs = [
-            [open_image(each[stem].path) for each in (some, others)] for stem in [*some][:SHOWN]
-        ]
-    except UserError:  # `samples.decode_pairs` names the file
-        return False
-    small = [[np.asarray(i.convert("L").resize((32, 32)), float) for i in pair] for pair in pairs]
-    return all(a.size == b.size for a, b in pairs) and all(abs(a - b).mean() < 4 for a, b in small)
-
-
-def masks_next_to(root: Path) -> list[ImageFile]:
-    """The masks in folders next to a folder of images, which belong to it by all names.
+def masks_next_to(root: Path, files: list[ImageFile]) -> list[ImageFile]:
+    """The masks in folders next to a folder of images, `files`, which belong to it by all names.
 
     Those of the folders have the same words, or a folder has none but those of masks and splits;
     those of nearly all files are those of images.
     """
-    images = [file for file in list_files(root) if not file.role]
+    images = [file for file in files if not file.role]
     own, masks = words_of_place(split_words(root.name)), []
     for folder in sorted(path for path in root.parent.iterdir() if path.is_dir() and path != root):
         words = split_words(folder.name)
         if MASK_WORDS & set(words) and words_of_place(words) in ([], own):
-            files = [file._replace(role=folder.name) for file in list_files(folder)]
-            matched = sum(map(len, match(images, files).values()))
-            masks += files if 10 * matched >= 9 * min(len(files), len(images)) > 0 else []
+            others = [file._replace(role=folder.name) for file in list_files(folder)]
+            matched = sum(map(len, match(images, others).values()))
+            masks += others if 10 * matched >= 9 * min(len(others), len(images)) > 0 else []
     return masks
-
-
-def choose_split(files: list[ImageFile], test: bool) -> list[ImageFile]:
-    """The test images alone, or all others."""
-    return [file for file in files if (file.split == "test") == test]
 
 
 def one_split(
@@ -522,41 +445,6 @@ def images_alone(root: Path, masks: str, target: str, training: bool) -> Collect
         paths = list_images(folder)
         samples = pd.DataFrame({"id": list(paths), "image": list(paths.values())})
         return Collection("images without masks", samples.assign(mask=None))
-    images = without_auxiliary([file for file in list_files(root) if not file.role])
+    images = images_among(list_files(root))
     images = choose_split(images, not training) or images
     return collect(root, images, {})._replace(name="images without masks") if images else None
-
-
-# --------------------------------------------------------------------------------------------------
-#  What is in a folder, for a refusal
-# --------------------------------------------------------------------------------------------------
-
-
-def describe_folder(root: Path) -> str:
-    """The folders with their first three files, and what is there but not read."""
-    folders, notes = [], []
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        names = sorted(name for name in names if not name.startswith("."))
-        if names:
-            shown = ", ".join(names[:3]) + (f", ... ({len(names)} files)" if names[3:] else "")
-            place = os.path.relpath(folder, root)
-            folders.append(shown if place == "." else f"{place}/ ({shown})")
-        notes += [note for name in names[:20] if (note := not_read(Path(folder, name)))]
-    there = f"there is {first_five(folders)}" if folders else "it is empty"
-    return "; ".join([there, *dict.fromkeys(notes)])
-
-
-def not_read(path: Path) -> str:
-    """What to do with a file that the kit does not read: an archive, COCO or labelme; else ""."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz" or suffix in NOT_READ:
-        return f"{''.join(path.suffixes[-2:])} is not read: save each image as a PNG or TIFF"
-    if suffix == ".zip":
-        return f"unpack {path.name}: unzip -q {path} -d {path.with_suffix('')}"
-    if suffix != ".json":
-        return ""
-    with path.open("rb") as file:
-        head = file.read(1 << 20)
-    kind = "labelme" if b'"shapes"' in head else "COCO" if b'"annotations"' in head else ""
-    return f"{kind} json is not read: convert it to mask files" if kind else ""

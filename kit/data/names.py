@@ -1,4 +1,4 @@
-"""Names: what the names of files and folders say, which are masks, and of which split."""
+"""The files below a folder: what their names say, which are masks, and of which split."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 
 from kit.data.photos import open_image
 from kit.data.readers import IMAGE_SUFFIXES
-from kit.errors import UserError
+from kit.errors import UserError, first_five
 
 MASK_WORDS = {
     "mask", "masks", "msk", "label", "labels", "lab", "lbl", "annotation", "annotations", "annot",
@@ -47,6 +47,7 @@ TRAINING_OUTPUTS = {  # the images that train.py writes, the first two into ever
 }  # fmt: skip
 MARKER = ".written_by_segmentation_kit"  # in infer.py's --out: what is there is no data
 NEVER_MASKS = {"SegmentationObject"}  # Pascal VOC's instances, next to its classes
+NOT_READ = {".h5", ".hdf5", ".mat", ".nii", ".mha", ".nrrd", ".dcm", ".dicom"}
 
 
 class ImageFile(NamedTuple):
@@ -228,3 +229,122 @@ def tail_of(stem: str, stems: set[str]) -> str:
     """What a name has more than the longest other name that it starts with, such as _1stHO."""
     ends = [match.start() for match in re.finditer(r"[\W_]", stem)]
     return next((stem[end:] for end in reversed(ends) if stem[:end] in stems), "")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Choose: the masks that --masks names, the images, a split
+# --------------------------------------------------------------------------------------------------
+
+
+def named_masks(root: Path, masks: str, files: list[ImageFile]) -> list[ImageFile]:
+    """The masks that --masks names: a folder, or a pattern with {stem}. Raises UserError.
+
+    Also several of these with a comma between them.
+    """
+    if "," in masks and not (root / masks).exists():
+        return [f for name in masks.split(",") for f in named_masks(root, name.strip(), files)]
+    if "{stem}" in masks:
+        before, after = map(re.escape, masks.split("{stem}", 1))
+        pattern = re.compile(rf"(?:.*/)?{before}([^/]+){after}(\.\w+)?")
+        names = [str(file.path) if os.path.isabs(masks) else file.name for file in files]
+        matches = zip(files, map(pattern.fullmatch, names), strict=True)
+        chosen = [file._replace(role=masks, stem=match[1]) for file, match in matches if match]
+        if not chosen:
+            raise UserError(f"--masks {masks}", "no file fits", describe_folder(root))
+        return chosen
+    folders = {path for file in files for path in file.path.parents if path.name == masks}
+    folders |= {Path(masks).absolute(), root / masks, root.parent / masks}
+    folders = {path for path in folders if path.is_dir()}
+    if not folders:
+        raise UserError(
+            f"--masks {masks}",
+            "not found, and no {stem} in it",
+            "name a folder of masks, a csv of RLE, or a pattern such as labels/{stem}_mask.png",
+        )
+    inside = [file for file in files if folders & set(file.path.parents)]
+    outside = [file for folder in sorted(folders) for file in list_files(folder)]
+    return [file._replace(role=masks) for file in inside or outside]
+
+
+def images_among(files: list[ImageFile], masks: Iterable[ImageFile] = ()) -> list[ImageFile]:
+    """The images among files, without `masks` and what is made of images, by a word or a folder.
+
+    Where a name occurs again, the folder counts that is named as one of images.
+    """
+    paths = {mask.path for mask in masks}
+    images = [file for file in files if not file.role and file.path not in paths]
+    ranks: dict[tuple, int] = defaultdict(int)
+    for image in images:
+        key = (image.split, image.stem)
+        ranks[key] = max(ranks[key], image.rank)
+    lowest = 1 if any(image.rank > 0 for image in images) else min(ranks.values(), default=0)
+    images = [i for i in images if i.rank >= max(lowest, 2 * (ranks[i.split, i.stem] == 2))]
+    return without_copies(images)
+
+
+def without_copies(images: list[ImageFile]) -> list[ImageFile]:
+    """The images without those that a folder or a suffix holds again in another format."""
+    kinds: dict[tuple[Path, str], dict[str, ImageFile]] = defaultdict(dict)
+    for image in images:
+        kinds[image.path.parent, image.path.suffix.lower()][image.stem] = image
+    first: dict[frozenset[str], list[tuple[Path, str]]] = defaultdict(list)
+    copies: set[Path] = set()
+    for kind in sorted(kinds, key=lambda kind: kind[1] in LOSSY):
+        stems = frozenset(kinds[kind])
+        others = [kinds[other] for other in first[stems] if other[1] != kind[1]]
+        if len(stems) > 1 and any(alike(kinds[kind], other) for other in others):
+            copies |= {image.path for image in kinds[kind].values()}
+        first[stems].append(kind)
+    return [image for image in images if image.path not in copies]
+
+
+def alike(some: dict[str, ImageFile], others: dict[str, ImageFile]) -> bool:
+    """Whether the first images of the same names, {stem: image}, show the same."""
+    try:
+        pairs = [
+            [open_image(each[stem].path) for each in (some, others)] for stem in [*some][:SHOWN]
+        ]
+    except UserError:  # `samples.decode_pairs` names the file
+        return False
+    small = [[np.asarray(i.convert("L").resize((32, 32)), float) for i in pair] for pair in pairs]
+    return all(a.size == b.size for a, b in pairs) and all(abs(a - b).mean() < 4 for a, b in small)
+
+
+def choose_split(files: list[ImageFile], test: bool) -> list[ImageFile]:
+    """The test images alone, or all others."""
+    return [file for file in files if (file.split == "test") == test]
+
+
+# --------------------------------------------------------------------------------------------------
+#  What is in a folder, for a refusal
+# --------------------------------------------------------------------------------------------------
+
+
+def describe_folder(root: Path) -> str:
+    """The folders with their first three files, and what is there but not read."""
+    folders, notes = [], []
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        names = sorted(name for name in names if not name.startswith("."))
+        if names:
+            shown = ", ".join(names[:3]) + (f", ... ({len(names)} files)" if names[3:] else "")
+            place = os.path.relpath(folder, root)
+            folders.append(shown if place == "." else f"{place}/ ({shown})")
+        notes += [note for name in names[:20] if (note := not_read(Path(folder, name)))]
+    there = f"there is {first_five(folders)}" if folders else "it is empty"
+    return "; ".join([there, *dict.fromkeys(notes)])
+
+
+def not_read(path: Path) -> str:
+    """What to do with a file that the kit does not read: an archive, COCO or labelme; else ""."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz" or suffix in NOT_READ:
+        return f"{''.join(path.suffixes[-2:])} is not read: save each image as a PNG or TIFF"
+    if suffix == ".zip":
+        return f"unpack {path.name}: unzip -q {path} -d {path.with_suffix('')}"
+    if suffix != ".json":
+        return ""
+    with path.open("rb") as file:
+        head = file.read(1 << 20)
+    kind = "labelme" if b'"shapes"' in head else "COCO" if b'"annotations"' in head else ""
+    return f"{kind} json is not read: convert it to mask files" if kind else ""

@@ -20,7 +20,7 @@ import pandas as pd
 from kit.config import Classes, ModelConfig
 from kit.data import csvs, folders, kitti
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
-from kit.data.folders import Collection, describe_folder
+from kit.data.folders import Collection
 from kit.data.folds import assign_folds
 from kit.data.images import prepare_pair
 from kit.data.masks import (
@@ -31,7 +31,7 @@ from kit.data.masks import (
     choose_masks,
     measure,
 )
-from kit.data.names import MARKER
+from kit.data.names import MARKER, describe_folder
 from kit.data.photos import open_image
 from kit.data.rasters import Layer
 from kit.data.readers import (
