@@ -1,9 +1,10 @@
 """Classes: the files that list them, what --classes asks for, their colours."""
 
 import functools
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +46,6 @@ class ClassRequest(NamedTuple):
     optional: bool = False  # the file was not named: it counts where it lists all values
     unread: str = ""  # why a file that may list the classes does not count
     model: Classes | None = None  # in inference
-
-    @property
-    def may_be_objects(self) -> bool:
-        """Whether values that nobody listed may number objects."""
-        return self.merged or not (self.listed or self.asks_for_labels)
 
     @property
     def asks_for_labels(self) -> bool:
@@ -159,15 +155,13 @@ def find_columns(rows: list[list[str]]) -> tuple[dict[str, int], list[list[str]]
         return columns | {"name": min({*texts} - {*colours}, default=0)}, rows
     columns = {}
     for field, headers in COLUMNS.items():
-        fitting = [titles.index(title) for title in headers if title in titles]
-        fitting = [k for k in fitting if k not in columns.values()]
+        named = [titles.index(title) for title in headers if title in titles]
+        fitting = [k for k in named if k not in columns.values()]
         if field == "id":
             fitting = [k for k in fitting if k in numbers or titles[k] == "id"]
         elif field == "name":
             fitting = [k for k in [*fitting, *texts] if k in texts and k not in columns.values()]
-            fitting = (
-                fitting or [titles.index(title) for title in headers if title in titles] or [0]
-            )
+            fitting = fitting or named or [0]
         columns |= {field: fitting[0]} if fitting else {}
     return columns, rows
 
@@ -195,12 +189,12 @@ def check_unique(path: Path, listed: list[ListedClass]) -> None:
         raise UserError(path, f"lists {len(listed)} classes", "list at least two")
 
 
-def check_request(request: ClassRequest, names: Iterable[str]) -> None:
+def check_request(request: ClassRequest, names: Collection[str]) -> None:
     """Raise UserError for a name of --classes that is not among the names that there are."""
-    names = list(names)
-    for name in request.names:
-        if name not in names:
-            raise UserError(request.where, f"there is no class {name}", closest(name, names))
+    unknown = [name for name in request.names if name not in names]
+    if unknown:
+        problem = f"there is no class {unknown[0]}"
+        raise UserError(request.where, problem, closest(unknown[0], names))
 
 
 def choose_planes(in_masks: Classes, request: ClassRequest) -> Classes:
@@ -220,11 +214,10 @@ def choose_planes(in_masks: Classes, request: ClassRequest) -> Classes:
     for value in in_masks.values:
         fitting = [entry.name for entry in request.listed if value in (entry.name, entry.id)]
         if not fitting:
-            names = first_five(entry.name for entry in request.listed)
             raise UserError(
                 request.where,
                 f"masks are of a class {value}",
-                f"add it to the file, which lists {names}",
+                f"add it to the file, which lists {first_five(e.name for e in request.listed)}",
             )
         value_of[fitting[0]] = value
     by_id = bool({entry.id for entry in request.listed} & set(in_masks.values))
@@ -406,13 +399,9 @@ def class_colours(names: tuple[str, ...]) -> np.ndarray:
     """A colour for each class, uint8 (K, 3) RGB, that the colour-blind can tell; 40, then again."""
     if len(names) == 1:
         return np.array([FOREGROUND], np.uint8)
-    table = [list(bytes.fromhex(colour)) for colour in COLOURS.split()]
-    colours, used = np.zeros((len(names), 3), np.uint8), 0
-    for index, name in enumerate(names):
-        if name.lower().strip("_") not in BACKGROUND:
-            colours[index] = table[used % len(table)]
-            used += 1
-    return colours
+    table = itertools.cycle(tuple(bytes.fromhex(colour)) for colour in COLOURS.split())
+    black = [name.lower().strip("_") in BACKGROUND for name in names]
+    return np.array([(0, 0, 0) if each else next(table) for each in black], np.uint8)
 
 
 def palette(classes: Classes) -> tuple[np.ndarray, np.ndarray]:

@@ -268,7 +268,7 @@ def binary_values(
         return MaskValues(channel, cut=cut)
     refuse_soft_levels(counts)
     merged = bool(request and request.merged)  # into one class
-    if (not request or request.may_be_objects) and are_objects(counts, opener):
+    if (merged or not (request and request.listed)) and are_objects(counts, opener):
         if training and not merged:
             refuse_few_objects(counts, len(labels))
         return MaskValues(channel, cut=0)

@@ -376,25 +376,21 @@ class Evaluation:
         """
         sums = self.sums[view, category]
         hits, false, missed = sums.hits
-        columns = {
+        measures = {
             "IoU": ratio(hits, hits + false + missed),
             "Dice": ratio(2 * hits, 2 * hits + false + missed),
             "precision": ratio(hits, hits + false),
             "recall": ratio(hits, hits + missed),
         }
-        names, occurs = self.classes.names, hits + missed > 0
-        per_class = {
-            name: in_percent({key: values[k] for key, values in columns.items()})
-            for k, name in enumerate(names)
+        table = pd.DataFrame(measures, list(self.classes.names))
+        occurring = table[hits + missed > 0]
+        means = occurring.mean().fillna(0.0)
+        # of labels, or of each class's yes and no
+        accuracy = 1 - sums.wrong / max(1, int(sums.counts.sum()))
+        return in_percent({"mIoU": means.IoU, "mDice": means.Dice, "accuracy": accuracy}) | {
+            "absent": table.index.difference(occurring.index, sort=False).tolist(),
+            "per_class": {name: in_percent(row) for name, row in table.to_dict("index").items()},
         }
-        means = {
-            "mIoU": columns["IoU"][occurs].mean() if occurs.any() else 0.0,
-            "mDice": columns["Dice"][occurs].mean() if occurs.any() else 0.0,
-            # of labels, or of each class's yes and no
-            "accuracy": 1 - sums.wrong / max(1, int(sums.counts.sum())),
-        }
-        absent = [name for name, occurring in zip(names, occurs, strict=True) if not occurring]
-        return in_percent(means) | {"absent": absent, "per_class": per_class}
 
     def mean(self) -> dict[str, float]:
         """The mean Dice and IoU of the masks, over images and classes, in percent."""
@@ -418,12 +414,11 @@ class Evaluation:
             content["threshold"] = dict(zip(names, thresholds, strict=False)) or None
         write_file(out / "metrics.json", json.dumps(content, indent=2) + "\n")
         curves = {n: (*precision_recall(c), scores(c)) for n, c in self.curves("image").items()}
+        table = self.sums["image", "all"].counts.numpy()
         if curves:
             write_file(out / "pr_curve.png", lambda part: visualize.draw_pr_curves(curves, part))
         else:
-            table = self.sums["image", "all"].counts.numpy()
-            draw = functools.partial(visualize.draw_confusion, table, names)
-            write_file(out / "confusion.png", draw)
+            write_file(out / "confusion.png", lambda p: visualize.draw_confusion(table, names, p))
         return report
 
     def summary(self) -> str:
@@ -507,8 +502,8 @@ def write_validation(
 def export(trained: TrainedModel, out: Path) -> None:
     """Write model.pt and config.json."""
     save_model(out / "model.pt", trained)
-    everything = trained.settings | asdict(trained.config)
-    write_file(out / "config.json", json.dumps(everything, indent=2) + "\n")
+    content = json.dumps(trained.settings | asdict(trained.config), indent=2)
+    write_file(out / "config.json", f"{content}\n")
 
 
 def evaluate_folds(
