@@ -329,8 +329,10 @@ class Session:
             return ["out"]
         saved = self.saved_runs("model.pt")
         if not saved and not Path("out").exists():
-            remedy = "attach the notebook that trained one, or a data set that holds one"
-            raise StepFailed(f"TRAIN is False, but no model.pt of this kit is attached: {remedy}")
+            raise StepFailed(
+                "TRAIN is False, but no model.pt of this kit is attached: attach the notebook that "
+                "trained one, or a data set that holds one"
+            )
         return saved or ["out"]
 
     def copy_earlier_version(self) -> None:

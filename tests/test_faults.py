@@ -3,7 +3,6 @@
 FAULTS=n in the environment tries n of each kind.
 """
 
-import itertools
 import json
 import os
 import pickle
@@ -753,17 +752,20 @@ def test_a_dataset_reaches_workers_that_are_spawned(roads):
     """As on macOS and Windows, and from Python 3.14 on; they import train.py without running it."""
     config, model_config, table = prepared(roads)
     augment = train.augmentation(config)
-    for dataset in (
+    datasets = [
         train.SegmentationDataset(table, model_config, 0, augment),
         loaders.Cached(train.SegmentationDataset(table, model_config, 0, None), 1 << 20),
-    ):
-        expected = dataset[0]
-        loader = loaders.make_loader(dataset, False, 1, 1, 1, 0)
-        loader = torch.utils.data.DataLoader(
-            dataset, 1, num_workers=1, multiprocessing_context="spawn", collate_fn=loader.collate_fn
-        )
-        [batch] = itertools.islice(loader, 1)
-        assert torch.equal(batch["image"][0], expected["image"])
+    ]
+    expected = [dataset[0]["image"] for dataset in datasets]
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.ConcatDataset(datasets),  # for a single worker: it starts for seconds
+        sampler=[0, len(datasets[0])],
+        num_workers=1,
+        multiprocessing_context="spawn",
+        collate_fn=loaders.make_loader(datasets[0], False, 1, 1, 1, 0).collate_fn,
+    )
+    for image, batch in zip(expected, loader, strict=True):
+        assert torch.equal(batch["image"][0], image)
 
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])

@@ -138,8 +138,7 @@ def id_column(
             break
     else:
         return max(columns, key=lambda column: names[column] in ID_COLUMNS)
-    few = [column for column in columns if 2 * images[column] < max(images.values())]
-    columns = [column for column in columns if column not in few]
+    columns = [column for column in columns if 2 * images[column] >= max(images.values())]
     values = {column: [row[column] for row in rows] for column in columns}
     counter = {column: is_counter(values[column]) for column in columns}
     misfit = {column: stems[column].count("") - images[column] for column in columns}

@@ -210,16 +210,18 @@ def images_and_masks(root: Path, masks: str) -> tuple[list[ImageFile], list[Imag
     if not root.is_dir() or masks.endswith(".csv"):
         return [], []
     files = list_files(root)
-    others = [file for file in files if file.role]
-    if masks != "auto":
+    if masks == "auto":
+        others = [file for file in files if file.role] or masks_next_to(root, files)
+    else:
         others = named_masks(root, masks, files)
-    elif not others and split_of(split_words(root.name)) != "test":
-        others = masks_next_to(root, files)
     return images_among(files, others), others
 
 
-def propose_masks(root: Path) -> list[str]:
-    """The flags that name folders or ends of names which pair and look like masks."""
+def propose_flags(root: Path) -> list[str]:
+    """The flags that name folders or ends of names which pair and look like masks.
+
+    Without any, those of `propose_folders`.
+    """
     files = list_files(root)
     tests = {file.path for file in choose_split(files, True) if not file.role}
     rest = choose_split(files, False)
@@ -228,27 +230,28 @@ def propose_masks(root: Path) -> list[str]:
     names.update(f"{{stem}}{tail_of(f.stem, stems)}{f.path.suffix}" for f in rest)
     proposals = {}
     for name, _ in names.most_common(PROPOSED):
-        others = named_masks(root, name, files)
-        images = choose_split(images_among(files, others), False)
-        if tests & {mask.path for mask in others}:
+        masks = named_masks(root, name, files)
+        if tests & {mask.path for mask in masks}:
             continue
-        others = choose_split(others, False)
-        pairs = match(images, others)
-        paths = [mask.path for masks in pairs.values() for mask in masks]
-        if len(pairs) > 1 and 2 * len(paths) > len(others) and colours(paths) <= MASK_COLOURS:
+        images = choose_split(images_among(files, masks), False)
+        masks = choose_split(masks, False)
+        pairs = match(images, masks)
+        paths = [mask.path for some in pairs.values() for mask in some]
+        if len(pairs) > 1 and 2 * len(paths) > len(masks) and colours(paths) <= MASK_COLOURS:
             proposals[name] = len(pairs)
     most = max(proposals.values(), default=0)
-    return [f"--masks '{name}'" for name, count in proposals.items() if count == most]
+    flags = [f"--masks '{name}'" for name, count in proposals.items() if count == most]
+    return flags or propose_folders(root, files)
 
 
-def propose_folders(root: Path) -> list[str]:
+def propose_folders(root: Path, files: list[ImageFile]) -> list[str]:
     """The flags with which masks fit one folder of images, or the test images.
 
     None where the same masks fit two folders: nothing says whose they are.
     """
-    images, masks = images_and_masks(root, "auto")
+    masks = [file for file in files if file.role] or masks_next_to(root, files)
     groups, fitting, taken = defaultdict(list), [], Counter()
-    for image in sorted(images, key=lambda image: image.split != "test"):
+    for image in sorted(images_among(files), key=lambda image: image.split != "test"):
         tests = (p for p in image.path.parents if split_of(split_words(p.name)) == "test")
         folder = next(tests) if image.split == "test" else image.path.parent
         groups[folder].append(image._replace(split=""))
@@ -264,13 +267,15 @@ def masks_next_to(root: Path, files: list[ImageFile]) -> list[ImageFile]:
     """The masks in folders next to a folder of images, `files`, which belong to it by all names.
 
     Those of the folders have the same words, or a folder has none but those of masks and splits;
-    those of nearly all files are those of images.
+    those of nearly all files are those of images. None next to test images.
     """
     images = [file for file in files if not file.role]
-    own, masks = words_of_place(split_words(root.name)), []
+    own, masks = split_words(root.name), []
+    if split_of(own) == "test":
+        return []
     for folder in sorted(path for path in root.parent.iterdir() if path.is_dir() and path != root):
         words = split_words(folder.name)
-        if MASK_WORDS & set(words) and words_of_place(words) in ([], own):
+        if MASK_WORDS & set(words) and words_of_place(words) in ([], words_of_place(own)):
             others = [file._replace(role=folder.name) for file in list_files(folder)]
             matched = sum(map(len, match(images, others).values()))
             masks += others if 10 * matched >= 9 * min(len(others), len(images)) > 0 else []

@@ -167,17 +167,17 @@ def roles_by_name(files: list[ImageFile]) -> list[ImageFile]:
     words = [split_words(file.stem) for file in files]
     splits = [split_of(name) for name in words]
     if len(set(splits)) > 1 and all(splits) and not any(file.split for file in files):
-        pairs = zip(files, splits, strict=True)  # train_1, testA_1
-        files = [file._replace(split=split) for file, split in pairs]
+        # train_1, testA_1
+        files = [file._replace(split=split) for file, split in zip(files, splits, strict=True)]
     if not files or any(file.role for file in files):
         return files
     stems = {file.stem for file in files}
     tails = [tail_of(file.stem, stems) for file in files]
-    made = [bool(AUXILIARY_WORDS & set(split_words(tail))) for tail in tails]
-    if any(made):
-        rest = [file for file, aux in zip(files, made, strict=True) if not aux]
-        others = [file._replace(rank=-1) for file, aux in zip(files, made, strict=True) if aux]
-        return roles_by_name(rest) + others
+    kinds: dict[bool, list[ImageFile]] = defaultdict(list)  # True: made of images
+    for file, tail in zip(files, tails, strict=True):
+        kinds[bool(AUXILIARY_WORDS & set(split_words(tail)))].append(file)
+    if kinds[True]:
+        return roles_by_name(kinds[False]) + [file._replace(rank=-1) for file in kinds[True]]
     words = [split_words(file.stem.rstrip("0123456789")) for file in files]
     marked = [next((w for w in (n[-1:] + n[:1]) if w in MASK_WORDS), "") for n in words]
     counts = Counter(tails)

@@ -292,7 +292,7 @@ def remedy_for_missing(samples: pd.DataFrame, data: Path) -> str:
     """What to do about images without a mask: only what pairs is proposed."""
     paired = samples[samples["mask"].notna()]
     if paired.empty:
-        flags = folders.propose_masks(data) or folders.propose_folders(data)
+        flags = folders.propose_flags(data)
         masks = f"name them with {' or '.join(flags[:3])}" if flags else "add the masks"
         csv = "list both in a csv with the columns image,mask and name that with --data"
         return f"{masks}, or {csv}; {describe_folder(data)}"

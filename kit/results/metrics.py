@@ -178,11 +178,9 @@ class Prediction:
     def __init__(self, sample: Any, prediction: np.ndarray, config: ModelConfig, decoded: bool):
         """`prediction`: see `predict.to_prediction`. Unless `decoded` it is kept as PNG."""
         self.sample, self.config = sample, config
-        self.size, self.arrays, self.pngs = prediction.shape[1:], None, []
-        if decoded:
-            self.arrays = prediction, sample.mask.read(self.size)
-        else:
-            self.pngs = [encode_image(plane, ".png") for plane in prediction]
+        self.size = prediction.shape[1:]
+        self.arrays = (prediction, sample.mask.read(self.size)) if decoded else None
+        self.pngs = [] if decoded else [encode_image(plane, ".png") for plane in prediction]
 
     @property
     def planes(self) -> np.ndarray:
@@ -465,8 +463,7 @@ def evaluate_and_export(
     config = tune(predictions, trained.config, goal)
     report = write_validation(out, predictions, config, goal)
     export(trained._replace(config=config, metrics=report), out)
-    draw = functools.partial(visualize.draw_training_curves, rows, epoch)
-    write_file(out / "curves.png", draw)
+    write_file(out / "curves.png", lambda p: visualize.draw_training_curves(rows, epoch, p))
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
     return predictions
 

@@ -222,8 +222,8 @@ class RleSubmission:
         problem = f"{len(unknown)} ids without an image in --data: {first_five(unknown)}"
         none = len(unknown) == len(ids)
         if on_missing == "error" or (none and count and on_missing != "rerun"):
-            remedy = "" if none else "--on_missing empty: empty masks"
-            raise UserError(where, problem, remedy or "name the folder of its images")
+            remedy = "name the folder of its images" if none else "--on_missing empty: empty masks"
+            raise UserError(where, problem, remedy)
         print(f"{where}: {problem}; their masks are empty")
         if none:
             print("NO ID OF THE SAMPLE SUBMISSION IS AN IMAGE: ALL MASKS ARE EMPTY", flush=True)
@@ -273,8 +273,7 @@ class RleSubmission:
         for index, value in enumerate(self.classes.values):
             pixels = plane(mask, index) == 1
             if self.size:
-                shrinks = self.size[0] < pixels.shape[0]
-                kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+                kind = cv2.INTER_AREA if self.size[0] < pixels.shape[0] else cv2.INTER_LINEAR
                 pixels = cv2.resize(pixels.astype(np.float32), self.size[::-1], None, 0, 0, kind)
                 pixels = pixels >= 0.5
             encode = rle_objects if self.instances == "rows" else rle_encode
@@ -284,18 +283,17 @@ class RleSubmission:
     def write(self, out: Path) -> None:
         """Write submission.csv whole. An image without an answer gets empty masks."""
         answers = [list(filter(None, self.answers.get(key, []))) for key in self.keys]
-        content, count = io.StringIO(), 0
-        writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(self.header)
-        for fields, masks in zip(self.rows, answers, strict=True):
-            before, after = fields[: self.column], fields[self.column + 1 :]
-            for answer in self.fields_of(masks) or [self.empty]:
-                writer.writerow([*before, answer, *after])
-                count += 1
+        rows = [
+            [*fields[: self.column], answer, *fields[self.column + 1 :]]
+            for fields, masks in zip(self.rows, answers, strict=True)
+            for answer in self.fields_of(masks) or [self.empty]
+        ]
+        content = io.StringIO()
+        csv.writer(content, lineterminator="\n").writerows([self.header, *rows])
         write_file(out / "submission.csv", content.getvalue())
         filled = sum(map(bool, answers))
-        of = "" if count == len(answers) else f" of {len(answers)} images"
-        print(f"wrote {out / 'submission.csv'}: {count} rows, {filled}{of} not empty")
+        of = "" if len(rows) == len(answers) else f" of {len(answers)} images"
+        print(f"wrote {out / 'submission.csv'}: {len(rows)} rows, {filled}{of} not empty")
 
     def fields_of(self, masks: list[str]) -> list[str]:
         """The answers of an image and class, a row each; masks as lists are all in one."""
@@ -317,7 +315,8 @@ def tables_of_names(
         try:
             titles, *first = (fields for _, fields in itertools.islice(read_rows(path), 2))
             keys = [c for c, title in enumerate(titles) if title in header and path != sample]
-            files = [c for fields in first for c, field in enumerate(fields) if is_image(field)]
+            suffixes = [Path(field).suffix.lower() for fields in first for field in fields]
+            files = [c for c, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
             rows = list(read_table(path)[1].values()) if keys and files else []
         except (UserError, ValueError):  # no table of names; ValueError: no row
             continue
@@ -325,11 +324,6 @@ def tables_of_names(
             pairs = {(row[key], match(row[column])) for row in rows if match(row[column])}
             if len(pairs) == len(dict(pairs)) == len({stem for _, stem in pairs}):
                 yield {name: stems[stem] for name, stem in pairs}
-
-
-def is_image(name: str) -> bool:
-    """Whether a field is the name of an image."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def places_of_samples(root: Path, folder: Path) -> Iterator[Path]:
@@ -357,11 +351,8 @@ def find_sample_submission(folder: Path, ids: Iterable[str], root: Path | None =
     if len(samples) < 2:
         return str(samples[0]) if samples else ""
     match = id_matcher(ids)
-
-    def matches(path: Path) -> int:
-        return len({match(field) for _, fields in read_rows(path) for field in fields} - {""})
-
-    return str(max(samples, key=matches))
+    fields = {path: {field for _, row in read_rows(path) for field in row} for path in samples}
+    return str(max(samples, key=lambda path: len(set(map(match, fields[path])) - {""})))
 
 
 def check_sample(data: str, classes: Classes) -> None:

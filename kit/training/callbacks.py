@@ -455,8 +455,7 @@ def leave_together(run: TrainingCallback) -> Iterator[None]:
         with clear_loader_errors():
             yield
     except BaseException as error:
-        politely = isinstance(error, (Interrupted, Stopped, SIGTERMException))
-        reason = 2 if politely else 3
+        reason = 2 if isinstance(error, (Interrupted, Stopped, SIGTERMException)) else 3
         reason = 1 if isinstance(error, torch.OutOfMemoryError) else reason
         if run.meets:
             # this error is raised instead; the others may be gone

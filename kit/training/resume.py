@@ -79,13 +79,14 @@ def differences(now: Identity, earlier: Identity) -> tuple[list[str], list[str]]
             file, name = key.split(": ")
             files.setdefault(file, []).append(name)
     texts = [f"{file} differs: {first_five(names)}" for file, names in files.items()]
-    added = [name for name in now.samples if name not in earlier.samples]
-    gone = [name for name in earlier.samples if name not in now.samples]
-    other = [n for n, row in now.samples.items() if earlier.samples.get(n, row)[0] != row[0]]
-    lists = {"images were added": added, "images are gone": gone, "masks differ": other}
-    texts += [
-        f"{len(names)} {change}: {first_five(names)}" for change, names in lists.items() if names
-    ]
+    lists = {
+        "images were added": [n for n in now.samples if n not in earlier.samples],
+        "images are gone": [n for n in earlier.samples if n not in now.samples],
+        "masks differ": [
+            n for n, row in now.samples.items() if earlier.samples.get(n, row)[0] != row[0]
+        ],
+    }
+    texts += [f"{len(names)} {what}: {first_five(names)}" for what, names in lists.items() if names]
     if not texts and now.samples != earlier.samples:
         texts.append("the folds differ")
     return settings, texts
