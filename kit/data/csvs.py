@@ -195,27 +195,22 @@ def class_of(label: str) -> str:
 
 def row_classes(
     header: list[str], table: dict[int, list[str]], ids: int, match: Match
-) -> tuple[dict[int, list[str]], dict[int, str]]:
-    """The rows of a csv, whose ids lose a class that is joined, and {row: class}.
+) -> dict[int, str]:
+    """{row: class} of a csv; a class that is joined to the ids is taken off them.
 
     Of one class {} is returned, but for a column of classes.
     """
     column = class_column(header, ids)
     if column is not None:
-        return table, {line: class_of(row[column]) for line, row in table.items()}
+        return {line: class_of(row[column]) for line, row in table.items()}
     known = {split_id(row[ids], match)[1] for row in table.values()} - {""}
     pairs = {line: split_id(row[ids], match, known) for line, row in table.items()}
     labels = {line: class_of(label) for line, (_, label) in pairs.items() if label}
     if len(set(labels.values())) < 2 or 2 * len(labels) <= len(table):
-        return table, {}
+        return {}
     for line, row in table.items():
         row[ids] = pairs[line][0]
-    return table, labels
-
-
-def is_flag(labels: dict[int, str], filled: Iterable[int]) -> bool:
-    """Whether a column of 0 and 1 says which rows, of those with their numbers, have a mask."""
-    return set(labels.values()) == {"0", "1"} and "0" not in {labels[line] for line in filled}
+    return labels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,9 +238,8 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
     if train:
         return train[0]
     files = list_files(folder)
-    if any(file.role for file in files):
-        return None
-    if image_paths(folder) and masks_next_to(folder, files):  # not next to a folder of folders
+    is_folder = bool(image_paths(folder))  # else a folder of folders: what is next to it is not its
+    if any(file.role for file in files) or (is_folder and masks_next_to(folder, files)):
         return None
     if len(tables) > 1 and training:
         raise UserError(
@@ -335,8 +329,9 @@ def read_masks(path: Path, images: list[Path]) -> MaskTable:
     if len(columns) > 1:
         labels, classes = {}, tuple(header[column] for column in columns)
     else:
-        table, labels = row_classes(header, table, ids, match)
-        if is_flag(labels, (line for line, row in table.items() if not is_empty(row[columns[0]]))):
+        labels = row_classes(header, table, ids, match)
+        of_masks = {labels[line] for line in labels if not is_empty(table[line][columns[0]])}
+        if set(labels.values()) == {"0", "1"} and "0" not in of_masks:
             print(f"{path.name}: 0 and 1 say which images have a mask, they are no classes")
             labels = {}
         classes = sort_values(filter(None, labels.values()))
