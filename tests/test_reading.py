@@ -1188,3 +1188,10 @@ def test_a_csv_of_masks_without_foreground_or_background_is_refused(tmp_path, fu
     samples = scan(collection.samples, Classes())
     with pytest.raises(UserError, match=f"all 8 masks are {'full' if full else 'empty'}"):
         decode_pairs(samples, ModelConfig(), 0)
+
+
+def test_nothing_is_left_where_no_image_has_a_mask(tmp_path):
+    for number in range(3):
+        save(tmp_path / "images" / f"p{number}.png", pair(number)[0])
+    with pytest.raises(UserError, match="0 pairs; at least 2 are needed"):
+        find_samples(str(tmp_path), training=True, missing="leave_out")

@@ -284,7 +284,8 @@ def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
         remedy = remedy_for_missing(samples, data)
         raise UserError(f"--data {data}", f"{problem}: {names}", remedy)
     if len(samples) < 2:
-        open_image(samples.image[0])  # an image of many pages is no data set
+        for image in samples.image:  # an image of many pages is no data set
+            open_image(image)
         raise UserError(f"--data {data}", pairs, "at least 2 are needed, to train and to validate")
 
 
