@@ -71,7 +71,7 @@ TTA = True  # average with the prediction of the flipped image: a little better,
 # %% folders
 from pathlib import Path
 
-for wing in ("data", "network", "results", "training"):
+for wing in ("data", "network", "results", "training", "extra"):
     Path("kit", wing).mkdir(parents=True, exist_ok=True)
 
 # %% kit/results/predict.py
@@ -144,6 +144,11 @@ for wing in ("data", "network", "results", "training"):
 # %% kit/results/visualize.py _kg_hide-input=true
 
 # %% kit/results/submissions.py _kg_hide-input=true
+
+# %% title-extra [markdown]
+# ### kit/extra: what is asked for by a flag of its own
+
+# %% kit/extra/runs.py _kg_hide-input=true
 
 # %% title-ground [markdown]
 # ### kit: what all of it stands on
@@ -248,6 +253,11 @@ if TRAIN:
     show_scores("out")
     show_images(sorted(Path("out").glob("**/curves.png")))
     show_images(sorted(Path("out").glob("**/validation.jpg")))
+    earlier = {kaggle.run_of(path) for path in session.saved_runs("model.pt")}
+    runs = [folder for folder in sorted(earlier) if (folder / "scores.csv").exists()]
+    if runs:  # versions of this notebook that are attached
+        kaggle.run("train.py", "--compare", "out", *runs, "--out", "runs")
+        show_images([Path("runs/runs.png")])
 
 # %% title-predict [markdown]
 # ## Predict and look

@@ -7,7 +7,7 @@ What to change first: `Config` (or its flags), then `augmentation` and `loss`.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kit.cli import parse
@@ -71,11 +71,18 @@ class Config:
     devices: int = 1  # [1..1024] GPUs (or CPU processes)
     workers: int = -1  # [-1..256] processes that load data; -1: 4 next to a GPU, 0 on a CPU
     resume: str = "auto"  # auto: continue an unfinished run in --out; none: start over; a last.ckpt
+    # no training: the table of finished runs, folders or patterns such as tries/*, into --out
+    compare: list[str] = field(default_factory=list)
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
     with one_line_errors():
         CONFIG = parse(Config, __doc__)
+        if CONFIG.compare:
+            from kit.extra.runs import compare
+
+            compare(CONFIG.compare, CONFIG.out)
+            raise SystemExit
 
 import copy
 import math

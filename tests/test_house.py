@@ -21,6 +21,7 @@ from kit.network import model
 
 HOUSE = {  # each wing with its files, from top to bottom: a file imports only files after it
     "scripts": "train.py infer.py utils.py",
+    "extra": "runs.py",
     "training": "callbacks.py resume.py resolve.py loaders.py",
     "results": "metrics.py submissions.py visualize.py predict.py",
     "network": "model.py encoders.py",

@@ -37,6 +37,7 @@ FILES = (  # in the order of their cells
     "kit/training/resolve.py", "kit/training/loaders.py", "kit/training/callbacks.py",
     "kit/training/resume.py",
     "kit/results/metrics.py", "kit/results/visualize.py", "kit/results/submissions.py",
+    "kit/extra/runs.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
 OPEN = ("train.py", "kit/results/predict.py")

@@ -57,7 +57,7 @@ class Sample:
     """A row of the samples table, as far as `Evaluation` looks at it."""
 
     def __init__(self, category="", views=()):
-        self.category, self.views = category, views
+        self.id, self.category, self.views = "", category, views
 
 
 def random_pairs(widths):

@@ -294,6 +294,7 @@ class Evaluation:
     def __init__(self, classes: Classes, empty_score: str = "1") -> None:
         self.classes, self.empty_score = classes, empty_score
         self.sums: dict[tuple[str, str], Sums] = {}  # {(view, category): of its images}
+        self.ids: list[str] = []  # of the images
         self.image_hits: list[np.ndarray] = []  # of each image, (3, K)
         # after each epoch, the first one decides; and in the summary
         self.logged, self.shown = ("MaxF", "AP", "IoU50"), ("MaxF", "AP", "IoU")
@@ -316,6 +317,7 @@ class Evaluation:
         for view, (planes, final, target) in seen.items():
             sums = count_image(planes, target, self.classes, final)
             if view == "image":
+                self.ids.append(sample.id)
                 counted = sums.counts.numpy().any(None if self.classes.exclusive else (1, 2))
                 self.image_hits.append(np.where(counted, sums.hits, np.nan))
             for category in dict.fromkeys(("all", sample.category or "all")):
@@ -328,6 +330,7 @@ class Evaluation:
 
     def merge(self, other: "Evaluation") -> None:
         """Add what another process has evaluated."""
+        self.ids += other.ids
         self.image_hits += other.image_hits
         for (view, category), sums in other.sums.items():
             self.add_sums(view, category, sums)
@@ -337,7 +340,7 @@ class Evaluation:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, self)
-            self.sums, self.image_hits = {}, []
+            self.sums, self.ids, self.image_hits = {}, [], []
             for evaluation in gathered:  # with this one
                 self.merge(evaluation)
 
@@ -397,6 +400,13 @@ class Evaluation:
         dice, iou = (100 * rows.sum(0) / max(1, len(rows))).round(4).tolist()
         return {"Dice": dice, "IoU": iou}
 
+    def image_table(self) -> pd.DataFrame:
+        """Pixels of each image and class: tp, fp, fn; without those that are ignored."""
+        index = pd.MultiIndex.from_product([self.ids, self.classes.names], names=["id", "class"])
+        hits = np.concatenate([hits.T for hits in self.image_hits])
+        table = pd.DataFrame(hits, index, ["tp", "fp", "fn"])
+        return table.dropna().astype(int).reset_index()
+
     def image_iou(self, hits: np.ndarray) -> float:
         """The IoU of an image, the mean over the classes that occur in it."""
         values = mask_scores(hits, self.empty_score)[:, 1]
@@ -404,13 +414,14 @@ class Evaluation:
         return float(np.nan_to_num(values[occurs].mean() if occurs.any() else values[0]))
 
     def write(self, out: Path, thresholds: tuple[float, ...]) -> dict[str, Any]:
-        """Write metrics.json, and pr_curve.png or confusion.png; returns the report."""
+        """Write metrics.json, scores.csv, pr_curve.png or confusion.png; returns the report."""
         report, names = self.report(), self.classes.names
         content = {"threshold": thresholds[0] if thresholds else None, "mean": self.mean()} | report
         if self.classes.several:
             content["classes"] = self.class_report()
             content["threshold"] = dict(zip(names, thresholds, strict=False)) or None
         write_file(out / "metrics.json", json.dumps(content, indent=2) + "\n")
+        write_file(out / "scores.csv", self.image_table().to_csv(index=False))
         curves = {n: (*precision_recall(c), scores(c)) for n, c in self.curves("image").items()}
         table = self.sums["image", "all"].counts.numpy()
         if curves:

@@ -1,0 +1,172 @@
+"""The table of runs: what differs between them, and whether the scores do, beyond chance.
+
+    python train.py --compare out1 out2 "tries/*"
+
+`scores.csv` of a run holds the pixels of each validation image, so that two runs on the same images
+are compared image by image.
+"""
+
+import glob
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kit.errors import UserError
+from kit.files import writable_folder, write_file
+
+# settings that say where files are or how the machine is used
+NOT_COMPARED = {
+    "data", "out", "compare", "masks", "resume", "check", "workers", "devices", "precision",
+    "thresholds", "areas", "mean", "std", "class_names", "class_values", "value_range", "metric",
+}  # fmt: skip
+SURE = 2  # standard errors
+METRICS = {"dice": "Dice", "iou": "IoU", "miou": "IoU", "maxf": "F1"}
+
+
+class Run(NamedTuple):
+    """What a training left in its --out."""
+
+    name: str
+    settings: dict[str, Any]
+    epochs: int
+    minutes: float
+    pixels: pd.DataFrame  # scores.csv: tp, fp, fn of each image and class
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its files; of --fold all the settings are those of its first fold. UserError."""
+    parts = sorted(folder.glob("fold*/config.json")) or [folder / "config.json"]
+    try:
+        settings = json.loads(parts[0].read_text())
+        epochs = [pd.read_csv(part.with_name("metrics.csv")) for part in parts]
+        pixels = pd.read_csv(folder / "scores.csv", dtype={"id": str, "class": str})
+        pixels = pixels.set_index(["id", "class"])[["tp", "fp", "fn"]]
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"is no finished run ({type(error).__name__}: {error})"
+        raise UserError(f"--compare {folder}", problem, "name --out folders of train.py") from None
+    seconds = sum(table.seconds.max() for table in epochs)
+    most = max(int(table.epoch.max()) for table in epochs)
+    return Run(str(folder), settings, most, seconds / 60, pixels)
+
+
+def image_values(pixels: pd.DataFrame, metric: str) -> pd.Series:
+    """A metric of each image, the mean over its classes, in percent.
+
+    "F1" is the one over all pixels at once plus the image's part in it, to first order: the mean
+    over images is the F1, their spread its error. An empty mask that is right counts 100.
+    """
+    tp, fp, fn = (pixels[name] for name in ("tp", "fp", "fn"))
+    if metric == "F1":
+        above, below = 2 * tp, 2 * tp + fp + fn
+        pooled = above.sum() / max(1, below.sum())
+        values = pooled + (above - pooled * below) / max(1e-9, below.mean())
+    else:
+        above, below = (tp, tp + fp + fn) if metric == "IoU" else (2 * tp, 2 * tp + fp + fn)
+        values = (above / below).where(below > 0, 1.0)
+    return 100 * values.groupby(level="id", sort=False).mean()
+
+
+def standard_error(values: pd.Series) -> float:
+    """Of a mean; of one value it is not known."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The settings whose values are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [
+        name
+        for name in names
+        if name not in NOT_COMPARED and len({str(run.settings.get(name)) for run in runs}) > 1
+    ]
+
+
+def same_images(run: Run, other: Run) -> bool:
+    """Whether two runs were scored on the same images with the same ground truth."""
+    if set(run.pixels.index) != set(other.pixels.index):
+        return False
+    own, others = (p.tp + p.fn for p in (run.pixels, other.pixels.loc[run.pixels.index]))
+    return bool((own == others).all())
+
+
+def table_of(runs: list[Run], notes: dict[str, Any]) -> pd.DataFrame:
+    """One row for each run, the best first. `notes`: {run: its score on the leaderboard}."""
+    chosen = runs[0].settings.get("metric", "dice")
+    metric = METRICS.get(chosen, "Dice")
+    values = [image_values(run.pixels, metric) for run in runs]
+    order = sorted(range(len(runs)), key=lambda index: -values[index].mean())
+    best, best_values = runs[order[0]], values[order[0]]
+    rows = []
+    for index in order:
+        run, value = runs[index], values[index]
+        row = {"run": run.name} | {name: run.settings.get(name) for name in differing(runs)}
+        row |= {"epochs": run.epochs, "minutes": round(run.minutes, 1), "images": len(value)}
+        row |= {metric: round(value.mean(), 2), "error": round(standard_error(value), 2)}
+        row["to the best"] = describe_difference(value, best_values, same_images(run, best))
+        rows.append(row | {"leaderboard": notes.get(run.name, "")})
+    return pd.DataFrame(rows)
+
+
+def describe_difference(values: pd.Series, best: pd.Series, comparable: bool) -> str:
+    """The mean difference with its standard error, or why there is none."""
+    if values is best:
+        return "best"
+    if not comparable:
+        return "other images"
+    difference = values - best.loc[values.index]
+    error = standard_error(difference)
+    if not abs(difference.mean()) > SURE * error:  # also of one image
+        return f"no difference ({difference.mean():+.2f} ± {error:.2f})"
+    return f"{difference.mean():+.2f} ± {error:.2f}"
+
+
+def read_notes(path: Path, runs: list[Run]) -> dict[str, Any]:
+    """notes.csv, which is written with a line for each new run: {run: leaderboard}."""
+    notes = {}
+    if path.is_file():
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if list(table.columns) != ["run", "leaderboard"]:
+            raise UserError(path, "its columns are not run,leaderboard", "mend its first line")
+        notes = dict(zip(table.run, table.leaderboard, strict=True))
+    missing = [run.name for run in runs if run.name not in notes]
+    if missing:
+        notes |= dict.fromkeys(missing, "")
+        rows = pd.DataFrame({"run": notes.keys(), "leaderboard": notes.values()})
+        write_file(path, rows.to_csv(index=False))
+    return notes
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """The scores with two standard errors, the best on top, as PNG."""
+    metric = table.columns[list(table.columns).index("images") + 1]
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    rows = range(len(table))
+    axes.errorbar(table[metric], rows, xerr=SURE * table.error, fmt="o", color="green", capsize=3)
+    axes.set_yticks(rows, table.run)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{metric}, %, with two standard errors over images")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def compare(patterns: list[str], out: str) -> pd.DataFrame:
+    """Print the table of runs; write runs.csv, runs.png and notes.csv into `out`. UserError.
+
+    `patterns`: folders, or patterns of them such as tries/*.
+    """
+    folders = {name: None for text in patterns for name in sorted(glob.glob(text)) or [text]}
+    runs = [read_run(Path(name)) for name in folders if Path(name).is_dir() or len(folders) < 2]
+    if len(runs) < 2:
+        raise UserError("--compare", f"{len(runs)} runs", "name two folders or more")
+    folder = writable_folder(out)
+    table = table_of(runs, read_notes(folder / "notes.csv", runs))
+    write_file(folder / "runs.csv", table.to_csv(index=False))
+    write_file(folder / "runs.png", lambda path: draw(table, path))
+    print(table.to_string(index=False))
+    print(f"wrote {folder / 'runs.csv'} and {folder / 'runs.png'}; leaderboard: notes.csv there")
+    return table
