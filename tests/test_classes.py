@@ -643,7 +643,7 @@ class Sample:
     """A row of the samples table, as far as `Evaluation` looks at it."""
 
     def __init__(self, category="", views=()):
-        self.category, self.views = category, views
+        self.id, self.category, self.views = "", category, views
 
 
 def test_scores_of_exclusive_classes_equal_their_definition(tmp_path):
