@@ -248,20 +248,6 @@ def label_terms(
     return pixels, p, hits, size
 
 
-def class_weights(table: pd.DataFrame, fold: int, kind: str) -> Tensor | None:
-    """A weight for each class in the loss, from the images that train; None for all alike.
-
-    "inverse": one by the class's share of the pixels, which counts as a thousandth at least. The
-    mean weight of a pixel is 1. A class without pixels has the weight 0.
-    """
-    if kind == "none":
-        return None
-    share = np.array(table.shares[table.fold != fold].tolist()).mean(0)
-    weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
-    mean = (weight * share).sum() / share.sum()
-    return torch.tensor(weight / mean, dtype=torch.float32)
-
-
 def schedule(progress: float) -> float:
     """The learning rate's factor at 0..1 of the training: warm-up, then a cosine down to 1 %."""
     warm_up = min(1.0, 0.1 + progress / 0.05)
@@ -400,7 +386,8 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
                     loader, _ = make_loaders(config, model_config, table, parts)
                     run.lr = callbacks.find_lr(module, loader, make_trainer, parts)
                 module.lr = run.lr
-                module.class_weights = class_weights(table, config.fold, config.class_weights)
+                weights = resolving.class_weights(table, config.fold, config.class_weights)
+                module.class_weights = weights
                 return trainer.fit(copy.deepcopy(module), training, validation, **resumed)
         except torch.OutOfMemoryError:
             path = run.restart()

@@ -519,9 +519,9 @@ def test_a_mask_of_many_classes_is_resized_by_the_nearest_pixel():
 
 def test_weights_are_inverse_to_the_share_of_pixels():
     samples = pd.DataFrame({"shares": [(0.75, 0.25, 0.0)] * 3, "fold": [0, 1, 1]})
-    weights = train.class_weights(samples, 0, "inverse")
+    weights = train.resolving.class_weights(samples, 0, "inverse")
     assert weights.tolist() == pytest.approx([2 / 3, 2, 0])
-    assert train.class_weights(samples, 0, "none") is None
+    assert train.resolving.class_weights(samples, 0, "none") is None
 
 
 def test_folds_are_stratified_by_the_rarest_class():

@@ -300,7 +300,7 @@ STEPS = {
     "train.py: loss": ("return pixels + ", "return 2 * pixels + "),
     "train.py: augmentation": ("A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.4)"),
     "train.py: schedule": ("0.1 + progress / 0.05", "0.1 + progress / 0.06"),
-    "train.py: class_weights": ("np.maximum(share, 1e-3)", "np.maximum(share, 1e-2)"),
+    "kit/training/resolve.py: class_weights": ("(share, 1e-3)", "(share, 1e-2)"),
     "kit/data/images.py: resize_image": ("cv2.INTER_AREA if smaller", "cv2.INTER_CUBIC if smaller"),
     "kit/network/encoders.py: STATISTICS": ('"inception": HALF', '"inception": IMAGENET'),
     "kit/network/model.py: reestimate_batch_norm": ("norm.momentum = None", "norm.momentum = 0.1"),

@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -225,6 +226,20 @@ def images_per_step(batch_size: int, images: int, processes: int, parts: int = 1
             "--devices", f"{processes} processes, but {images} training images", "take fewer"
         )
     return max(1, min(-(-batch_size // (parts * processes)), images // processes))
+
+
+def class_weights(table: pd.DataFrame, fold: int, kind: str) -> torch.Tensor | None:
+    """A weight for each class in the loss, from the images that train; None for all alike.
+
+    "inverse": one by the class's share of the pixels, which counts as a thousandth at least. The
+    mean weight of a pixel is 1. A class without pixels has the weight 0.
+    """
+    if kind == "none":
+        return None
+    share = np.array(table.shares[table.fold != fold].tolist()).mean(0)
+    weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
+    mean = (weight * share).sum() / share.sum()
+    return torch.tensor(weight / mean, dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------

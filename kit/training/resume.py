@@ -35,7 +35,7 @@ WEIGHTS_FOLLOW_FROM = (
     f"{MODULE}.on_train_batch_end",
     "train.py: make_loaders",
     "train.py: make_trainer",
-    "train.py: class_weights",
+    "kit/training/resolve.py: class_weights",
     f"{CALLBACKS}: Clock",
     f"{CALLBACKS}: find_lr",
     f"{CALLBACKS}: TrainingCallback.on_train_batch_start",
