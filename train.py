@@ -42,6 +42,7 @@ class Config:
     arch: str = "Unet"  # any architecture of smp: UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...
     encoder: str = "resnet34"  # any encoder of smp; better: resnet50; faster: resnet18
     encoder_weights: str = "imagenet"  # imagenet, smp's other names, none, .safetensors, .pth file
+    init: str = ""  # own model.pt, or a folder of smp's, to start from: all that fits
     decoder_channels: str = "auto"  # 256,128,64,32,16, or a factor; auto: half for light encoders
     height: int = 0  # [0..16384] pixels of the input; 0: from images, device and minutes
     width: int = 0  # [0..16384] as height
@@ -267,6 +268,8 @@ class SegmentationModule(pl.LightningModule):
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
         network = model.build_network(model_config, config.encoder_weights)
+        if config.init:
+            print(model.take_over(network, model_config, config.encoder_weights))
         self.network = model.prepare_training(network)
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock

@@ -10,7 +10,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from conftest import succeed
+from conftest import TINY, run, succeed
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -499,3 +499,75 @@ def test_smp_builds_the_same_without_options():
     theirs = smp.create_model("Unet", "resnet34", encoder_weights=None, classes=1)
     pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# --------------------------------------------------------------------------------------------------
+#  --init
+# --------------------------------------------------------------------------------------------------
+
+CITY = ("road", "car", "sky")
+
+
+def network_of(names, seed, **changes):
+    torch.manual_seed(seed)
+    exclusive = {"exclusive": True, "thresholds": (), "areas": ()}
+    config = ModelConfig(
+        encoder="resnet18", class_names=names, class_values=names, **exclusive, **changes
+    )
+    return model.build_network(config), config
+
+
+def test_a_start_from_a_model_takes_over_decoder_and_known_classes(tmp_path):
+    trained, config = network_of(CITY, 0)
+    model.save_model(tmp_path / "model.pt", model.TrainedModel(trained, config, {}, {}))
+    fresh, other = network_of(("sky", "tree", "road"), 1)
+    head = fresh.segmentation_head[0].weight.clone()
+    file = model.weights_file(str(tmp_path))
+    encoders.load_weights(fresh, other.arch, other.encoder, file)
+    said = model.take_over(fresh, other, file)
+    assert "60 of 60 tensors of the decoder, sky, road of the head" in said
+    for key, value in trained.state_dict().items():
+        if not key.startswith("segmentation_head"):
+            assert torch.equal(fresh.state_dict()[key], value), key
+    given = trained.segmentation_head[0].weight
+    assert torch.equal(
+        fresh.segmentation_head[0].weight, torch.stack([given[2], head[1], given[0]])
+    )
+
+
+def test_a_start_from_another_decoder_takes_the_encoder_alone(tmp_path):
+    trained, config = network_of(CITY, 0)
+    model.save_model(tmp_path / "model.pt", model.TrainedModel(trained, config, {}, {}))
+    fresh, other = network_of(("a", "b"), 1, arch="FPN")
+    assert "no class of the head" in model.take_over(fresh, other, str(tmp_path / "model.pt"))
+
+
+def test_a_start_from_a_folder_of_smp(tmp_path):
+    trained, _ = network_of(CITY, 0)
+    trained.save_pretrained(tmp_path / "hub")
+    fresh, other = network_of(CITY, 1)
+    file = model.weights_file(str(tmp_path / "hub"))
+    encoders.load_weights(fresh, other.arch, other.encoder, file)
+    model.take_over(fresh, other, file)
+    assert torch.equal(
+        fresh.decoder.blocks[0].conv1[0].weight, trained.decoder.blocks[0].conv1[0].weight
+    )
+
+
+def test_a_start_from_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--init .*: no weights there; name a model\.pt"):
+        model.weights_file(str(tmp_path))
+
+
+def test_a_training_starts_from_a_model(roads, tmp_path):
+    flags = ("--data", roads, "--epochs", 1, *TINY)
+    succeed("train.py", *flags, "--out", tmp_path / "a")
+    printed = succeed("train.py", *flags, "--init", tmp_path / "a", "--out", tmp_path / "b")
+    assert "tensors of the decoder, foreground of the head" in printed
+    rows = [pd.read_csv(tmp_path / name / "metrics.csv") for name in "ab"]
+    assert rows[1].train_loss[0] < rows[0].train_loss[0]
+    wrong = run(
+        "train.py", *flags, "--init", tmp_path / "a", "--encoder", "resnet18", "--out", tmp_path
+    )
+    assert wrong.returncode == 2
+    assert "not the weights of resnet18" in wrong.stderr

@@ -13,7 +13,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kit.config import ModelConfig
-from kit.errors import UserError, reason_of
+from kit.errors import UserError, first_five, reason_of
 from kit.files import write_file
 from kit.network import encoders
 
@@ -50,6 +50,44 @@ def build_network(config: ModelConfig, weights: str = "none") -> torch.nn.Module
     network = encoders.build(config.arch, config.encoder, count, *options)
     encoders.load_weights(network, config.arch, config.encoder, weights)
     return network
+
+
+def weights_file(init: str) -> str:
+    """The file of weights that --init names: itself, or the one in a folder. Raises UserError."""
+    path = Path(init)
+    files = [path / "model.pt", path / "model.safetensors"] if path.is_dir() else [path]
+    found = next(filter(Path.is_file, files), None)
+    if not found:
+        remedy = "name a model.pt, its folder, or a folder of smp's save_pretrained"
+        raise UserError(f"--init {init}", "no weights there", remedy)
+    return str(found)
+
+
+def take_over(network: torch.nn.Module, config: ModelConfig, file: str) -> str:
+    """Give a network the decoder of a file's network, and the head's rows of classes of its name.
+
+    The encoder it has already (`encoders.load_weights`). Returns what was taken over, for people.
+    """
+    content = encoders.read_file(file)
+    given, own = encoders.find_tensors(content), network.state_dict()
+    known = list((content.get("model") or {}).get("class_names", ()))
+    fits = {
+        key: value
+        for key, value in given.items()
+        if key in own and value.shape == own[key].shape and not key.startswith("segmentation_head")
+    }
+    rows = [name for name in config.class_names if name in known]
+    for key in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
+        if rows and key in given and given[key].shape[1:] == own[key].shape[1:]:
+            fits[key] = own[key].clone()
+            places = [config.class_names.index(name) for name in rows]
+            fits[key][places] = given[key][[known.index(name) for name in rows]]
+    network.load_state_dict(own | fits)
+    decoder = [key for key in own if key.startswith("decoder.")]
+    taken = sum(key in fits for key in decoder)
+    head = first_five(rows) if "segmentation_head.0.weight" in fits else "no class"
+    parts = f"{taken} of {len(decoder)} tensors of the decoder, {head} of the head"
+    return f"init {file}: the encoder, {parts}"
 
 
 def size_step(network: torch.nn.Module) -> int:

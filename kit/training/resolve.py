@@ -30,6 +30,7 @@ from kit.network.model import (
     resolve_precision,
     scale_input,
     size_step,
+    weights_file,
 )
 
 # of an input, where neither the user nor the data ask for others
@@ -56,6 +57,8 @@ def resolve(
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
     precision = resolve_precision(config.precision, device, training=True)
+    if config.init:
+        config = replace(config, encoder_weights=weights_file(config.init))
     pretrained = config.encoder_weights != "none"
     minutes = config.max_minutes / (samples.fold.nunique() if every else 1)
     default = INPUT_PIXELS["cpu bf16" if is_fast_cpu(device, precision) else device]
