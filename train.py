@@ -7,10 +7,11 @@ What to change first: `Config` (or its flags), then `augmentation` and `loss`.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from kit.cli import parse
+from kit.config import IGNORE, NOT_REPLAYED, ModelConfig
 from kit.errors import UserError, one_line_errors
 
 STARTED = time.monotonic()
@@ -74,11 +75,13 @@ class Config:
     resume: str = "auto"  # auto: continue an unfinished run in --out; none: start over; a last.ckpt
     # no training: the table of finished runs, folders or patterns such as tries/*, into --out
     compare: list[str] = field(default_factory=list)
+    config: str = ""  # config.json of a run, whose settings count where no flag is given
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
     with one_line_errors():
-        CONFIG = parse(Config, __doc__)
+        known = {field.name for field in fields(ModelConfig)} - {f.name for f in fields(Config)}
+        CONFIG = parse(Config, __doc__, ignored={*NOT_REPLAYED, *known})
         if CONFIG.compare:
             from kit.extra.runs import compare
 
@@ -103,7 +106,6 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kit.config import IGNORE, ModelConfig
 from kit.data import folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder

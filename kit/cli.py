@@ -8,15 +8,17 @@ import difflib
 import functools
 import inspect
 import io
+import json
 import math
 import re
 import textwrap
 import tokenize
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from kit.errors import UserError
+from kit.errors import UserError, first_five, reason_of
 
 
 class FieldHelp(NamedTuple):
@@ -60,10 +62,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError("flags", message, "--help lists them")
 
 
-def parse(settings: type, doc: str, argv: list[str] | None = None) -> Any:
+def parse(
+    settings: type, doc: str, argv: list[str] | None = None, ignored: Iterable[str] = ()
+) -> Any:
     """Read the command line into the dataclass. Raises UserError.
 
-    A flag must be known, and its value must be one that its type and limits allow.
+    A flag must be known, and its value must be one that its type and limits allow. A field `config`
+    names a JSON file of values for the flags that are not given; `ignored`: names in it that are no
+    settings, or not to be replayed.
     """
     parser = Parser(
         description=doc,
@@ -96,7 +102,30 @@ def parse(settings: type, doc: str, argv: list[str] | None = None) -> Any:
             "there is none",
             f"did you mean {close[0]}?" if close else "--help lists the flags",
         )
-    return settings(**vars(values))
+    given = vars(values)
+    if given.get("config"):
+        given = read_settings(settings, given["config"], set(ignored)) | given
+    return settings(**given)
+
+
+def read_settings(settings: type, path: str, ignored: set[str]) -> dict[str, Any]:
+    """The values of a dataclass in a JSON file, such as config.json of a run. Raises UserError."""
+    where = f"--config {path}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(where, reason_of(error), "name the config.json of a run") from None
+    hints, comments = typing.get_type_hints(settings), field_help(settings)
+    unknown = [name for name in content if name not in hints and name not in ignored]
+    if unknown:
+        problem = f"has settings that there are not: {first_five(unknown)}"
+        raise UserError(where, problem, "take them out of the file")
+    named = {name: value for name, value in content.items() if name not in ignored}
+    return {
+        name: convert(name, hints[name], comments[name], str(value))
+        for name, value in named.items()
+    }
 
 
 def members(kind: Any) -> list[Any]:

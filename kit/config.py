@@ -6,6 +6,11 @@ from typing import Literal, NamedTuple
 from kit.cli import check_fields
 from kit.errors import UserError, first_five
 
+# Settings of train.py that --config does not replay: where a run is written, and its machine
+NOT_REPLAYED = (
+    "out", "resume", "check", "compare", "config", "workers", "devices", "precision",
+    "session_minutes",
+)  # fmt: skip
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 
 

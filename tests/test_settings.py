@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import TINY, run, succeed
 
 import infer
 import train
@@ -472,3 +473,27 @@ def test_what_is_no_checkpoint_is_refused(network, tmp_path):
     for name in ("other.ckpt", "text.ckpt", "model.pt", "missing.ckpt"):
         with pytest.raises(UserError, match=f"--resume .*{name}"):
             decide(tmp_path, RUN, tmp_path / name)
+
+
+def test_a_run_is_replayed_from_its_settings(roads, tmp_path):
+    flags = ("--data", roads, "--epochs", 1, "--lr", "3e-3", *TINY)
+    succeed("train.py", *flags, "--out", tmp_path / "a")
+    recipe = tmp_path / "a" / "config.json"
+    replay = ("train.py", "--config", recipe, "--out")
+    succeed(*replay, tmp_path / "b")
+    scores = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in "ab"]
+    assert scores[0] == scores[1]
+    succeed(*replay, tmp_path / "c", "--augment", 0)
+    settings = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (settings["lr"], settings["augment"], settings["width"]) == (3e-3, 0, 96)
+    content = json.loads(recipe.read_text())
+    for changes, message in (
+        ({"gamma": 2}, "has settings that there are not: gamma; take them out"),
+        ({"height": "tall"}, "--height tall: takes a whole number"),
+    ):
+        recipe.write_text(json.dumps(content | changes))
+        refused = run(*replay, tmp_path / "d")
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    recipe.write_text("[1")
+    assert "name the config.json of a run" in run(*replay, tmp_path / "d").stderr

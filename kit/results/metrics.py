@@ -510,7 +510,7 @@ def write_validation(
 def export(trained: TrainedModel, out: Path) -> None:
     """Write model.pt and config.json."""
     save_model(out / "model.pt", trained)
-    content = json.dumps(trained.settings | asdict(trained.config), indent=2)
+    content = json.dumps(asdict(trained.config) | trained.settings, indent=2)
     write_file(out / "config.json", f"{content}\n")
 
 
