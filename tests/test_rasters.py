@@ -166,6 +166,7 @@ def test_16_bits_reach_the_network(tmp_path):
     assert tensor.max() == pytest.approx(255 * 599 / 60000, abs=0.01)
     assert (images.from_tensor(tensor) == pixels).all()
     assert np.allclose(images.to_unit(pixels) * 255, np.moveaxis(tensor.numpy(), 0, 2))
+    assert (images.to_tensor(images.to_unit(pixels)) == tensor).all(), "as augmented ones are"
 
 
 def test_pixels_without_data_are_ignored(tmp_path):

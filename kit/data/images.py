@@ -63,8 +63,8 @@ def resize_mask(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as albumentations takes them: uint8 as they are, uint16 as float32 of 0..1."""
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32) / 65535
+    """Pixels as albumentations takes them: uint16 as float32 of 0..1, others as they are."""
+    return pixels.astype(np.float32) / 65535 if pixels.dtype == np.uint16 else pixels
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
