@@ -148,6 +148,8 @@ def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
         ignore=options.ignore,
         rle=options.rle,
         classes=config.classes,
+        channels=",".join(config.bands) or str(config.channels),
+        soft=config.soft,
     ).samples
     training = [path.name for path in samples.image if splits.get(path) == "train"]
     if training and not kitti_road:

@@ -94,6 +94,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/data/names.py _kg_hide-input=true
 
+# %% kit/data/bands.py _kg_hide-input=true
+
 # %% kit/data/csvs.py _kg_hide-input=true
 
 # %% kit/data/kitti.py _kg_hide-input=true

@@ -31,7 +31,8 @@ class Config:
     rle: Literal["auto", "columns", "rows", "relative"] = "auto"  # order of RLE; auto: as it fits
     missing: Literal["error", "empty", "leave_out"] = "error"  # images without a mask
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
-    channels: str = "auto"  # of an image: 1 is grey, 4 with transparency; auto: its own
+    channels: str = "auto"  # a number, 1 is grey; or files: {stem}_B02.tif,{stem}_B03.tif
+    soft: bool = False  # several masks of an image are annotators: train on their mean
     show: str = ""  # the channels seen as red, green, blue in pictures, such as 4,3,2
     check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
@@ -107,7 +108,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kit.data import folds, images, samples
-from kit.data.masks import DecodedFiles
+from kit.data.masks import DecodedFiles, decode_shares
 from kit.files import writable_folder
 from kit.network import model
 from kit.results import metrics, predict, submissions, visualize
@@ -217,14 +218,14 @@ def make_loaders(
 def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
     """BCE plus Dice; of exclusive classes cross-entropy plus Dice. Ignored pixels do not count.
 
-    `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), of exclusive
-    classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the classes, or None. Returns
-    a float32 scalar. Dice (Milletari et al., 3DV 2016) is taken over the whole batch, and is the
-    mean over the classes that occur in it: a batch without foreground has none.
+    `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), with --soft of
+    shares too, of exclusive classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the
+    classes, or None. Returns a float32 scalar. Dice (Milletari et al., 3DV 2016) is taken over the
+    whole batch, and is the mean over the classes that occur in it; without foreground it has none.
     """
     logits = logits.float()  # Dice overflows in 16 bits
     counted, each = (mask != IGNORE).float(), (0, 2, 3)
-    target = mask * counted
+    target = (decode_shares(mask) if config.soft else mask) * counted
     if mask.shape[1] < logits.shape[1]:
         pixels, p, hits, size = label_terms(logits, target, counted, weights)
     else:
@@ -446,7 +447,7 @@ def train_fold(
         resolving.freeze_unused(module.network, model_config)
     table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
     print(folds.describe_folds(table, config.fold))
-    submissions.check_sample(config.data, model_config.classes)
+    submissions.check_sample(config.data, model_config.classes, model_config.bands)
     run.prepare_out()
     nothing = run.nothing_to_train()
     show_data(config, model_config, table, run.out)

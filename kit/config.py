@@ -60,6 +60,7 @@ class ModelConfig:
     tiles: bool = False  # cut the image into tiles instead of resizing it
     # black and white where images have over 8 bits: of all channels, or of each
     value_range: tuple[float, ...] = ()
+    soft: bool = False  # several masks of an image are annotators: a pixel has their mean
     show: tuple[int, ...] = ()  # [1..64] the channels seen as red, green, blue in pictures
     target: str = "road"  # what the mask means, for layouts with several targets
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative

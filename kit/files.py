@@ -83,6 +83,12 @@ def walk_mount(mount: str | Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(names)
 
 
+def resolve_path(root: Path, name: str) -> Path:
+    """A path in a manifest, which starts from the manifest's folder and may be of any system."""
+    path = root.parent / name
+    return path if path.is_file() else root.parent / name.replace("\\", "/")
+
+
 def list_tables(folder: Path) -> list[Path]:
     """The csv files of a folder, sorted; names that start with "." are no files."""
     tables = (path for path in folder.glob("*") if path.suffix.lower() == ".csv")

@@ -18,6 +18,7 @@ from kit.data.classes import sort_values
 from kit.data.folders import Collection, image_folder, masks_next_to
 from kit.data.masks import LabelMap, MaskFile, Planes
 from kit.data.names import (
+    Listing,
     choose_split,
     image_paths,
     list_files,
@@ -26,6 +27,7 @@ from kit.data.names import (
     split_of,
     split_words,
 )
+from kit.data.rasters import Layer
 from kit.data.readers import read_header
 from kit.data.rle import (
     HEAD,
@@ -38,7 +40,7 @@ from kit.data.rle import (
     split_lists,
 )
 from kit.errors import UserError, first_five
-from kit.files import list_tables, read_rows, read_table
+from kit.files import list_tables, read_rows, read_table, resolve_path
 
 IMAGE_COLUMNS = {
     "imageid", "image_id", "img", "img_id", "record_id", "image", "image_label", "filename",
@@ -248,12 +250,15 @@ def csv_place(folder: Path, masks: str, training: bool) -> Path | None:
     return tables[0] if tables else None
 
 
-def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+def csv_of_masks(
+    root: Path, masks: str, target: str, training: bool, files: Listing = None
+) -> Collection | None:
     """Images, in a folder or in several, with a csv of RLE, one row per image, object or class."""
     if not root.is_dir():
         return None
-    folder = image_folder(root, training)
-    below = [file for file in list_files(root) if not file.role]
+    folder = image_folder(root, training) if files is None else None
+    below = [file for file in files or list_files(root) if not file.role]
+    below = below if files is None else [file for file in below if file.layers]
     if masks == "auto" and not (training or folder) and choose_split(below, True):
         return None  # predicts those
     place = csv_place(folder or root, masks, training)
@@ -261,8 +266,10 @@ def csv_of_masks(root: Path, masks: str, target: str, training: bool) -> Collect
         return None
     others = [file.path for file in choose_split(below, False)]
     paths = list(list_images(folder).values()) if folder else []
+    named = {f.path.with_name(f.stem + f.path.suffix): f.path for f in files or () if f.layers}
     try:
-        table = read_masks(place, paths or others)
+        table = read_masks(place, [*named] or paths or others)
+        table = table._replace(names={n: named.get(p, p) for n, p in table.names.items()})
         if training and folder and not table.fields:  # those of another folder then
             table = read_masks(place, others)
         names = images_with_rows(place, table)
@@ -474,16 +481,15 @@ def check_sizes(path: Path, fields: dict[str, dict[str, str]], files: dict[str, 
 def manifest(root: Path, masks: str, target: str, training: bool) -> Collection | None:
     """A csv with the columns `image` and `mask`, a row for each image or for each object.
 
-    Paths start from the csv's folder. A mask is a file, RLE, or empty. Optional columns: `id` names
-    the outputs, `group` stays in one fold, `fold` is taken as it is, `category` is scored by
-    itself; `class` makes several classes. Raises UserError.
+    Paths start from the csv's folder. An image is a file, or several with ";" between. A mask is a
+    file, RLE, or empty. Optional columns: `id` names the outputs, `group` stays in one fold, `fold`
+    is taken as it is, `category` is scored by itself; `class` makes several classes. UserError.
     """
     if root.suffix.lower() != ".csv":
         return None
     if masks != "auto":
-        raise UserError(
-            f"--masks {masks}", f"{root.name} names the masks itself", "leave the flag out"
-        )
+        problem = f"{root.name} names the masks itself"
+        raise UserError(f"--masks {masks}", problem, "leave the flag out")
     header, table = read_table(root)
     names = [name.lower() for name in header]
     absent = [name for name in ("image", "mask")[: 1 + training] if name not in names]
@@ -496,18 +502,20 @@ def manifest(root: Path, masks: str, target: str, training: bool) -> Collection 
             "category); for a csv of RLE name the folder of images, and the csv with --masks",
         )
     rows = pd.DataFrame(list(table.values()), index=list(table), columns=names)
-    rows["image"] = [resolve_path(root, name) for name in rows["image"]]
-    lost = [line for line, path in rows["image"].items() if not path.is_file()]
+    rows["layers"] = [resolve_layers(root, names) for names in rows["image"]]
+    rows["image"] = [layers[0].path for layers in rows["layers"]]
+    files = ((line, layer.path) for line, layers in rows["layers"].items() for layer in layers)
+    lost = [f"row {line}: {path}" for line, path in files if not path.is_file()]
     if lost:
-        wrong = first_five(f"row {line}: {rows['image'][line]}" for line in lost)
-        raise UserError(f"--data {root}", f"{len(lost)} images are not there: {wrong}")
+        raise UserError(f"--data {root}", f"{len(lost)} images are not there: {first_five(lost)}")
     return manifest_samples(root, rows, training)
 
 
-def resolve_path(root: Path, name: str) -> Path:
-    """A path in a manifest, which starts from the manifest's folder and may be of any system."""
-    path = root.parent / name
-    return path if path.is_file() else root.parent / name.replace("\\", "/")
+def resolve_layers(root: Path, names: str) -> tuple[Layer, ...]:
+    """The files of an image in a manifest, which has a ";" between several."""
+    whole = resolve_path(root, names)
+    parts = [resolve_path(root, name.strip()) for name in names.split(";")]
+    return tuple(map(Layer, [whole] if whole.is_file() else parts))
 
 
 def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collection:
@@ -519,7 +527,7 @@ def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collecti
     if training or np.any(filled):  # a column of nothing is no ground truth to score with
         samples["mask"], classes = manifest_masks(root, rows)
     samples["fields"] = rows.drop_duplicates("image").astype(str).to_dict("records")
-    for column in ("id", "group", "fold", "category"):
+    for column in ("layers", "id", "group", "fold", "category"):
         if column in rows:
             samples[column] = only_values(root, rows, column)
     check_ids(root, samples.id.tolist())
@@ -529,7 +537,8 @@ def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collecti
             has = f"holds {first_five(map(repr, wrong))}" if wrong else "has one value alone"
             raise UserError(f"--data {root}", f"column fold {has}", "it takes two numbers at least")
         samples["fold"] = samples.fold.astype(float).astype(int)
-    return Collection("manifest", samples, classes=classes)
+    bands = tuple(layer.path.name for layer in samples.layers[0][1:] and samples.layers[0])
+    return Collection("manifest", samples, classes=classes, bands=bands)
 
 
 def only_values(root: Path, rows: pd.DataFrame, column: str) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes
+from kit.data.arrays import open_image
 from kit.data.classes import sort_values
 from kit.data.masks import MaskFile, Planes
 from kit.data.names import (
@@ -21,6 +22,7 @@ from kit.data.names import (
     SHOWN,
     SPLIT_WORDS,
     ImageFile,
+    Listing,
     check_names,
     choose_split,
     colours,
@@ -35,7 +37,6 @@ from kit.data.names import (
     tail_of,
     words_of_place,
 )
-from kit.data.photos import open_image
 from kit.data.readers import IMAGE_SUFFIXES
 from kit.errors import UserError, first_five
 
@@ -56,6 +57,7 @@ class Collection(NamedTuple):
     instances: bool = False  # a csv has a row for each object of an image
     classes: Classes = Classes()  # that the masks tell apart
     channels: int = 3  # of each image
+    bands: tuple[str, ...] = ()  # the files of an image's channels, see `bands`; (): it is one
     value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `rasters.to_pixels`
 
 
@@ -205,11 +207,13 @@ def tails_of_kinds(masks: list[ImageFile], images: list[ImageFile]) -> list[str]
     return tails if len(counts) > 1 and (equal or named) else []
 
 
-def images_and_masks(root: Path, masks: str) -> tuple[list[ImageFile], list[ImageFile]]:
+def images_and_masks(
+    root: Path, masks: str, files: Listing = None
+) -> tuple[list[ImageFile], list[ImageFile]]:
     """The images below a folder, and the masks there or in a folder next to it."""
     if not root.is_dir() or masks.endswith(".csv"):
         return [], []
-    files = list_files(root)
+    files = list_files(root) if files is None else files
     if masks == "auto":
         others = [file for file in files if file.role] or masks_next_to(root, files)
     else:
@@ -306,13 +310,15 @@ def image_folder(root: Path, training: bool) -> Path | None:
     return next((root / name for name in names if image_paths(root / name)), None)
 
 
-def class_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+def class_folders(
+    root: Path, masks: str, target: str, training: bool, files: Listing = None
+) -> Collection | None:
     """Images with one folder of masks for each class, masks/NAME/STEM.png; they may overlap.
 
     Or with several kinds of masks that --masks lists. A class without a mask is empty. Folders that
     are named like images or like folders of images are no classes.
     """
-    images, others, _ = one_split(*images_and_masks(root, masks), masks, training)
+    images, others, _ = one_split(*images_and_masks(root, masks, files), masks, training)
     listed = "," in masks
     folders: dict[str, list[ImageFile]] = defaultdict(list)
     for mask in others:
@@ -350,9 +356,11 @@ def collect_classes(root: Path, images: list[ImageFile], pairs: dict[str, Pairs]
     return collection._replace(name="one folder of masks per class", classes=Classes(names, names))
 
 
-def paired_folders(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+def paired_folders(
+    root: Path, masks: str, target: str, training: bool, files: Listing = None
+) -> Collection | None:
     """Images and masks below a folder, or masks in a folder next to it."""
-    every_image, every_mask = images_and_masks(root, masks)
+    every_image, every_mask = images_and_masks(root, masks, files)
     images, others, test = one_split(every_image, every_mask, masks, training)
     if not images or not others:
         return None
@@ -376,9 +384,11 @@ def several_fit(
     kinds = mask_candidates(others, images)
     first = max(fitting, key=lambda name: len(MASK_WORDS & set(split_words(name))))
     remedy = f"choose one, such as --masks '{first}'"
+    every = f"--masks '{','.join(kinds)}'"
     if apart(kinds, images):
-        each = f"take each for a class with --masks '{','.join(kinds)}'"
-        remedy += f", or {each} (and --classes one: united)"
+        remedy += f", or take each for a class with {every} (and --classes one: united)"
+    else:
+        remedy += f", or average annotators: {every} --classes one --soft true"
     return UserError(f"--data {root}", f"{first_five(fitting, ' and ')} fit the images", remedy)
 
 
@@ -439,17 +449,19 @@ def mask_file(files: list[ImageFile] | None, image: ImageFile) -> MaskFile | Non
     return MaskFile(first, more=tuple(more), image=image.path)
 
 
-def images_alone(root: Path, masks: str, target: str, training: bool) -> Collection | None:
+def images_alone(
+    root: Path, masks: str, target: str, training: bool, files: Listing = None
+) -> Collection | None:
     """Images without masks, to predict: a folder, or one file."""
     if root.is_file():
         is_image = root.suffix.lower() in IMAGE_SUFFIXES
         samples = pd.DataFrame({"id": [root.stem], "image": [root], "mask": [None]})
         return Collection("one image", samples) if is_image else None
-    folder = image_folder(root, training)
+    folder = image_folder(root, training) if files is None else None
     if folder:
         paths = list_images(folder)
         samples = pd.DataFrame({"id": list(paths), "image": list(paths.values())})
         return Collection("images without masks", samples.assign(mask=None))
-    images = images_among(list_files(root))
+    images = images_among(list_files(root) if files is None else files)
     images = choose_split(images, not training) or images
     return collect(root, images, {})._replace(name="images without masks") if images else None

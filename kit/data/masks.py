@@ -1,27 +1,30 @@
 """Masks: planes and label maps, and the files that they are read from.
 
 A mask is planes (K, h, w) of 0, 1 and 255 (ignored), one for each class, or a label map (h, w) of
-class numbers and 255. Both are uint8.
+class numbers and 255. Both are uint8. What trains may have shares between 0 and 1, see
+`encode_shares`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.Image import Transpose
 
 from kit.config import IGNORE, Classes
+from kit.data.arrays import count_planes, open_image, planes_of
 from kit.data.classes import ClassRequest, choose_planes
-from kit.data.photos import open_image
 from kit.data.rasters import Layer
 from kit.data.readers import no_data, read_header
 from kit.errors import UserError, first_five
 
-Opener = Callable[[Path], Image.Image]  # decodes a file: `open_image`, or a `DecodedFiles`
+# Decodes a file, or a plane of it: `open_image`, or a `DecodedFiles`
+Opener = Callable[[Path | Layer], Image.Image]
 NO_DATA = -9999  # what is no number counts as this value; negative values are ignored
 DECODED_BYTES = 1 << 30  # of mask files that stay decoded while a data set is loaded
 
@@ -37,6 +40,7 @@ class Planes:
     parts: tuple[Any, ...]  # for each class an object with `read(size, opener)`; None: empty
     united: bool = False  # into one class
     image: tuple[Layer, ...] = ()  # its image where that may have pixels without data: ignored
+    soft: bool = False  # pixels have shares
 
     @property
     def path(self) -> Path:
@@ -49,8 +53,10 @@ class Planes:
         sources = (str(getattr(part, "source", part.path)) for part in self.parts if part)
         return "; ".join(dict.fromkeys(sources))
 
-    def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
-        """(K, h, w) uint8. `size`: its image's (h, w). Raises UserError."""
+    def read(
+        self, size: tuple[int, int], opener: Opener = open_image, soft: bool = False
+    ) -> np.ndarray:
+        """(K, h, w) uint8. `size`: its image's (h, w); `soft`: with shares. Raises UserError."""
         planes = np.zeros((len(self.parts), *size), np.uint8)
         for plane, part in zip(planes, self.parts, strict=True):
             if part:
@@ -58,6 +64,7 @@ class Planes:
         if self.united:
             united = np.where((planes == 1).any(0), 1, planes.max(0))
             planes = united.astype(np.uint8)[None]
+        planes = planes if soft or not self.soft else harden(planes)
         return ignore_no_data(planes, self.image)
 
     def change(self, kind: type, **changes: Any) -> "Planes":
@@ -74,6 +81,7 @@ class MaskValues:
     foreground: tuple[float, ...] = ()
     ignored: tuple[float, ...] = ()
     cut: float | None = None  # where levels are soft: what is above is foreground
+    soft: bool = False  # a pixel has a share: the mean of its annotators, or of soft levels
 
     def covers(self, value: float) -> bool:
         """Whether a value is foreground."""
@@ -82,23 +90,37 @@ class MaskValues:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """The mask of a class in a file, or in several files of an object each."""
+    """The mask of a class in a file, or in several planes or files of an object each."""
 
     path: Path
     values: MaskValues = MaskValues()  # decided over all masks, see `values.py`
     more: tuple[Path, ...] = ()  # files of further objects of the same image
     image: Path | None = None  # its image: a mask of the stored size is turned like it (EXIF)
+    page: int = -1  # the plane of an array, from 0; -1: all
 
     @property
     def source(self) -> str:
         """The files."""
         return "; ".join(map(str, (self.path, *self.more)))
 
+    @property
+    def planes(self) -> list[Path | Layer]:
+        """What is decoded: each file, or its planes."""
+        if self.page >= 0:
+            return [Layer(self.path, self.page)]
+        return [plane for path in (self.path, *self.more) for plane in planes_of(path)]
+
+    def pixels(self, size: tuple[int, int], opener: Opener) -> Iterator[np.ndarray]:
+        """The values of each plane, (h, w). Raises UserError."""
+        for plane in self.planes:
+            yield mask_pixels(open_mask(plane, size, self.image, opener), self.values.channel)
+
     def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
-        """(h, w) uint8: 1 foreground, 0 background, 255 ignored. Raises UserError."""
+        """(h, w) uint8: 1 foreground, 0 background, 255 ignored; or shares. Raises UserError."""
         mask, values = np.zeros(size, np.uint8), self.values
-        for path in (self.path, *self.more):
-            pixels = mask_pixels(open_mask(path, size, self.image, opener), values.channel)
+        if values.soft:
+            return self.read_shares(size, opener)
+        for pixels in self.pixels(size, opener):
             for ignored in values.ignored:
                 mask[(pixels == ignored) & (mask == 0)] = IGNORE
             for foreground in values.foreground:
@@ -106,6 +128,18 @@ class MaskFile:
             if values.cut is not None:
                 mask[pixels > values.cut] = 1
         return mask
+
+    def read_shares(self, size: tuple[int, int], opener: Opener) -> np.ndarray:
+        """The mean of the planes that do not ignore a pixel, as of `encode_shares`. UserError."""
+        total, count = np.zeros((2, *size), np.float32)
+        for pixels in self.pixels(size, opener):
+            share = np.isin(pixels, self.values.foreground)
+            if self.values.cut is not None:
+                share = np.clip(pixels / (2 * self.values.cut or 1), 0, 1)
+            known = ~np.isin(pixels, self.values.ignored)
+            total += share * known
+            count += known
+        return np.where(count > 0, encode_shares(total / np.maximum(count, 1)), IGNORE)
 
 
 @dataclass(frozen=True)
@@ -122,7 +156,9 @@ class LabelMap:
         """The file."""
         return self.file.path
 
-    def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
+    def read(
+        self, size: tuple[int, int], opener: Opener = open_image, soft: bool = False
+    ) -> np.ndarray:
         """(h, w) uint8: the number of the class, from 0; 255 ignored. Raises UserError."""
         if self.file.more:
             raise UserError(
@@ -133,6 +169,25 @@ class LabelMap:
         image = open_mask(self.path, size, self.file.image, opener)
         numbers = class_numbers(mask_pixels(image, self.channel), self.labels)
         return ignore_no_data(numbers, self.image)
+
+
+def encode_shares(shares: np.ndarray) -> np.ndarray:
+    """Shares of 0..1, (h, w) float32, as uint8: 0 and 1 as they are, 2 to 254 between them.
+
+    Half is 128. `decode_shares` is the way back.
+    """
+    between = np.clip(1 + np.round(254 * shares), 2, 254)
+    return np.where((shares > 0) & (shares < 1), between, shares).astype(np.uint8)
+
+
+def decode_shares(mask: torch.Tensor) -> torch.Tensor:
+    """The shares of planes of `encode_shares`, float32; of 0 and 1 these; ignored pixels are 1."""
+    return torch.where(mask > 1, (mask - 1) / 254, mask)
+
+
+def harden(planes: np.ndarray) -> np.ndarray:
+    """Planes of `encode_shares` without shares: from half on they are foreground."""
+    return np.where(planes == IGNORE, IGNORE, (planes == 1) | (planes > 127)).astype(np.uint8)
 
 
 def ignore_no_data(mask: np.ndarray, image: tuple[Layer, ...]) -> np.ndarray:
@@ -205,7 +260,7 @@ class DecodedFiles:
     def __init__(self, limit: int = DECODED_BYTES) -> None:
         self.free, self.images = limit, {}
 
-    def __call__(self, path: Path) -> Image.Image:
+    def __call__(self, path: Path | Layer) -> Image.Image:
         if path in self.images:
             return self.images[path]
         image = open_image(path)
@@ -228,7 +283,10 @@ TURNS = {
 
 
 def open_mask(
-    path: Path, size: tuple[int, int], photo: Path | None = None, opener: Opener = open_image
+    path: Path | Layer,
+    size: tuple[int, int],
+    photo: Path | None = None,
+    opener: Opener = open_image,
 ) -> Image.Image:
     """Decode a mask file. Raises UserError, also where it does not have its image's (h, w).
 
@@ -282,18 +340,50 @@ def palette_levels(image: Image.Image) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def choose_masks(
-    masks: Iterable[Planes | None], classes: Classes, request: ClassRequest
+def choose_planes_of_arrays(
+    masks: list[Planes | None], classes: Classes, request: ClassRequest, soft: bool
 ) -> tuple[list[Planes | None], Classes]:
-    """The masks of the classes that --classes asks for, and these classes. Raises UserError."""
-    masks = list(masks)
+    """The masks of arrays with several planes, a class each where as many are asked for.
+
+    Raises UserError where nothing says whether they are classes, annotators or objects.
+    """
+    files = [part for mask in masks if mask for part in mask.parts if isinstance(part, MaskFile)]
+    counts = {path: count_planes(path) for file in files for path in (file.path, *file.more)}
+    most = max(counts, key=counts.__getitem__, default=None)
+    if soft or request.merged or most is None or counts[most] == 1:
+        return masks, classes
+    names = request.names or tuple(entry.name for entry in request.listed)
+    if classes.several or {*counts.values()} != {len(names)}:
+        raise UserError(
+            most,
+            f"holds {counts[most]} planes: are they annotators, objects, or classes?",
+            "take their mean with --soft true, unite them with --classes one, or name as many "
+            "classes with --classes",
+        )
+
+    def split(mask: Planes) -> Planes:
+        return Planes(tuple(replace(mask.parts[0], page=page) for page in range(len(names))))
+
+    values = request.model.values if request.model else names
+    return [mask and split(mask) for mask in masks], Classes(names, values)
+
+
+def choose_masks(
+    masks: Iterable[Planes | None], classes: Classes, request: ClassRequest, soft: bool = False
+) -> tuple[list[Planes | None], Classes]:
+    """The masks of the classes that --classes asks for, and these classes. Raises UserError.
+
+    `soft`: masks that are merged are annotators.
+    """
+    masks, classes = choose_planes_of_arrays(list(masks), classes, request, soft)
     if classes == Classes() or (request.model and request.asks_for_labels):
         return masks, classes
     if not (classes.several or request.model or request.strict):
         return masks, Classes()
     if request.merged:
         print(f"classes: {first_five(classes.names)} are merged into one", flush=True)
-        return [mask and replace(mask, united=True) for mask in masks], Classes()
+        unite = average if soft else lambda mask: replace(mask, united=True)
+        return [mask and unite(mask) for mask in masks], Classes()
     chosen = choose_planes(classes, request)
     places = [classes.values.index(v) if v in classes.values else None for v in chosen.values]
 
@@ -301,3 +391,12 @@ def choose_masks(
         return Planes(tuple(None if place is None else mask.parts[place] for place in places))
 
     return [mask and choose(mask) for mask in masks], chosen
+
+
+def average(mask: Planes) -> Planes:
+    """A mask of one class whose files are those of all classes. Raises UserError for no files."""
+    files = [part for part in mask.parts if part]
+    if not all(isinstance(file, MaskFile) for file in files):
+        raise UserError("--soft true", "masks that are no files", "leave the flag out")
+    more = tuple(path for file in files for path in (file.path, *file.more))[1:]
+    return Planes((replace(files[0], more=more),))

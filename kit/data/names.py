@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kit.data.photos import open_image
+from kit.data.arrays import open_image
+from kit.data.rasters import Layer
 from kit.data.readers import IMAGE_SUFFIXES
 from kit.errors import UserError, first_five
 
@@ -60,6 +61,10 @@ class ImageFile(NamedTuple):
     split: str  # train, val, test, or ""
     role: str  # "" for an image; for a mask the folder or pattern that names its kind
     rank: int = 0  # 2: a folder's name says images; 1: it names a split; -1: made of other images
+    layers: tuple[Layer, ...] = ()  # of an image in several files
+
+
+Listing = list[ImageFile] | None  # what a layout takes for the files below a folder, if any
 
 
 # --------------------------------------------------------------------------------------------------

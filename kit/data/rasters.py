@@ -21,6 +21,7 @@ class Layer(NamedTuple):
 
     path: Path
     page: int = -1  # of a file of several pages, from 0; -1: the file is an image
+    channels: int = 0  # that are asked for: they tell which axis of an array holds them
 
     def __str__(self) -> str:
         return f"{self.path} (page {self.page + 1})" if self.page >= 0 else str(self.path)
@@ -41,9 +42,9 @@ class Raster(NamedTuple):
     turn: int = 1  # EXIF's orientation: 1 for upright, over 4 where height and width are swapped
 
 
-def layers_of(source: Source) -> tuple[Layer, ...]:
-    """The layers of an image; of a path the file itself."""
-    return source if isinstance(source, tuple) else (Layer(Path(source)),)
+def layers_of(source: Source, channels: int = 0) -> tuple[Layer, ...]:
+    """The layers of an image; of a path the file itself, with the `channels` that are asked for."""
+    return source if isinstance(source, tuple) else (Layer(Path(source), channels=channels),)
 
 
 def natural_channels(rasters: list[Raster]) -> int:

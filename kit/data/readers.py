@@ -63,7 +63,7 @@ def read_values(source: Source, channels: int) -> np.ndarray:
 
     A grey image has three equal channels; transparency is left out where it is not one of them.
     """
-    rasters = open_layers(source)
+    rasters = open_layers(layers_of(source, channels))
     decoded = [raster.read() for raster in rasters]
     values = join_layers(decoded, [raster.alpha for raster in rasters], channels)
     if values is None:
@@ -117,10 +117,11 @@ def no_data(source: Source) -> np.ndarray | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def decide_channels(samples: pd.DataFrame, wanted: str) -> int:
+def decide_channels(samples: pd.DataFrame, wanted: str, bands: tuple[str, ...] = ()) -> int:
     """The channels of all images: the wanted number, or what they have; says other than 3.
 
-    `samples`: with the columns of `scan`. Raises UserError where they differ.
+    `samples`: with the columns of `scan`; `bands`: the patterns of their files. Raises UserError
+    where they differ.
     """
     if wanted.isdecimal():
         count = int(wanted)
@@ -137,8 +138,9 @@ def decide_channels(samples: pd.DataFrame, wanted: str) -> int:
             )
         count = int(counts.index[0]) if len(counts) else 3
     if not 1 <= count <= MOST_CHANNELS:
+        fewer = f": choose files, such as --channels '{','.join(bands[:2])}'" if bands else ""
         raise UserError(
-            "--channels", f"{count} channels", f"an image has from 1 to {MOST_CHANNELS}"
+            "--channels", f"{count} channels", f"an image has from 1 to {MOST_CHANNELS}{fewer}"
         )
     if count != 3:
         print(f"channels: {count} in each image")
@@ -154,12 +156,14 @@ SAMPLED_IMAGES = 200
 SAMPLED_VALUES = 50_000  # of each image
 
 
-def find_value_range(sources: Iterable[Source], window: str, channels: int = 3) -> tuple:
+def find_value_range(
+    sources: Iterable[Source], window: str, channels: int = 3, bands: tuple[str, ...] = ()
+) -> tuple:
     """The values that become black and white in these images of more than 8 bits; () for none.
 
     `window`: two percentiles of their values, of each channel by itself where these are not
-    colours. By default 0.5 and 99.5, but 0 and 65535 where whole numbers reach the upper half of 16
-    bits. Prints what is taken. Raises UserError.
+    colours but `bands`. By default 0.5 and 99.5, but 0 and 65535 where whole numbers reach the
+    upper half of 16 bits. Prints what is taken. Raises UserError.
     """
     low, _, high = window.partition(",")
     try:
@@ -172,7 +176,7 @@ def find_value_range(sources: Iterable[Source], window: str, channels: int = 3) 
         )
     sources = list(sources)
     values = sample_values(sources, channels)
-    if channels == 3:  # of colours one range, or they would change
+    if channels == 3 and not bands:  # of colours one range, or they would change
         values = values.reshape(-1, 1)
     limits, reasons = [], {}
     for column in values.T if len(values) else ():

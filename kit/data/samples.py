@@ -3,6 +3,7 @@
 A new layout is one function and one entry in `LAYOUTS`.
 """
 
+import functools
 import os
 import re
 import zlib
@@ -18,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes, ModelConfig
-from kit.data import csvs, folders, kitti
+from kit.data import bands, csvs, folders, kitti
+from kit.data.arrays import open_image
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection
 from kit.data.folds import assign_folds
@@ -32,7 +34,6 @@ from kit.data.masks import (
     measure,
 )
 from kit.data.names import MARKER, describe_folder
-from kit.data.photos import open_image
 from kit.data.rasters import Layer
 from kit.data.readers import (
     IMAGE_SUFFIXES,
@@ -53,6 +54,7 @@ DEFAULT_DATASET = "sakshaymahna/kittiroadsegmentation"  # on Kaggle, for --data 
 LAYOUTS = [
     kitti.kitti_road,
     csvs.manifest,
+    bands.band_files,
     csvs.csv_of_masks,
     folders.class_folders,
     folders.paired_folders,
@@ -66,47 +68,26 @@ LAYOUTS = [
 
 LOADED = (  # what `load` takes of train.py's settings
     "masks", "target", "foreground", "ignore", "rle", "missing", "classes", "window", "channels",
-    "folds", "seed", "group",
+    "soft", "folds", "seed", "group",
 )  # fmt: skip
 
 
 def load(
-    data: str,
-    *,
-    masks: str,
-    target: str,
-    foreground: str,
-    ignore: str,
-    rle: str,
-    missing: str,
-    classes: str,
-    window: str,
-    channels: str,
-    folds: int,
-    seed: int,
-    group: str,
+    data: str, *, channels: str, window: str, folds: int, seed: int, group: str, **reading: Any
 ) -> tuple[Collection, DecodedFiles]:
     """Find the samples to train on, read all masks, split into folds; prints what was understood.
 
-    Returns the collection, whose samples have the columns of `find_samples`, `scan` and `fold`, and
-    its mask files as decoded. Raises UserError.
+    `reading`: other settings that `find_samples` takes. Returns the collection, whose samples have
+    the columns of `find_samples`, `scan` and `fold`, and its mask files as decoded. Raises
+    UserError.
     """
     opener = DecodedFiles()
-    collection = find_samples(
-        data,
-        masks=masks,
-        target=target,
-        foreground=foreground,
-        ignore=ignore,
-        training=True,
-        rle=rle,
-        missing=missing,
-        classes=classes,
-        opener=opener,
-    )
+    options = {"channels": channels, "opener": opener} | reading
+    collection = find_samples(data, training=True, **options)
     samples = scan(collection.samples, collection.classes, opener)
-    count = decide_channels(samples, channels)
-    value_range = find_value_range(samples.layers[samples.deep], window, count)
+    count = decide_channels(samples, channels, collection.bands)
+    deep = samples.layers[samples.deep]
+    value_range = find_value_range(deep, window, count, collection.bands)
     names = collection.classes.names
     samples[["fold", "group", "why"]] = assign_folds(samples, folds, seed, group, names)
     collection = collection._replace(samples=samples, value_range=value_range, channels=count)
@@ -125,6 +106,8 @@ def find_samples(
     rle: str = "auto",
     missing: str = "error",
     classes: str | Classes = "auto",
+    channels: str = "auto",
+    soft: bool = False,
     opener: Opener = open_image,
 ) -> Collection:
     """Understand a folder by the first layout that recognises it, and the values of its masks.
@@ -136,11 +119,12 @@ def find_samples(
     `fold`. With `training` every image has a mask.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
     images without a mask for images without foreground, "leave_out" leaves them out; `classes`:
-    --classes, or the classes of a model. Raises UserError.
+    --classes, or the classes of a model; `channels`: --channels, a number or the patterns of an
+    image's files; `soft`: several masks of an image are annotators. Raises UserError.
     """
     root = find_root(data, target, training)
-    collection = recognise(root, data, masks, target, training)
-    samples = complete(collection.samples)
+    collection = recognise(root, data, masks, target, training, channels)
+    samples = complete(collection.samples, int(channels) if channels.isdecimal() else 0)
     if training and missing == "empty":
         empty = Planes((RunLengths(root),) * len(collection.classes.names))
         samples["mask"] = [mask or empty for mask in samples["mask"]]
@@ -155,18 +139,22 @@ def find_samples(
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(samples=samples, rle=order)
-    collection = decide_classes(collection, request, foreground, ignore, training, opener)
+    collection = decide_classes(collection, request, foreground, ignore, training, opener, soft)
     samples["mask"] = list(map(ignore_without_data, samples["mask"], samples.layers))
     return csvs.follow_csv(collection, root, rle) if training else collection
 
 
-def complete(samples: pd.DataFrame) -> pd.DataFrame:
-    """The samples of a layout with the columns that it left out."""
+def complete(samples: pd.DataFrame, channels: int = 0) -> pd.DataFrame:
+    """The samples of a layout with the columns that it left out; `channels`: that are asked for."""
     for column, default in (("category", ""), ("views", ()), ("fields", None)):
         if column not in samples:
             samples[column] = [default] * len(samples)
     if "layers" not in samples:
         samples["layers"] = [(Layer(image),) for image in samples.image]
+    samples["layers"] = [
+        layers if len(layers) > 1 else (layers[0]._replace(channels=channels),)
+        for layers in samples.layers
+    ]
     return samples
 
 
@@ -204,7 +192,7 @@ def split_as_given(samples: pd.DataFrame) -> pd.DataFrame:
 
 def say_unused(samples: pd.DataFrame, root: Path) -> None:
     """Print which images below a folder are neither images nor masks of these samples."""
-    used = {str(image) for image in samples.image}
+    used = {str(layer.path) for layers in samples.layers for layer in layers}
     used |= {name for mask in samples["mask"] if mask for name in mask.source.split("; ")}
     files = [file for file in folders.list_files(root) if file.split != "test"]
     rest = [os.path.dirname(file.name) or "." for file in files if str(file.path) not in used]
@@ -249,7 +237,9 @@ def download_default() -> Path:
         ) from None
 
 
-def recognise(root: Path, data: str, masks: str, target: str, training: bool) -> Collection:
+def recognise(
+    root: Path, data: str, masks: str, target: str, training: bool, channels: str
+) -> Collection:
     """What the first layout that recognises a folder makes of it. Raises UserError for none."""
     suffixes = (".csv",) if training else (".csv", *IMAGE_SUFFIXES)
     if root.is_file() and root.suffix.lower() not in suffixes:
@@ -259,7 +249,17 @@ def recognise(root: Path, data: str, masks: str, target: str, training: bool) ->
             "is a file",
             f"name {'a folder of images with masks, or a csv of pairs' if training else kinds}",
         )
-    collections = (layout(root, masks, target, training) for layout in LAYOUTS)
+    layouts = LAYOUTS
+    if "{stem}" in channels:
+        layouts = [csvs.manifest, functools.partial(bands.band_files, channels=channels)]
+    elif channels != "auto" and not channels.isdecimal() and root.suffix.lower() != ".csv":
+        raise UserError(
+            f"--channels {channels}",
+            "names files, but not which are those of an image",
+            "take a number, patterns such as {stem}_B02.tif,{stem}_B03.tif, or list the files "
+            "with ; between in the column image of a csv",
+        )
+    collections = (layout(root, masks, target, training) for layout in layouts)
     collection = next(filter(None, collections), None)
     if not collection:
         remedy = "expected training/image_2 and training/gt_image_2 (KITTI), images and masks"
@@ -316,11 +316,13 @@ def decide_classes(
     ignore: str,
     training: bool,
     opener: Opener,
+    soft: bool,
 ) -> Collection:
     """Decide which classes the masks tell apart, and how they are read. Raises UserError."""
     samples = collection.samples
-    masks, classes = choose_masks(samples["mask"], collection.classes, request)
-    masks, classes = decide_files(masks, classes, request, foreground, ignore, training, opener)
+    masks, classes = choose_masks(samples["mask"], collection.classes, request, soft)
+    values = request, foreground, ignore, training, opener, soft
+    masks, classes = decide_files(masks, classes, *values)
     if training and request.asks_for_labels and not classes.several:
         raise UserError(request.where, "the masks are of one class", "leave the flag out")
     if request.model and classes != request.model and any(masks):
@@ -381,20 +383,21 @@ def read_sample(
     channels: int = 3,
     value_range: tuple[float, ...] = (),
     opener: Opener = open_image,
+    soft: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The image (h, w, channels) and its mask, (K, h, w) or (h, w) uint8. Raises UserError.
 
-    `value_range`: see `rasters.to_pixels`.
+    `value_range`: see `rasters.to_pixels`; `soft`: see `masks.encode_shares`.
     """
     image = read_image(sample.layers, channels, value_range)
-    return image, sample.mask.read(image.shape[:2], opener)
+    return image, sample.mask.read(image.shape[:2], opener, soft)
 
 
 def read_pair(
     sample: Any, config: ModelConfig, opener: Opener = open_image
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same at the network's size, see `images.prepare_pair`."""
-    pair = read_sample(sample, config.channels, config.value_range, opener)
+    """The same at the network's size, see `images.prepare_pair`, and with soft masks."""
+    pair = read_sample(sample, config.channels, config.value_range, opener, True)
     return prepare_pair(*pair, config)
 
 

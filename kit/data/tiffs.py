@@ -20,7 +20,7 @@ TRANSPARENT = (1, 2)  # TIFF's numbers for a band of transparency
 
 def open_tiff(layer: Layer) -> Raster | None:
     """A reader; None for what is no TIFF, or one that Pillow reads. Raises UserError."""
-    path, page_number = layer
+    path, page_number = layer.path, layer.page
     if path.suffix.lower() not in SUFFIXES:
         return None
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kit.config import IGNORE, Classes
+from kit.data.arrays import open_image
 from kit.data.classes import LARGE_ID, ClassRequest, Labels, decide_labels, show
 from kit.data.masks import (
     LabelMap,
@@ -25,7 +26,7 @@ from kit.data.masks import (
     mask_pixels,
     palette_levels,
 )
-from kit.data.photos import open_image
+from kit.data.rasters import Layer
 from kit.errors import UserError, first_five
 
 FEW_OBJECTS = 8  # as many, in every mask, may be classes of one piece each
@@ -46,7 +47,7 @@ class MaskCounts(NamedTuple):
     lossy: bool  # a JPEG
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
     palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
-    path: Path  # the first file
+    path: Path | Layer  # the first file, or its first plane
 
 
 class ValueCounts:
@@ -89,8 +90,8 @@ def count_all(masks: list[MaskFile], channel: str, opener: Opener) -> ValueCount
 def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
     """The values of one mask. Soft levels of 0..1 are rounded to 256 steps. Raises UserError."""
     pixels, lossy, hint, palette = Counter(), False, "", set()
-    for path in (mask.path, *mask.more):
-        image = opener(path)
+    for plane in mask.planes:
+        image = opener(plane)
         lossy |= image.format == "JPEG"
         palette |= palette_colours(image)
         hint = max(hint, colour_hint(image))
@@ -103,7 +104,7 @@ def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return MaskCounts(pixels, lossy, hint, palette, mask.path)
+    return MaskCounts(pixels, lossy, hint, palette, mask.planes[0])
 
 
 def palette_colours(image: Image.Image) -> set[tuple[int, int, str]]:
@@ -139,22 +140,27 @@ def decide_files(
     ignore: str,
     training: bool,
     opener: Opener = open_image,
+    soft: bool = False,
 ) -> tuple[list[Planes | LabelMap | None], Classes]:
     """Decide what the values of all mask files mean, and print it; other masks stay as they are.
 
     Where there is one class only, label maps make several. `foreground`, `ignore`: the values of
-    --foreground and --ignore, or "". Raises UserError.
+    --foreground and --ignore, or ""; `soft`: --soft. Raises UserError.
     """
     parts = [part for mask in masks if mask for part in mask.parts]
     files = [part for part in parts if isinstance(part, MaskFile)]
-    for flag, text in (("foreground", foreground), ("ignore", ignore)):
+    flags = {"foreground": foreground, "ignore": ignore, "soft": "true" if soft else ""}
+    for flag, text in flags.items():
         if text and training and not files:
             raise UserError(f"--{flag} {text}", "there are no mask files", "leave the flag out")
     if not files:
         return masks, classes
     label_request = None if classes.several else request
     values, text, labels = decide_values(files, foreground, ignore, training, label_request, opener)
-    print(f"masks: {text}", flush=True)
+    print(f"masks: {text}{'; a pixel has the mean of its shares' if soft else ''}", flush=True)
+    if labels and soft:
+        problem, remedy = "the masks are label maps, without shares", "leave the flag out"
+        raise UserError("--soft true", problem, f"{remedy}, or save shares as floats of 0 to 1")
     if labels:
         if len(files) < len(parts):
             raise UserError(
@@ -163,7 +169,9 @@ def decide_files(
         numbers = labels.labels
         maps = [mask and LabelMap(mask.parts[0], values.channel, numbers) for mask in masks]
         return maps, labels.classes
-    return [mask and mask.change(MaskFile, values=values) for mask in masks], classes
+    values = replace(values, soft=soft)
+    changed = [mask and mask.change(MaskFile, values=values) for mask in masks]
+    return [mask and replace(mask, soft=soft) for mask in changed], classes
 
 
 def decide_values(
@@ -307,12 +315,14 @@ def soft_cut(counts: ValueCounts) -> float | None:
     """Half of the full scale where the levels are soft: two peaks, at 0 and at the full scale.
 
     Between the peaks soft edges fill many of 16 bins evenly, JPEG's noise those near the peaks; a
-    further peak is a label, and so are few levels. Colours are not soft.
+    further peak is a label, and so are few levels. Fractions of 1 are soft, colours are not.
     """
     levels = np.array(sorted(counts.pixels), float)
     full = next((full for full in (1, 255, 65535) if levels.max() <= full), 0)
     if counts.channel == "colour" or not full or levels.min() < 0:
         return None
+    if full == 1 and (levels % 1).any():
+        return full / 2
     weights = [counts.pixels[level] for level in levels]
     bins = np.histogram(levels / full, 16, (0, 1), weights=weights)[0]
     filled = (bins[2:-2] > 0).sum()
@@ -457,8 +467,9 @@ def describe_values(values: MaskValues, counts: ValueCounts) -> str:
         text = f"of {len(counts.pixels) - 1} objects: foreground is above 0; if they are classes, "
         text += "list them: --classes FILE"
     else:
-        soft = f"{len(counts.pixels)} levels with two peaks (soft edges or JPEG)"
-        text = f"of {soft}, foreground is above {values.cut:g}"
+        kind = "levels with two peaks (soft edges or JPEG)"
+        kind = kind if values.cut > 1 else "shares of 0 to 1 (--soft true trains on them)"
+        text = f"of {len(counts.pixels)} {kind}, foreground is above {values.cut:g}"
     ignored = f"; {counts.show(values.ignored)} is ignored" if values.ignored else ""
     return f"{counts.describe('files')} {text}{ignored}"
 
@@ -470,7 +481,7 @@ def describe_labels(counts: ValueCounts, labels: Labels) -> str:
         always |= {IGNORE} & unlisted
     ignored = []
     for value in sorted(unlisted - always):
-        where = next(mask.path.name for mask in counts.masks if value in mask.pixels)
+        where = next(Path(str(mask.path)).name for mask in counts.masks if value in mask.pixels)
         pixels = f"{counts.pixels[value]} pixels, such as in {where}"
         ignored.append(f"{show(value, counts.channel)} ({pixels})")
     names = zip(labels.classes.names, labels.labels, strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes
+from kit.data.bands import join_bands
 from kit.data.classes import palette
 from kit.data.csvs import (
     Match,
@@ -355,14 +356,19 @@ def find_sample_submission(folder: Path, ids: Iterable[str], root: Path | None =
     return str(max(samples, key=lambda path: len(set(map(match, fields[path])) - {""})))
 
 
-def check_sample(data: str, classes: Classes) -> None:
-    """Say in a line, before training, that the sample submission with the data cannot be filled."""
+def check_sample(data: str, classes: Classes, bands: tuple[str, ...] = ()) -> None:
+    """Say in a line, before training, that the sample submission with the data cannot be filled.
+
+    `bands`: the patterns of an image's files, see `bands`.
+    """
     root = Path(data).absolute()
     files = [file for file in list_files(root) if file.split == "test" and not file.role]
-    paths = [file.path for file in files]
-    ids = make_ids(paths, [file.stem for file in files], root)
-    samples = pd.DataFrame({"id": ids, "image": paths})
     try:
+        if files and "{stem}" in "".join(bands):
+            files = join_bands(root, files, bands)
+        paths = [file.path for file in files]
+        ids = make_ids(paths, [file.stem for file in files], root)
+        samples = pd.DataFrame({"id": ids, "image": paths})
         sample = find_sample_submission(root, samples.id, root) if root.is_dir() else ""
         if sample:
             with contextlib.redirect_stdout(io.StringIO()):

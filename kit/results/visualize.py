@@ -14,7 +14,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data.classes import FOREGROUND, class_colours
 from kit.data.images import each_plane, from_tensor, to_picture
-from kit.data.masks import plane
+from kit.data.masks import harden, plane
 from kit.errors import UserError
 
 GREEN, BLUE, RED = FOREGROUND, (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
@@ -238,7 +238,7 @@ def augmentations(dataset: Any, images: int = 4, draws: int = 4) -> np.ndarray:
             dataset.epoch.fill_(draw)
             item = dataset[position]
             mask = item["mask"].numpy()
-            mask = mask[0] if classes.exclusive else mask
+            mask = mask[0] if classes.exclusive else harden(mask)
             image = to_picture(from_tensor(item["image"]), dataset.config)
             image, mask = fit_example(image, mask)
             drawn = tint(image, ignored_pixels(mask), BLACK, 0.7)

@@ -54,6 +54,7 @@ def resolve(
 
     `config` and `resolutions`: of train.py. Returns the settings and those of the model.
     """
+    count_channels = collection.channels
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
     precision = resolve_precision(config.precision, device, training=True)
@@ -76,7 +77,7 @@ def resolve(
         max_minutes=minutes,
         rle=collection.rle,
         classes=",".join(classes.names) if classes.several else "one",
-        channels="rgb" if collection.channels == 3 else str(collection.channels),
+        channels=",".join(collection.bands) or {3: "rgb"}.get(count_channels, str(count_channels)),
         class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
         batch_size=config.batch_size or default_batch(device, precision, small, count),
@@ -117,6 +118,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     shown = [int(n) for n in re.findall(r"\d+", resolved.show)]
     settings = {name: getattr(resolved, name) for name in shared} | {
         "channels": collection.channels,
+        "bands": collection.bands,
         "show": tuple(shown),
         "precision": precision,
         "instances": collection.instances,
@@ -127,7 +129,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         **plane_settings(classes, area=max(0, resolved.min_pixels)),
         **normalisation(resolved.arch, resolved.encoder, weights),
     }
-    if collection.channels != 3:
+    if collection.channels != 3 or collection.bands:
         training = collection.samples[collection.samples.fold != resolved.fold]
         count, limits = collection.channels, collection.value_range
         settings |= measure_statistics(training.layers.tolist(), count, limits)
