@@ -125,11 +125,9 @@ def find_samples(
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training, channels)
     samples = complete(collection.samples, int(channels) if channels.isdecimal() else 0)
-    if training and missing == "empty":
-        empty = Planes((RunLengths(root),) * len(collection.classes.names))
-        samples["mask"] = [mask or empty for mask in samples["mask"]]
     if training:
-        samples = leave_out(samples, root, missing)
+        empty = Planes((RunLengths(root),) * len(collection.classes.names))
+        samples = leave_out(samples, root, missing, empty)
         check_pairs(samples, root, target)
         say_unused(samples, root)
     elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
@@ -163,14 +161,20 @@ def ignore_without_data(mask: Any, layers: tuple[Layer, ...]) -> Any:
     return replace(mask, image=layers) if mask and may_have_floats(layers) else mask
 
 
-def leave_out(samples: pd.DataFrame, root: Path, missing: str) -> pd.DataFrame:
+def leave_out(samples: pd.DataFrame, root: Path, missing: str, empty: Planes) -> pd.DataFrame:
     """Without images that have no mask: all with --missing leave_out, else those of whole folders.
 
     Where the images of some folders all have masks, the folders without one are left out: previews,
-    unlabelled images. Folders that differ in numbers (patient_3) are one.
+    unlabelled images. Folders that differ in numbers (patient_3) are one. With --missing empty
+    they have the mask `empty`.
     """
+    if missing == "empty":
+        return samples.assign(mask=[mask or empty for mask in samples["mask"]])
     alone = samples["mask"].isna()
-    places = [os.path.relpath(image.parent, root) for image in samples.image]
+    pairs = zip(samples.image, samples.id, strict=True)  # an image's own folder is none of images
+    places = [
+        os.path.relpath(image.parents[image.parent.name == name], root) for image, name in pairs
+    ]
     places = pd.Series([re.sub(r"\d+", "#", place) for place in places], samples.index)
     by_folder = alone.groupby(places)
     drop = alone & (missing == "leave_out" or by_folder.transform("all"))
