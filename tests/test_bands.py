@@ -1,11 +1,15 @@
 """Channels in several files, and masks in arrays: of several planes, of shares."""
 
+import json
+import re
+import shlex
+
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import TINY, run
+from conftest import KIT, TINY, succeed
 from PIL import Image
 
 import train
@@ -13,7 +17,7 @@ from kit.config import Classes, ModelConfig
 from kit.data import arrays, masks, readers
 from kit.data.masks import MaskFile, MaskValues, Planes
 from kit.data.rle import rle_encode
-from kit.data.samples import find_samples, load, read_pair, read_sample
+from kit.data.samples import decode_pairs, find_samples, load, read_pair, read_sample, scan
 from kit.errors import UserError
 
 SIZE = (40, 60)
@@ -22,7 +26,6 @@ LOADED = {
     "missing": "error", "classes": "auto", "window": readers.PERCENTILES, "channels": "auto",
     "soft": False, "folds": 2, "seed": 0, "group": "",
 }  # fmt: skip
-SIX = "{stem}_B02.tif,{stem}_B03.tif,{stem}_B04.tif,{stem}_B08.tif,{stem}_B8A.tif,{stem}_B11.tif"
 
 
 def disc(number):
@@ -244,10 +247,12 @@ def test_patterns_without_files_and_words_without_patterns_are_refused(tmp_path)
 def test_bands_of_different_size_are_one_line(tmp_path):
     draw(tmp_path, "images/{stem}_vv.tif,images/{stem}_vh.tif", "masks/{stem}.png", NAMES)
     write(tmp_path / "images" / "p1_x_vv.tif", np.zeros((20, 30), np.uint16))
-    done = run("train.py", "--data", tmp_path, "--out", tmp_path / "out", *TINY, "--check", "true")
-    assert done.returncode == 2
-    [line] = done.stderr.strip().splitlines()
-    assert "p1_x_vv.tif: is 30x20, but" in line or "p1_x_vh.tif: is 60x40, but" in line
+    _, samples = found(tmp_path)
+    samples = scan(samples, Classes())
+    config = ModelConfig(channels=2, mean=(0.5,) * 2, std=(0.2,) * 2, value_range=(0.0, 999.0))
+    with pytest.raises(UserError, match="1 of 4 pairs cannot be used: .*") as error:
+        decode_pairs(samples, config, 0)
+    assert re.search(r"p1_x_vv.tif: is 30x20, but \S*p1_x_vh.tif is 60x40; ", str(error.value))
 
 
 def test_more_than_64_channels_are_refused_with_a_flag_that_names_fewer_files(tmp_path):
@@ -502,3 +507,94 @@ def test_a_plane_is_read_by_its_number(tmp_path):
         arrays.open_image(path)
     plane = arrays.open_image(arrays.planes_of(path)[1])
     assert (np.asarray(plane) == planes(0)[..., 1]).all()
+
+
+# --------------------------------------------------------------------------------------------------
+#  The page in the documentation, executed
+# --------------------------------------------------------------------------------------------------
+
+SIX = ("B02", "B03", "B04", "B08", "B11", "B12")
+
+
+def commands(title):
+    """The commands below a title of docs/rasters.md, without the download."""
+    page = (KIT / "docs" / "rasters.md").read_text().replace("\\\n", " ")
+    section = re.search(rf"^### {title}.*?\n(.*?)(?=^##)", page, re.DOTALL | re.MULTILINE)[1]
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)).splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+
+
+def execute(command, root, *flags):
+    """Run a command of the documentation with the data in `root/input`; what it printed."""
+    words = [word.replace("../input", str(root / "input")) for word in command]
+    return succeed(*words, *flags, cwd=root)
+
+
+def test_contrails_from_the_download_to_the_submission(tmp_path):
+    root = tmp_path / "input" / "google-research-identify-contrails-reduce-global-warming"
+    y, x = np.mgrid[:96, :96]
+    records, rng = 0, np.random.default_rng(0)
+    for folder, count in (("train", 6), ("validation", 2), ("test", 3)):
+        for _ in range(count):
+            records += 1
+            record = root / folder / str(1000834164244036115 + 7919 * records)
+            mask = np.abs(y - x // 2 - 4 * records) < 4
+            for band in range(8, 17):
+                values = rng.normal(280, 5, (96, 96, 8)).astype(np.float32)
+                values[..., 4] += 9 * mask
+                write(record / f"band_{band:02}.npy", values)
+            if folder != "test":
+                write(record / "human_pixel_masks.npy", mask[..., None].astype(np.int32))
+            if folder == "train":
+                each = np.stack([mask, mask & (x > 40), mask & (x > 50)], 2)[:, :, None]
+                write(record / "human_individual_masks.npy", each.astype(np.int32))
+    ids = sorted(path.name for path in (root / "test").iterdir())
+    sample = pd.DataFrame({"record_id": ids, "encoded_pixels": ["1 1", "-", "-"]})
+    sample.to_csv(root / "sample_submission.csv", index=False)
+    training, predicting, check = commands("Contrails")
+    printed = execute(training, tmp_path, *TINY, "--epochs", 2)
+    assert "channels: 24 in each image" in printed
+    assert "2 images in val validate" in printed
+    assert "would refuse" not in printed
+    execute(predicting, tmp_path, "--threshold", 1)
+    written = pd.read_csv(tmp_path / "predictions" / "submission.csv", dtype=str)
+    assert written.columns.tolist() == ["record_id", "encoded_pixels"]
+    assert written.record_id.tolist() == ids
+    assert set(written.encoded_pixels) == {"-"}
+    printed = execute(check, tmp_path)
+    assert "6 files of 0, 1: foreground is 1; a pixel has the mean of its shares" in printed
+    options = LOADED | {"masks": "{stem}/human_pixel_masks.npy"}
+    for flags, question in (
+        (LOADED, "{stem}/human_individual_masks.npy and {stem}/human_pixel_masks.npy fit"),
+        (options, "72 channels; an image has from 1 to 64: choose files, such as --channels"),
+    ):
+        with pytest.raises(UserError, match=re.escape(question)):
+            load(str(root), **flags)
+
+
+def test_six_bands_in_six_files_of_which_the_first_three_say_nothing(tmp_path):
+    root, rng = tmp_path / "input" / "scenes", np.random.default_rng(0)
+    y, x = np.mgrid[:64, :96]
+    for number in range(26):
+        folder, name = "train" if number < 22 else "test", f"s{number:02}"
+        cy, cx, radius = rng.uniform(15, 50), rng.uniform(20, 75), rng.uniform(9, 18)
+        mask = (y - cy) ** 2 + (x - cx) ** 2 < radius**2
+        values = rng.normal(500, 60, (64, 96, 6))
+        values[..., 4] += 120 * mask
+        values[..., 5] -= 90 * mask
+        for index, band in enumerate(SIX):
+            write(root / folder / f"{name}_{band}.tif", values[..., index].astype(np.uint16))
+        place = root / "train_masks" if number < 22 else root / "truth"
+        write(place / f"{name}.png", 255 * mask.astype(np.uint8))
+    training, predicting = commands("Six bands")
+    flags = ("--epochs", 14, "--lr", "2e-3", "--folds", 5)
+    printed = execute(training, tmp_path, *TINY, *flags)
+    patterns = ",".join(f"{{stem}}_{band}.tif" for band in SIX)
+    assert f"channels: 6 files for each image, --channels '{patterns}'" in printed
+    execute(predicting, tmp_path, "--masks", root / "truth")
+    scores = json.loads((tmp_path / "predictions" / "metrics.json").read_text())
+    assert scores["mean"]["Dice"] >= 90
+    rows = pd.read_csv(tmp_path / "predictions" / "submission.csv")
+    assert rows.id.tolist() == ["s22", "s23", "s24", "s25"]
+    config = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model"]
+    assert tuple(config["bands"]) == tuple(patterns.split(","))
