@@ -192,7 +192,7 @@ class SegmentationDataset(Dataset):
             self.augment.set_random_seed(int(seed.generate_state(1)[0]))  # whichever worker it is
             changed = self.augment(image=images.to_unit(image), masks=planes)
             image, planes = changed["image"], changed["masks"]
-        item |= {"name": row.image.name, "image": images.to_tensor(image)}
+        item |= {"name": samples.name_of(row), "image": images.to_tensor(image)}
         return item | {"mask": torch.from_numpy(planes.copy())}
 
 

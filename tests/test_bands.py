@@ -244,6 +244,13 @@ def test_patterns_without_files_and_words_without_patterns_are_refused(tmp_path)
     refused("several files", data=file, channels="{stem}_B02.tif,{stem}_B03.tif", training=False)
 
 
+def test_an_image_without_a_mask_is_named_by_its_id(tmp_path):
+    """Its own folder is no folder of images, which would be left out."""
+    draw(tmp_path, "train/{stem}/B02.tif,train/{stem}/B03.tif", "train_labels/{stem}.png", NAMES)
+    (tmp_path / "train_labels" / "p2_x.png").unlink()
+    refused("1 of 4 images have no mask (3 pairs are complete): p2_x; ", data=str(tmp_path))
+
+
 def test_bands_of_different_size_are_one_line(tmp_path):
     draw(tmp_path, "images/{stem}_vv.tif,images/{stem}_vh.tif", "masks/{stem}.png", NAMES)
     write(tmp_path / "images" / "p1_x_vv.tif", np.zeros((20, 30), np.uint16))

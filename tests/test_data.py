@@ -1,7 +1,6 @@
 """From files to tensors and back: layouts, folds, masks, sizes, augmentation, identity."""
 
 import dataclasses
-import inspect
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from kit.data.names import list_images
 from kit.data.rle import RunLengths
 from kit.data.samples import (
     LAYOUTS,
+    LOADED,
     decode_pairs,
     find_samples,
     load,
@@ -451,8 +451,8 @@ def test_each_mask_file_is_decoded_once(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(masks, "open_image", open_mask_file)
     monkeypatch.setattr(photos, "decode", decode)  # what reads past it counts, too
-    names = inspect.signature(load).parameters
-    settings = {name: getattr(train.Config(), name) for name in names} | {"data": str(tmp_path)}
+    settings = {name: getattr(train.Config(), name) for name in ("data", *LOADED)}
+    settings["data"] = str(tmp_path)
     collection, opener = load(**settings)
     classes = dict(
         zip(("class_names", "class_values", "exclusive"), collection.classes, strict=True)

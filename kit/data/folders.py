@@ -385,17 +385,16 @@ def several_fit(
     first = max(fitting, key=lambda name: len(MASK_WORDS & set(split_words(name))))
     remedy = f"choose one, such as --masks '{first}'"
     every = f"--masks '{','.join(kinds)}'"
-    if apart(kinds, images):
+    binary = all(colours([mask.path for mask in masks]) <= 2 for masks in kinds.values())
+    if binary and apart(kinds, images):
         remedy += f", or take each for a class with {every} (and --classes one: united)"
-    else:
+    elif binary and all("{stem}" in kind for kind in kinds):
         remedy += f", or average annotators: {every} --classes one --soft true"
     return UserError(f"--data {root}", f"{first_five(fitting, ' and ')} fit the images", remedy)
 
 
 def apart(kinds: dict[str, list[ImageFile]], images: list[ImageFile]) -> bool:
-    """Whether kinds of masks are binary and hardly overlap in the first images."""
-    if any(colours([mask.path for mask in masks]) > 2 for masks in kinds.values()):
-        return False
+    """Whether kinds of binary masks hardly overlap in the first images."""
     pairs = [match(images, masks) for masks in kinds.values()]
     for image in images[:SHOWN]:
         files = [mask for matched in pairs for mask in matched.get(image.name, [])]

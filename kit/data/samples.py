@@ -161,6 +161,11 @@ def ignore_without_data(mask: Any, layers: tuple[Layer, ...]) -> Any:
     return replace(mask, image=layers) if mask and may_have_floats(layers) else mask
 
 
+def name_of(sample: Any) -> str:
+    """What people call an image: its file, of several files its id."""
+    return sample.image.name if len(sample.layers) == 1 else sample.id
+
+
 def leave_out(samples: pd.DataFrame, root: Path, missing: str, empty: Planes) -> pd.DataFrame:
     """Without images that have no mask: all with --missing leave_out, else those of whole folders.
 
@@ -284,7 +289,7 @@ def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
     pairs = f"{len(samples) - alone.sum()} pairs"
     if alone.any():
         problem = f"{alone.sum()} of {len(samples)} images have no mask ({pairs} are complete)"
-        names = first_five(path.name for path in samples.image[alone])
+        names = first_five(map(name_of, samples[alone].itertuples()))
         remedy = remedy_for_missing(samples, data)
         raise UserError(f"--data {data}", f"{problem}: {names}", remedy)
     if len(samples) < 2:
