@@ -50,11 +50,14 @@ def channel_axis(path: Path, shape: tuple[int, ...]) -> int:
 
 
 def open_array(layer: Layer) -> Raster | None:
-    """A reader: (h, w), (h, w, C) or (C, h, w). Raises UserError for another number of axes."""
+    """A reader: (h, w), (h, w, C) or (C, h, w). Raises UserError for another number of axes.
+
+    Of a page, a slice of a volume, (D, h, w).
+    """
     path = layer.path
     if path.suffix.lower() not in SUFFIXES:
         return None
-    array = load_array(path)
+    array = load_page(layer)
     if array.ndim not in (2, 3) or not array.size:
         problem = f"an array of shape {array.shape}"
         raise UserError(path, problem, "an image has (h, w), (h, w, C) or (C, h, w)")
@@ -62,12 +65,20 @@ def open_array(layer: Layer) -> Raster | None:
     axis = channel_axis(path, array.shape) if array.ndim == 3 else None
     size = tuple(length for other, length in enumerate(array.shape) if other != axis)
     bands = 1 if axis is None else array.shape[axis]
-    return Raster(size, bands, deep, functools.partial(read_array, path, axis), floats)
+    return Raster(size, bands, deep, functools.partial(read_array, layer, axis), floats)
 
 
-def read_array(path: Path, axis: int | None) -> np.ndarray:
+def load_page(layer: Layer) -> np.ndarray:
+    """The numbers in a file, or in a slice of it; not read yet. Raises UserError."""
+    array = load_array(layer.path)
+    if layer.page >= len(array):
+        raise UserError(layer, f"the array has the shape {array.shape}", "replace the file")
+    return array if layer.page < 0 else array[layer.page]
+
+
+def read_array(layer: Layer, axis: int | None) -> np.ndarray:
     """The values of a file, (h, w, C); `axis`: of the channels. Truth values become 0 and 255."""
-    array = np.array(load_array(path))
+    array = np.array(load_page(layer))
     array = array.astype(np.uint8) * 255 if array.dtype == np.bool else array
     array = array[..., None] if axis is None else np.moveaxis(array, axis, 2)
     return np.ascontiguousarray(array)

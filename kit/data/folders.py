@@ -56,6 +56,7 @@ class Collection(NamedTuple):
     instances: bool = False  # a csv has a row for each object of an image
     classes: Classes = Classes()  # that the masks tell apart
     channels: int = 3  # of each image
+    neighbours: tuple[int, ...] = ()  # see `ModelConfig`
     value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `rasters.to_pixels`
 
 

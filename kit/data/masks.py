@@ -16,12 +16,11 @@ from PIL.Image import Transpose
 
 from kit.config import IGNORE, Classes
 from kit.data.classes import ClassRequest, choose_planes
-from kit.data.photos import open_image
 from kit.data.rasters import Layer
-from kit.data.readers import no_data, read_header
+from kit.data.readers import no_data, open_image, read_header
 from kit.errors import UserError, first_five
 
-Opener = Callable[[Path], Image.Image]  # decodes a file: `open_image`, or a `DecodedFiles`
+Opener = Callable[..., Image.Image]  # of a path and a page: `open_image`, or a `DecodedFiles`
 NO_DATA = -9999  # what is no number counts as this value; negative values are ignored
 DECODED_BYTES = 1 << 30  # of mask files that stay decoded while a data set is loaded
 
@@ -88,6 +87,12 @@ class MaskFile:
     values: MaskValues = MaskValues()  # decided over all masks, see `values.py`
     more: tuple[Path, ...] = ()  # files of further objects of the same image
     image: Path | None = None  # its image: a mask of the stored size is turned like it (EXIF)
+    page: int = -1  # of the file, see `rasters.Layer`
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """What is decoded."""
+        return (Layer(self.path, self.page), *map(Layer, self.more))
 
     @property
     def source(self) -> str:
@@ -97,8 +102,8 @@ class MaskFile:
     def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
         """(h, w) uint8: 1 foreground, 0 background, 255 ignored. Raises UserError."""
         mask, values = np.zeros(size, np.uint8), self.values
-        for path in (self.path, *self.more):
-            pixels = mask_pixels(open_mask(path, size, self.image, opener), values.channel)
+        for layer in self.layers:
+            pixels = mask_pixels(open_mask(layer, size, self.image, opener), values.channel)
             for ignored in values.ignored:
                 mask[(pixels == ignored) & (mask == 0)] = IGNORE
             for foreground in values.foreground:
@@ -130,7 +135,7 @@ class LabelMap:
                 f"one of {1 + len(self.file.more)} label maps of one image",
                 "keep one, or name it with --masks",
             )
-        image = open_mask(self.path, size, self.file.image, opener)
+        image = open_mask(self.file.layers[0], size, self.file.image, opener)
         numbers = class_numbers(mask_pixels(image, self.channel), self.labels)
         return ignore_no_data(numbers, self.image)
 
@@ -205,16 +210,16 @@ class DecodedFiles:
     def __init__(self, limit: int = DECODED_BYTES) -> None:
         self.free, self.images = limit, {}
 
-    def __call__(self, path: Path) -> Image.Image:
-        if path in self.images:
-            return self.images[path]
-        image = open_image(path)
+    def __call__(self, path: Path, page: int = -1) -> Image.Image:
+        if (path, page) in self.images:
+            return self.images[path, page]
+        image = open_image(path, page)
         size = image.width * image.height * (1 if image.mode in ("1", "L", "P") else 4)
         if size < self.free:
             decoded = image.copy()  # without the open file of formats with pages
             decoded.format = image.format
             self.free -= size
-            self.images[path] = decoded
+            self.images[path, page] = decoded
         return image
 
 
@@ -228,20 +233,20 @@ TURNS = {
 
 
 def open_mask(
-    path: Path, size: tuple[int, int], photo: Path | None = None, opener: Opener = open_image
+    layer: Layer, size: tuple[int, int], photo: Path | None = None, opener: Opener = open_image
 ) -> Image.Image:
-    """Decode a mask file. Raises UserError, also where it does not have its image's (h, w).
+    """Decode a mask file, or a page of it. Raises UserError, also for another size than (h, w).
 
     `photo`: its image. If EXIF turns that, a mask of the stored size was drawn on the stored pixels
     and is turned, too.
     """
-    image = opener(path)
+    image = opener(*layer)
     if photo and image.size == size != size[::-1]:
         turn = read_header(photo).turn
         image = image.transpose(TURNS[turn]) if turn in TURNS else image
     if image.size != size[::-1]:
         mask, photo_size = ("x".join(map(str, s)) for s in (image.size, size[::-1]))
-        raise UserError(path, f"is {mask}, but its image is {photo_size}", "replace one of them")
+        raise UserError(layer, f"is {mask}, but its image is {photo_size}", "replace one of them")
     return image
 
 

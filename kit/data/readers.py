@@ -4,14 +4,17 @@ A new format is one function and one entry in `READERS`.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from kit.data import arrays, photos, tiffs
 from kit.data.rasters import (
     MOST_CHANNELS,
+    Layer,
     Raster,
     Source,
     join_layers,
@@ -87,6 +90,15 @@ def read_image(
     return to_pixels(read_values(source, channels), value_range, source)
 
 
+def open_image(path: str | Path, page: int = -1) -> Image.Image:
+    """Decode a file of grey levels or colours, or a page of it, as a mask. Raises UserError."""
+    layer = Layer(Path(path), page)
+    raster = arrays.open_array(layer)
+    if raster:
+        return tiffs.to_image(raster.read())
+    return photos.open_image(path) if page < 0 else tiffs.open_page(layer)
+
+
 def may_have_floats(source: Source) -> bool:
     """Whether an image's values may be NaN or infinity; not where it cannot be opened."""
     suffixes = (*tiffs.SUFFIXES, *arrays.SUFFIXES)
@@ -117,13 +129,14 @@ def no_data(source: Source) -> np.ndarray | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def decide_channels(samples: pd.DataFrame, wanted: str) -> int:
+def decide_channels(samples: pd.DataFrame, wanted: str, slices: int = 1) -> int:
     """The channels of all images: the wanted number, or what they have; says other than 3.
 
-    `samples`: with the columns of `scan`. Raises UserError where they differ.
+    `samples`: with the columns of `scan`; `wanted`: of each of the `slices` of an image. Raises
+    UserError where they differ.
     """
     if wanted.isdecimal():
-        count = int(wanted)
+        count = slices * int(wanted)
     else:
         counts = samples.channels[samples.channels > 0].value_counts()
         if len(counts) > 1:
@@ -140,7 +153,7 @@ def decide_channels(samples: pd.DataFrame, wanted: str) -> int:
         raise UserError(
             "--channels", f"{count} channels", f"an image has from 1 to {MOST_CHANNELS}"
         )
-    if count != 3:
+    if count != 3 or slices > 1:
         print(f"channels: {count} in each image")
     return count
 

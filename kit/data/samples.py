@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes, ModelConfig
-from kit.data import csvs, folders, kitti
+from kit.data import csvs, folders, kitti, volumes
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection
 from kit.data.folds import assign_folds
@@ -32,13 +32,13 @@ from kit.data.masks import (
     measure,
 )
 from kit.data.names import MARKER, describe_folder
-from kit.data.photos import open_image
 from kit.data.rasters import Layer
 from kit.data.readers import (
     IMAGE_SUFFIXES,
     decide_channels,
     find_value_range,
     may_have_floats,
+    open_image,
     read_header,
     read_image,
 )
@@ -66,7 +66,7 @@ LAYOUTS = [
 
 LOADED = (  # what `load` takes of train.py's settings
     "masks", "target", "foreground", "ignore", "rle", "missing", "classes", "window", "channels",
-    "folds", "seed", "group",
+    "neighbours", "folds", "seed", "group",
 )  # fmt: skip
 
 
@@ -82,6 +82,7 @@ def load(
     classes: str,
     window: str,
     channels: str,
+    neighbours: str,
     folds: int,
     seed: int,
     group: str,
@@ -91,7 +92,7 @@ def load(
     Returns the collection, whose samples have the columns of `find_samples`, `scan` and `fold`, and
     its mask files as decoded. Raises UserError.
     """
-    opener = DecodedFiles()
+    opener, steps = DecodedFiles(), volumes.parse_steps(neighbours)
     collection = find_samples(
         data,
         masks=masks,
@@ -102,16 +103,32 @@ def load(
         rle=rle,
         missing=missing,
         classes=classes,
+        neighbours=steps,
         opener=opener,
     )
     samples = scan(collection.samples, collection.classes, opener)
-    count = decide_channels(samples, channels)
-    value_range = find_value_range(samples.layers[samples.deep], window, count)
+    collection = decide_channels_and_range(samples, collection, steps, channels, window)
     names = collection.classes.names
     samples[["fold", "group", "why"]] = assign_folds(samples, folds, seed, group, names)
-    collection = collection._replace(samples=samples, value_range=value_range, channels=count)
     print(describe(collection), flush=True)
     return collection, opener
+
+
+def decide_channels_and_range(
+    samples: pd.DataFrame,
+    collection: Collection,
+    steps: tuple[int, ...],
+    channels: str,
+    window: str,
+) -> Collection:
+    """With the samples of `scan`, the channels of an image, and what is black and white in it."""
+    slices = 2 * len(steps) + 1  # each with the same channels, and the same range
+    count = decide_channels(samples, channels, slices)
+    deep = [volumes.middle_slice(layers, steps) for layers in samples.layers[samples.deep]]
+    limits = find_value_range(deep, window, count // slices)
+    limits = limits if len(limits) == 2 else slices * limits
+    changes = {"channels": count, "neighbours": steps, "value_range": limits}
+    return collection._replace(samples=samples, **changes)
 
 
 def find_samples(
@@ -125,6 +142,8 @@ def find_samples(
     rle: str = "auto",
     missing: str = "error",
     classes: str | Classes = "auto",
+    neighbours: tuple[int, ...] = (),
+    channels: int = 0,
     opener: Opener = open_image,
 ) -> Collection:
     """Understand a folder by the first layout that recognises it, and the values of its masks.
@@ -132,22 +151,18 @@ def find_samples(
     The samples table has a row for each image, with the columns `id` (names the outputs), `image`
     (path), `layers` (of the image, see `rasters.Layer`), `mask` (None, `masks.Planes` or
     `masks.LabelMap`), `category` (a group that is scored by itself, or ""), `views` (such as BEV,
-    scored too) and `fields` (a csv's other columns, or None); where folders say so also `group` and
-    `fold`. With `training` every image has a mask.
+    scored too) and `fields` (a csv's other columns, or None); where folders say so also `group`,
+    `fold`, `volume` and `slice`. With `training` every image has a mask.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
     images without a mask for images without foreground, "leave_out" leaves them out; `classes`:
-    --classes, or the classes of a model. Raises UserError.
+    --classes, or the classes of a model; `neighbours`: see `ModelConfig`; `channels`: of a model
+    that predicts. Raises UserError.
     """
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training)
-    samples = complete(collection.samples)
-    if training and missing == "empty":
-        empty = Planes((RunLengths(root),) * len(collection.classes.names))
-        samples["mask"] = [mask or empty for mask in samples["mask"]]
+    samples = volumes.arrange(complete(collection.samples), root, neighbours, channels)
     if training:
-        samples = leave_out(samples, root, missing)
-        check_pairs(samples, root, target)
-        say_unused(samples, root)
+        samples = check_masks(samples, root, target, missing, len(collection.classes.names))
     elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
         place = samples.image[0].parent
         print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
@@ -156,8 +171,22 @@ def find_samples(
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(samples=samples, rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener)
-    samples["mask"] = list(map(ignore_without_data, samples["mask"], samples.layers))
+    layers = [volumes.middle_slice(layers, neighbours) for layers in samples.layers]
+    samples["mask"] = list(map(ignore_without_data, samples["mask"], layers))
     return csvs.follow_csv(collection, root, rle) if training else collection
+
+
+def check_masks(
+    samples: pd.DataFrame, root: Path, target: str, missing: str, classes: int
+) -> pd.DataFrame:
+    """The samples that train, each with a mask, see `find_samples`. Raises UserError."""
+    if missing == "empty":
+        empty = Planes((RunLengths(root),) * classes)
+        samples["mask"] = [mask or empty for mask in samples["mask"]]
+    samples = leave_out(samples, root, missing)
+    check_pairs(samples, root, target)
+    say_unused(samples, root)
+    return samples
 
 
 def complete(samples: pd.DataFrame) -> pd.DataFrame:

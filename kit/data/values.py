@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -25,7 +24,8 @@ from kit.data.masks import (
     mask_pixels,
     palette_levels,
 )
-from kit.data.photos import open_image
+from kit.data.rasters import Layer
+from kit.data.readers import open_image
 from kit.errors import UserError, first_five
 
 FEW_OBJECTS = 8  # as many, in every mask, may be classes of one piece each
@@ -46,7 +46,7 @@ class MaskCounts(NamedTuple):
     lossy: bool  # a JPEG
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
     palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
-    path: Path  # the first file
+    layer: Layer  # the first file
 
 
 class ValueCounts:
@@ -89,8 +89,8 @@ def count_all(masks: list[MaskFile], channel: str, opener: Opener) -> ValueCount
 def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
     """The values of one mask. Soft levels of 0..1 are rounded to 256 steps. Raises UserError."""
     pixels, lossy, hint, palette = Counter(), False, "", set()
-    for path in (mask.path, *mask.more):
-        image = opener(path)
+    for layer in mask.layers:
+        image = opener(*layer)
         lossy |= image.format == "JPEG"
         palette |= palette_colours(image)
         hint = max(hint, colour_hint(image))
@@ -103,7 +103,7 @@ def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return MaskCounts(pixels, lossy, hint, palette, mask.path)
+    return MaskCounts(pixels, lossy, hint, palette, mask.layers[0])
 
 
 def palette_colours(image: Image.Image) -> set[tuple[int, int, str]]:
@@ -297,7 +297,7 @@ def are_objects(counts: ValueCounts, opener: Opener) -> bool:
         return False
     pieces = []
     for mask in counts.masks[:: -(-len(listed) // SAMPLED_MASKS)]:
-        values = mask_pixels(opener(mask.path), counts.channel)
+        values = mask_pixels(opener(*mask.layer), counts.channel)
         for value in sorted(set(mask.pixels) - {0})[:SAMPLED_MASKS]:
             pieces.append(cv2.connectedComponents(np.uint8(values == value))[0] - 1)
     return bool(np.mean(np.array(pieces) < 2) >= 0.9)
@@ -470,7 +470,7 @@ def describe_labels(counts: ValueCounts, labels: Labels) -> str:
         always |= {IGNORE} & unlisted
     ignored = []
     for value in sorted(unlisted - always):
-        where = next(mask.path.name for mask in counts.masks if value in mask.pixels)
+        where = next(mask.layer.path.name for mask in counts.masks if value in mask.pixels)
         pixels = f"{counts.pixels[value]} pixels, such as in {where}"
         ignored.append(f"{show(value, counts.channel)} ({pixels})")
     names = zip(labels.classes.names, labels.labels, strict=True)

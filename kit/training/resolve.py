@@ -76,7 +76,7 @@ def resolve(
         max_minutes=minutes,
         rle=collection.rle,
         classes=",".join(classes.names) if classes.several else "one",
-        channels="rgb" if collection.channels == 3 else str(collection.channels),
+        channels="rgb" if is_rgb(collection) else str(collection.channels),
         class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
         batch_size=config.batch_size or default_batch(device, precision, small, count),
@@ -117,6 +117,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     shown = [int(n) for n in re.findall(r"\d+", resolved.show)]
     settings = {name: getattr(resolved, name) for name in shared} | {
         "channels": collection.channels,
+        "neighbours": collection.neighbours,
         "show": tuple(shown),
         "precision": precision,
         "instances": collection.instances,
@@ -127,11 +128,16 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         **plane_settings(classes, area=max(0, resolved.min_pixels)),
         **normalisation(resolved.arch, resolved.encoder, weights),
     }
-    if collection.channels != 3:
+    if not is_rgb(collection):
         training = collection.samples[collection.samples.fold != resolved.fold]
         count, limits = collection.channels, collection.value_range
         settings |= measure_statistics(training.layers.tolist(), count, limits)
     return ModelConfig(**settings)
+
+
+def is_rgb(collection: Collection) -> bool:
+    """Whether the channels are red, green and blue, or three equal ones."""
+    return collection.channels == 3 and not collection.neighbours
 
 
 def resolve_top(top: float | str, tiles: bool, collection: Collection, fold: int) -> float:
