@@ -344,9 +344,7 @@ def infer(options: Options) -> Path:
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
     results = gather(plan, predict_and_write(plan, share, submission))
     if results:
-        failed = {name for name, _ in results.failed}
-        folders = mask_folders(plan.config.classes)
-        volumes.join_pages(samples, plan.out / "masks", folders, failed)
+        volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(samples), time.monotonic() - started, submission)
     return plan.out
 

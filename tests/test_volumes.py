@@ -1,6 +1,8 @@
 """Slices: volumes in folders, pages and manifests, their neighbours, folds, and stacks of masks."""
 
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -8,9 +10,12 @@ import pytest
 import tifffile
 from PIL import Image
 
+import infer
 import train
-from kit.config import ModelConfig
-from kit.data import images, readers, tiffs, volumes
+from kit.cli import parse
+from kit.config import Classes, ModelConfig
+from kit.data import images, rasters, readers, tiffs, volumes
+from kit.data.classes import write_mask
 from kit.data.folds import assign_folds
 from kit.data.rasters import Layer
 from kit.data.samples import LOADED, find_samples, load, read_sample
@@ -87,12 +92,12 @@ def refused(*words, call):
 
 
 def test_steps_of_neighbours():
-    assert volumes.parse_steps("") == volumes.parse_steps("0") == ()
-    assert volumes.parse_steps("1") == (1,)
-    assert volumes.parse_steps("2") == (1, 2)
-    assert volumes.parse_steps("3,1") == (1, 3)
+    assert rasters.parse_steps("") == rasters.parse_steps("0") == ()
+    assert rasters.parse_steps("1") == (1,)
+    assert rasters.parse_steps("2") == (1, 2)
+    assert rasters.parse_steps("3,1") == (1, 3)
     for text in ("a", "-1", "1,", "0,1", "1.5"):
-        refused("--neighbours", "such as", call=lambda text=text: volumes.parse_steps(text))
+        refused("--neighbours", "such as", call=lambda text=text: rasters.parse_steps(text))
 
 
 @pytest.mark.parametrize("name", ["slice_{}.png", "{:03d}.png", "slice_{:04d}_266_266_1.50.png"])
@@ -409,3 +414,107 @@ def test_deep_slices_share_one_range(tmp_path):
 def test_models_of_other_neighbours_are_not_averaged():
     configs = [ModelConfig(neighbours=steps) for steps in ((1,), (2,))]
     refused("neighbours", call=lambda: predict.check_agreement(configs))
+
+
+# --------------------------------------------------------------------------------------------------
+#  From volumes to masks
+# --------------------------------------------------------------------------------------------------
+
+SMALL = ("--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none")
+SMALL += ("--height", "32", "--width", "32", "--batch_size", "8", "--comparisons", "false")
+
+
+def flags_of(kind, *flags):
+    """The settings of a command line; a flag that it does not have is left out."""
+    pairs = zip(SMALL[::2], SMALL[1::2], strict=True)
+    names = {field.name for field in dataclasses.fields(kind)}
+    shared = [text for pair in pairs if pair[0][2:] in names for text in pair]
+    return parse(kind, "", [*shared, *map(str, flags)])
+
+
+def fit(root, out, *flags):
+    return train.train(flags_of(train.Config, "--data", root, "--out", out, *flags))
+
+
+def predicted(model, data, out, *flags):
+    return infer.infer(
+        flags_of(infer.Options, "--model", model, "--data", data, "--out", out, *flags)
+    )
+
+
+def test_a_stack_in_gives_a_stack_of_masks_out(tmp_path):
+    write_stacks(tmp_path / "data", (5, 4))
+    out = fit(tmp_path / "data", tmp_path / "out", "--epochs", 1, "--neighbours", 1)
+    stack = tmp_path / "data/images/case0.tif"
+    masks = predicted(out, stack, tmp_path / "one", "--comparisons", "true") / "masks"
+    assert [path.name for path in masks.glob("*.*")] == ["case0.tif"]
+    assert len(list((tmp_path / "one/comparisons").iterdir())) == 5
+    pages = tifffile.imread(masks / "case0.tif")
+    assert (pages.shape, pages.dtype) == ((5, *SIZE), np.uint8)
+    assert set(np.unique(pages)) <= {0, 255}
+    masks = predicted(out, tmp_path / "data/images", tmp_path / "all") / "masks"
+    assert sorted(path.name for path in masks.glob("*.*")) == ["case0.tif", "case1.tif"]
+    assert np.array_equal(tifffile.imread(masks / "case0.tif"), pages)
+
+
+def test_pages_of_masks_are_in_order_and_keep_their_palette(tmp_path):
+    classes = Classes(("a", "b"), ("3", "7"), True)
+    write_stacks(tmp_path, (12,))
+    samples = found(tmp_path / "images", (), training=False, channels=3)
+    for number, name in enumerate(samples.id):
+        mask = np.zeros(SIZE, np.uint8)
+        mask[number] = 1
+        write_mask(tmp_path, name, mask, classes)
+    volumes.join_pages(samples, tmp_path, classes, [("case0_0003", "damaged")])
+    assert not (tmp_path / "case0.tif").exists()
+    volumes.join_pages(samples, tmp_path, classes, [])
+    values = np.stack(
+        [np.asarray(readers.open_image(tmp_path / "case0.tif", n)) for n in range(12)]
+    )
+    assert [int((page == 7).any(1).argmax()) for page in values] == list(range(12))
+    assert set(np.unique(values)) == {3, 7}
+    assert not list(tmp_path.glob("case0_*.png"))
+
+
+def test_submission_rows_are_of_slices(tmp_path):
+    write_stacks(tmp_path / "data", (5, 4))
+    out = fit(tmp_path / "data", tmp_path / "out", "--epochs", 1)
+    images = tmp_path / "data/images"
+    predictions = predicted(out, images, tmp_path / "predictions", "--submission", "rle")
+    ids = pd.read_csv(predictions / "submission.csv").id.tolist()
+    assert ids == [f"case{v}_{n:04d}" for v in (0, 1) for n in range(1, 6 - v)]
+
+
+def write_moving_discs(root, count, size=32, depth=8):
+    """Volumes of two discs in noise that look alike: the one that moves is the foreground."""
+    y, x = np.mgrid[:size, :size]
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        places = rng.uniform(6, size - 6, (2, 2))
+        angle = rng.uniform(0, 2 * np.pi)
+        for z in range(depth):
+            pixels, mask = rng.normal(80, 8, (size, size)), np.zeros((size, size), bool)
+            for place, moves in zip(places, (True, False), strict=True):
+                shift = 3 * z * moves * np.array([np.cos(angle), np.sin(angle)])
+                centre = (place + shift) % size
+                distance = np.abs(np.stack([y, x]) - centre[:, None, None])
+                distance = np.minimum(distance, size - distance)  # around the edge
+                disc = np.square(distance).sum(0) < 16
+                pixels[disc] += 100
+                mask = mask & ~disc | disc & moves
+            place = f"case{number}/slice_{z}.png"
+            save(root / "images" / place, pixels.clip(0, 255).astype(np.uint8))
+            save(root / "masks" / place, np.uint8(255 * mask))
+
+
+def test_neighbours_tell_what_a_slice_alone_does_not(tmp_path):
+    """docs/results.md has the same on larger volumes, in equal minutes."""
+    write_moving_discs(tmp_path / "data", 16)
+    dice = {}
+    for neighbours in ("0", "1"):
+        options = ("--epochs", 14, "--neighbours", neighbours, "--grow", "false", "--folds", 4)
+        options += ("--encoder", "resnet18", "--lr", 0.002, "--augment", 0)
+        out = fit(tmp_path / "data", tmp_path / f"out{neighbours}", *options)
+        report = json.loads((out / "metrics.json").read_text())["image"]["all"]
+        dice[neighbours] = 100 * report["F1"]
+    assert dice["1"] > dice["0"] + 10, dice

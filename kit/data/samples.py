@@ -32,7 +32,7 @@ from kit.data.masks import (
     measure,
 )
 from kit.data.names import MARKER, describe_folder
-from kit.data.rasters import Layer
+from kit.data.rasters import Layer, middle_slice, parse_steps
 from kit.data.readers import (
     IMAGE_SUFFIXES,
     decide_channels,
@@ -92,7 +92,7 @@ def load(
     Returns the collection, whose samples have the columns of `find_samples`, `scan` and `fold`, and
     its mask files as decoded. Raises UserError.
     """
-    opener, steps = DecodedFiles(), volumes.parse_steps(neighbours)
+    opener, steps = DecodedFiles(), parse_steps(neighbours)
     collection = find_samples(
         data,
         masks=masks,
@@ -124,7 +124,7 @@ def decide_channels_and_range(
     """With the samples of `scan`, the channels of an image, and what is black and white in it."""
     slices = 2 * len(steps) + 1  # each with the same channels, and the same range
     count = decide_channels(samples, channels, slices)
-    deep = [volumes.middle_slice(layers, steps) for layers in samples.layers[samples.deep]]
+    deep = [middle_slice(layers, steps) for layers in samples.layers[samples.deep]]
     limits = find_value_range(deep, window, count // slices)
     limits = limits if len(limits) == 2 else slices * limits
     changes = {"channels": count, "neighbours": steps, "value_range": limits}
@@ -160,7 +160,8 @@ def find_samples(
     """
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training)
-    samples = volumes.arrange(complete(collection.samples), root, neighbours, channels)
+    samples = complete(collection.samples)
+    samples = volumes.arrange(samples, root, neighbours, channels)
     if training:
         samples = check_masks(samples, root, target, missing, len(collection.classes.names))
     elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
@@ -171,7 +172,7 @@ def find_samples(
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(samples=samples, rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener)
-    layers = [volumes.middle_slice(layers, neighbours) for layers in samples.layers]
+    layers = [middle_slice(layers, neighbours) for layers in samples.layers]
     samples["mask"] = list(map(ignore_without_data, samples["mask"], layers))
     return csvs.follow_csv(collection, root, rle) if training else collection
 

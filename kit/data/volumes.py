@@ -8,7 +8,6 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ import pandas as pd
 import tifffile
 from PIL import Image
 
+from kit.config import Classes
 from kit.data import arrays, tiffs
+from kit.data.classes import mask_folders
 from kit.data.masks import MaskFile, Planes
 from kit.data.rasters import Layer
 from kit.data.readers import read_header
@@ -33,8 +34,8 @@ def arrange(
 ) -> pd.DataFrame:
     """The samples with a row for each page of a stack, and with the layers of their neighbours.
 
-    `steps`: see `parse_steps`; `channels`: of the model that predicts, 0 for training. Where
-    volumes are known there are the columns `volume` and `slice`. Raises UserError.
+    `steps`: see `rasters.parse_steps`; `channels`: of the model that predicts, 0 for training.
+    Where volumes are known there are the columns `volume` and `slice`. Raises UserError.
     """
     samples = split_stacks(samples, steps, channels)
     if not steps:
@@ -43,22 +44,6 @@ def arrange(
     check_volumes(samples, steps, training=not channels)
     say_gaps(samples)
     return samples.assign(layers=with_neighbours(samples, steps))
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """The steps that --neighbours asks for: of 2 it is 1 and 2, of 1,3 these. Raises UserError."""
-    numbers = [number.strip() for number in text.split(",")] if text else ["0"]
-    if not all(map(str.isdecimal, numbers)) or (len(numbers) > 1 and "0" in numbers):
-        problem = "takes how many slices before and after are channels"
-        raise UserError(f"--neighbours {text}", problem, "such as 1 or 2, or steps such as 1,3")
-    steps = sorted(set(map(int, numbers)))
-    return tuple(steps) if len(numbers) > 1 else tuple(range(1, steps[0] + 1))
-
-
-def middle_slice(layers: tuple[Layer, ...], steps: tuple[int, ...]) -> tuple[Layer, ...]:
-    """The layers of the slice itself, of those of `with_neighbours`."""
-    count = len(layers) // (2 * len(steps) + 1)
-    return layers[len(steps) * count : (len(steps) + 1) * count]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,19 +237,20 @@ def with_neighbours(samples: pd.DataFrame, steps: tuple[int, ...]) -> list[tuple
 
 
 def join_pages(
-    samples: pd.DataFrame, folder: Path, kinds: list[str], failed: Container[str]
+    samples: pd.DataFrame, folder: Path, classes: Classes, failed: list[tuple[str, str]]
 ) -> None:
     """Make the mask images of a stack's pages the pages of a TIFF, in order: STEM.tif.
 
-    `kinds`: the folders below `folder`; a stack with a page in `failed` stays as it is.
+    `folder`: of the masks; `failed`: ids and messages, a stack with one of them stays images.
     """
+    names = {name for name, _ in failed}
     if "volume" not in samples:
         return
     paged = [any(layer.page >= 0 for layer in layers) for layers in samples.layers]
     for volume, rows in samples[paged].groupby("volume", sort=False):
-        if any(name in failed for name in rows.id):
+        if names & set(rows.id):
             continue
-        for kind in kinds:
+        for kind in mask_folders(classes):
             paths = [folder / kind / f"{name}.png" for name in rows.id]
             write_file(folder / kind / f"{volume}.tif", lambda part, p=paths: write_pages(part, p))
             for path in paths:
