@@ -509,11 +509,11 @@ def write_moving_discs(root, count, size=32, depth=8):
 
 def test_neighbours_tell_what_a_slice_alone_does_not(tmp_path):
     """docs/results.md has the same on larger volumes, in equal minutes."""
-    write_moving_discs(tmp_path / "data", 16)
+    write_moving_discs(tmp_path / "data", 12, depth=6)
     dice = {}
     for neighbours in ("0", "1"):
-        options = ("--epochs", 14, "--neighbours", neighbours, "--grow", "false", "--folds", 4)
-        options += ("--encoder", "resnet18", "--lr", 0.002, "--augment", 0)
+        options = ("--epochs", 10, "--neighbours", neighbours, "--grow", "false", "--folds", 4)
+        options += ("--encoder", "resnet18", "--lr", 0.003, "--augment", 0)
         out = fit(tmp_path / "data", tmp_path / f"out{neighbours}", *options)
         report = json.loads((out / "metrics.json").read_text())["image"]["all"]
         dice[neighbours] = 100 * report["F1"]
