@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from conftest import KIT
 from PIL import Image
 
 import infer
 import train
 from kit.cli import parse
 from kit.config import Classes, ModelConfig
-from kit.data import images, rasters, readers, tiffs, volumes
+from kit.data import images, rasters, readers, rle, tiffs, volumes
 from kit.data.classes import write_mask
 from kit.data.folds import assign_folds
 from kit.data.rasters import Layer
@@ -518,3 +519,48 @@ def test_neighbours_tell_what_a_slice_alone_does_not(tmp_path):
         report = json.loads((out / "metrics.json").read_text())["image"]["all"]
         dice[neighbours] = 100 * report["F1"]
     assert dice["1"] > dice["0"] + 10, dice
+
+
+# --------------------------------------------------------------------------------------------------
+#  docs/rasters.md: UW-Madison, from download to submission
+# --------------------------------------------------------------------------------------------------
+
+ORGANS = ("large_bowel", "small_bowel", "stomach")
+
+
+def write_uw_madison(root, cases=(123, 124, 125), test=(130,)):
+    """Folders, names and csv of the competition; a day of each case, three slices of 16 bits."""
+    rows, ids = ["id,class,segmentation"], ["id,class,predicted"]
+    for case in (*cases, *test):
+        for number in (1, 2, 3):
+            day, split = f"case{case}_day20", "test" if case in test else "train"
+            name = f"case{case}/{day}/scans/slice_{number:04d}_32_24_1.50_1.50.png"
+            save(root / split / name, 100 + 20 * square(number).astype(np.uint16))
+            for organ in ORGANS:
+                key = f"{day}_slice_{number:04d},{organ}"
+                runs = rle.rle_encode(square(number) > 0, "rows") if organ == "stomach" else ""
+                (ids if split == "test" else rows).append(
+                    f"{key},{runs if split == 'train' else ''}"
+                )
+    (root / "train.csv").write_text("\n".join(rows))
+    (root / "sample_submission.csv").write_text("\n".join(ids))
+
+
+def test_uw_madison_of_the_documentation(tmp_path, monkeypatch):
+    """Its commands, run on a drawn folder in the layout of the competition."""
+    root = tmp_path / "uw-madison-gi-tract-image-segmentation"
+    write_uw_madison(root)
+    monkeypatch.chdir(tmp_path)
+    section = (KIT / "docs/rasters.md").read_text().split("## Slices")[1].split("\n## ")[0]
+    commands = [line.split() for line in section.splitlines() if line.startswith("python ")]
+    assert [command[1] for command in commands] == ["train.py", "infer.py"]
+    quick = ["--epochs", "1", "--folds", "2"]
+    train.train(flags_of(train.Config, *commands[0][2:], *quick))
+    infer.infer(flags_of(infer.Options, *commands[1][2:]))
+    submission = pd.read_csv("predictions/submission.csv")
+    assert submission.columns.tolist() == ["id", "class", "predicted"]
+    ids = [f"case130_day20_slice_{n:04d}" for n in (1, 2, 3)]
+    assert sorted(submission.id) == sorted(ids * 3)
+    samples = find_samples(str(root), training=True, neighbours=(1,)).samples
+    assert samples.volume.nunique() == 3
+    assert {len(layers) for layers in samples.layers} == {3}
