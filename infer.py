@@ -71,7 +71,7 @@ import torch
 from tqdm import tqdm
 
 from kit.config import IGNORE, ModelConfig
-from kit.data import kitti
+from kit.data import kitti, volumes
 from kit.data.classes import mask_folders, write_mask
 from kit.data.images import each_plane, to_picture, write_image
 from kit.data.names import MARKER, list_files
@@ -148,7 +148,8 @@ def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
         ignore=options.ignore,
         rle=options.rle,
         classes=config.classes,
-        channels=",".join(config.bands) or str(config.channels),
+        channels=",".join(config.bands) or str(config.channels // config.slices),
+        neighbours=config.neighbours,
         soft=config.soft,
     ).samples
     training = [path.name for path in samples.image if splits.get(path) == "train"]
@@ -344,6 +345,7 @@ def infer(options: Options) -> Path:
     started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
     results = gather(plan, predict_and_write(plan, share, submission))
     if results:
+        volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(samples), time.monotonic() - started, submission)
     return plan.out
 

@@ -98,6 +98,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/data/csvs.py _kg_hide-input=true
 
+# %% kit/data/volumes.py _kg_hide-input=true
+
 # %% kit/data/kitti.py _kg_hide-input=true
 
 # %% kit/data/masks.py _kg_hide-input=true

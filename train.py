@@ -33,6 +33,7 @@ class Config:
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
     channels: str = "auto"  # a number, 1 is grey; or files: {stem}_B02.tif,{stem}_B03.tif
     soft: bool = False  # several masks of an image are annotators: train on their mean
+    neighbours: str = ""  # slices before and after as channels: 1, 2, or steps such as 1,3
     show: str = ""  # the channels seen as red, green, blue in pictures, such as 4,3,2
     check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane

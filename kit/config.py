@@ -54,6 +54,7 @@ class ModelConfig:
     width: int = 256  # [1..16384] as height
     channels: int = 3  # [1..64] of an image
     bands: tuple[str, ...] = ()  # patterns of the files of an image's channels; (): it is one file
+    neighbours: tuple[int, ...] = ()  # [1..64] steps to the slices that are channels, too
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # [-1..2] of each channel in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
     top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
@@ -96,9 +97,14 @@ class ModelConfig:
         return Classes(self.class_names, self.class_values, self.exclusive)
 
     @property
+    def slices(self) -> int:
+        """How many slices of a volume are the channels of an image."""
+        return 2 * len(self.neighbours) + 1
+
+    @property
     def rgb(self) -> bool:
         """Whether the channels are red, green and blue, or three equal ones."""
-        return self.channels == 3 and not self.bands
+        return self.channels == 3 and not (self.bands or self.neighbours)
 
     def describe(self) -> str:
         """The network in a line for people."""
@@ -107,7 +113,7 @@ class ModelConfig:
         decoder = "" if self.decoder_channels == "1" else f" ({self.decoder_channels})"
         mean, std = (" ".join(f"{n:.3g}" for n in values) for values in (self.mean, self.std))
         statistics = f"mean {mean}, deviation {std}"
-        channels = "" if self.channels == 3 else f" of {self.channels} channels"
+        channels = "" if self.rgb else f" of {self.channels} channels"
         return f"model: {self.arch}{decoder} {self.encoder}, input {size}{channels}, {statistics}"
 
 

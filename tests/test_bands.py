@@ -511,8 +511,8 @@ def test_a_plane_is_read_by_its_number(tmp_path):
     path = write(tmp_path / "m.npy", planes(0))
     assert arrays.count_planes(path) == 3
     with pytest.raises(UserError, match=r"m\.npy: holds 3 planes"):
-        arrays.open_image(path)
-    plane = arrays.open_image(arrays.planes_of(path)[1])
+        readers.open_image(path)
+    plane = readers.open_image(arrays.planes_of(path)[1])
     assert (np.asarray(plane) == planes(0)[..., 1]).all()
 
 

@@ -441,7 +441,7 @@ def test_each_mask_file_is_decoded_once(tmp_path, monkeypatch, kind):
         convert(pixels).save(path)
     opened, decoded = [], []
 
-    def open_mask_file(path):
+    def open_mask_file(path, _):
         opened.append(path)
         return photos.open_image(path)
 

@@ -25,7 +25,7 @@ HOUSE = {  # each wing with its files, from top to bottom: a file imports only f
     "training": "callbacks.py resume.py resolve.py loaders.py",
     "results": "metrics.py submissions.py visualize.py predict.py",
     "network": "model.py encoders.py",
-    "data": "samples.py folds.py kitti.py bands.py csvs.py folders.py names.py rle.py "
+    "data": "samples.py volumes.py folds.py kitti.py bands.py csvs.py folders.py names.py rle.py "
     "values.py masks.py classes.py images.py readers.py tiffs.py arrays.py photos.py rasters.py",
     "ground": "config.py cli.py kaggle.py files.py errors.py",
 }
@@ -235,28 +235,39 @@ def weights_of(out):
     return torch.load(out / "model.pt", weights_only=True)["state_dict"]
 
 
-def test_kitti_can_be_deleted(pairs, tmp_path):
-    """The file, its imports, its entry in samples.LAYOUTS and its entry in infer.SUBMISSIONS."""
-    kit = copy_kit(tmp_path / "fork", without=["kit/data/kitti.py"])
-    for file, entry in (
-        ("kit/data/samples.py", r"    kitti\.\w+,\n"),
-        ("infer.py", r'    "kitti": kitti\.\w+,\n'),
-    ):
+ROOMS = {  # that can be deleted, with the lines that name them: those of an entry, and imports
+    "kitti": {
+        "kit/data/samples.py": r"    kitti\.\w+,\n",
+        "infer.py": r'    "kitti": kitti\.\w+,\n',
+    },
+    "volumes": {
+        "kit/data/samples.py": r"    samples = volumes\.\w+\(.*\n",
+        "infer.py": r"        volumes\.\w+\(.*\n",
+    },
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_can_be_deleted(pairs, tmp_path, room):
+    """The file, its imports and its entries."""
+    kit = copy_kit(tmp_path / "fork", without=[f"kit/data/{room}.py"])
+    for file, entry in ROOMS[room].items():
         code, count = re.subn(entry, "", (kit / file).read_text())
         assert count == 1
-        code = re.sub(r"^from kit.data import kitti\n", "", code, flags=re.MULTILINE)
-        code = re.sub(r"^(from kit.data import .*), kitti$", r"\1", code, flags=re.MULTILINE)
+        code = re.sub(rf"^from kit.data import {room}\n", "", code, flags=re.MULTILINE)
+        imported = rf"^(from kit.data import .*?)({room}, |, {room}$)"
+        code = re.sub(imported, r"\1", code, flags=re.MULTILINE)
         (kit / file).write_text(code)
         names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-        assert "kitti" not in names
+        assert room not in names
     changed = changed_lines(kit)
     assert {name: len(lines) for name, lines in changed.items()} == {
         "kit/data/samples.py": 1,
-        "infer.py": 0,
+        "infer.py": 1,
     }
     out, predictions = tmp_path / "out", tmp_path / "predictions"
     flags = ("--data", pairs, "--out", out, *TINY, "--epochs", 1)
-    succeed("train.py", *flags, kit=kit, fresh=True)  # a process that cannot find our kitti.py
+    succeed("train.py", *flags, kit=kit, fresh=True)  # a process that cannot find our room
     flags = ("--data", pairs, "--out", predictions, "--submission", "rle")
     succeed("infer.py", "--model", out, *flags, kit=kit, fresh=True)
     assert len(list((predictions / "masks").glob("*.png"))) == 6

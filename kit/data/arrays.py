@@ -5,9 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from kit.data import photos
 from kit.data.rasters import MOST_CHANNELS, Layer, Raster
 from kit.errors import UserError, reason_of
 from kit.files import check_file
@@ -58,8 +56,21 @@ def channel_axis(path: Path, shape: tuple[int, ...], channels: int = 0) -> int:
     return short[0]
 
 
+def page_axis(path: Path, shape: tuple[int, ...]) -> int:
+    """Which axis of an array of three counts its slices or planes: the first, or the last.
+
+    The one that is as long as neither of the others where these are equal.
+    """
+    if shape[0] == shape[1] != shape[2]:
+        return 2
+    return 0 if shape[1] == shape[2] else channel_axis(path, shape)
+
+
 def open_array(layer: Layer) -> Raster | None:
-    """A reader: (h, w), (h, w, C) or (C, h, w). Raises UserError for another number of axes."""
+    """A reader: (h, w), (h, w, C) or (C, h, w). Raises UserError for another number of axes.
+
+    Of a page, a slice of a volume, (D, h, w).
+    """
     path = layer.path
     if path.suffix.lower() not in SUFFIXES:
         return None
@@ -68,7 +79,12 @@ def open_array(layer: Layer) -> Raster | None:
         problem = f"an array of shape {array.shape}"
         raise UserError(path, problem, "an image has (h, w), (h, w, C) or (C, h, w)")
     deep, floats = array.dtype not in (np.uint8, np.bool), array.dtype.kind == "f"
-    axis = channel_axis(path, array.shape, layer.channels) if array.ndim == 3 else None
+    axis = None
+    if array.ndim == 3:
+        paged = layer.page >= 0
+        axis = page_axis(path, array.shape) if paged else channel_axis(path, array.shape, layer[2])
+        if paged and layer.page >= array.shape[axis]:
+            raise UserError(layer, f"the array has the shape {array.shape}", "replace the file")
     size = tuple(length for other, length in enumerate(array.shape) if other != axis)
     bands = 1 if axis is None or layer.page >= 0 else array.shape[axis]
     return Raster(size, bands, deep, functools.partial(read_array, layer, axis), floats)
@@ -104,21 +120,3 @@ def planes_of(path: Path) -> list[Path | Layer]:
     """The planes of a mask file, each as `open_image` takes it."""
     count = count_planes(path)
     return [Layer(path, page) for page in range(count)] if count > 1 else [path]
-
-
-def open_image(source: Path | Layer) -> Image.Image:
-    """Decode a photograph or a mask, upright: `photos.open_image`, also of an array of a plane.
-
-    A `Layer` names one of several planes. Raises UserError.
-    """
-    layer = source if isinstance(source, Layer) else Layer(Path(source))
-    raster = open_array(layer)
-    if not raster:
-        return photos.open_image(layer.path)
-    if raster.bands > 1:
-        problem = f"holds {raster.bands} planes"
-        raise UserError(layer.path, problem, "save one as an array (height, width)")
-    plane = raster.read()[..., 0]
-    if plane.dtype != np.uint8:
-        plane = plane.astype(np.float32 if raster.floats else np.int32)
-    return Image.fromarray(plane)

@@ -527,7 +527,7 @@ def manifest_samples(root: Path, rows: pd.DataFrame, training: bool) -> Collecti
     if training or np.any(filled):  # a column of nothing is no ground truth to score with
         samples["mask"], classes = manifest_masks(root, rows)
     samples["fields"] = rows.drop_duplicates("image").astype(str).to_dict("records")
-    for column in ("layers", "id", "group", "fold", "category"):
+    for column in ("layers", "id", "group", "fold", "category", "volume", "slice"):
         if column in rows:
             samples[column] = only_values(root, rows, column)
     check_ids(root, samples.id.tolist())

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes
-from kit.data.arrays import open_image
 from kit.data.classes import sort_values
 from kit.data.masks import MaskFile, Planes
 from kit.data.names import (
@@ -37,7 +36,7 @@ from kit.data.names import (
     tail_of,
     words_of_place,
 )
-from kit.data.readers import IMAGE_SUFFIXES
+from kit.data.readers import IMAGE_SUFFIXES, open_image
 from kit.errors import UserError, first_five
 
 TRAINING_FOLDERS = ("training", "images", "train/images", "train_images", "train", ".")
@@ -58,6 +57,7 @@ class Collection(NamedTuple):
     classes: Classes = Classes()  # that the masks tell apart
     channels: int = 3  # of each image
     bands: tuple[str, ...] = ()  # the files of an image's channels, see `bands`; (): it is one
+    neighbours: tuple[int, ...] = ()  # see `ModelConfig`
     value_range: tuple[float, ...] = ()  # of images of more than 8 bits, see `rasters.to_pixels`
 
 

@@ -33,6 +33,7 @@ def assign_folds(
     """
     if "fold" in samples:
         groups, why, fold = [""] * len(samples), "split as given", samples.fold.to_numpy()
+        check_volumes(samples)
     else:
         for groups, why in possible_groups(samples, folds, group):
             fold = split(samples, groups, folds, seed)
@@ -119,6 +120,13 @@ def possible_groups(
             raise UserError(f"--group {column or 'group'}", problem, "take --group none")
         yield groups, f"column {column or 'group'}"
         return
+    candidates = guess_groups(samples, folds)
+    yield from whole_volumes(candidates, samples, folds) if "volume" in samples else candidates
+
+
+def guess_groups(samples: pd.DataFrame, folds: int) -> Iterator[tuple[list[str], str]]:
+    """What folders and names say, see `possible_groups`."""
+    names = samples.id.tolist()
     if not samples.category.any():
         for groups in folder_groups(samples):
             yield groups, "by folder (--group none: no groups)"
@@ -130,7 +138,33 @@ def possible_groups(
     blocks = [f"{part[1]}{int(part[2] or 0) // length}" for part in parts]
     if len(set(blocks)) < len(names):
         yield blocks, f"{length} consecutive numbers (--group none: no groups)"
-    yield names, alone
+    yield names, "each image by itself"
+
+
+def whole_volumes(
+    candidates: Iterable[tuple[list[str], str]], samples: pd.DataFrame, folds: int
+) -> Iterator[tuple[list[str], str]]:
+    """The groups in which volumes stay whole, then the volumes; of a single one its blocks."""
+    volumes = samples.volume.where(samples.volume != "", samples.id)
+    for groups, why in candidates:
+        if pd.Series(groups, volumes.index).groupby(volumes).nunique().max() == 1:
+            yield groups, f"{why}, volumes stay whole"
+    if volumes.nunique() > 1:
+        yield volumes.tolist(), "a volume stays in one fold (--group none: no groups)"
+        return
+    length = max(1, len(samples) // folds)
+    blocks = (samples["slice"].rank(method="first").astype(int) - 1) // length
+    yield blocks.astype(str).tolist(), f"one volume alone, {length} consecutive slices"
+
+
+def check_volumes(samples: pd.DataFrame) -> None:
+    """Raise UserError where a volume is in several of the folds that are given."""
+    parts = samples[samples.get("volume", "") != ""] if "volume" in samples else samples[:0]
+    parts = parts.groupby("volume").fold.nunique() if len(parts) else pd.Series(dtype=int)
+    wrong = first_five(parts.index[parts > 1])
+    if wrong:
+        problem = f"volumes are in several folds: {wrong}"
+        raise UserError("--data", problem, "a volume has one fold: its slices are alike")
 
 
 def folder_groups(samples: pd.DataFrame) -> Iterator[list[str]]:

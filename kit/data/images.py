@@ -160,12 +160,15 @@ def item_places(
 def to_picture(pixels: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Three channels of pixels (h, w, C) as RGB (h, w, 3) uint8 for people.
 
-    Those that `show` names, else the first three, of fewer the first. What is not RGB is stretched.
+    Those that `show` names, else the first three of the middle slice, of fewer the first. What is
+    not RGB is stretched.
     """
     if config.rgb and not config.show:
         return pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)
     last = pixels.shape[2] - 1
-    chosen = [n - 1 for n in config.show] or ([0, 1, 2] if last >= 2 else [0])
+    own = pixels.shape[2] // (2 * len(config.neighbours) + 1)
+    first = len(config.neighbours) * own
+    chosen = [n - 1 for n in config.show] or [first + n for n in range(3 if own >= 3 else 1)]
     seen = pixels[..., [min(n, last) for n in chosen]].astype(np.float32)
     low, high = np.percentile(seen[::4, ::4], (1, 99), axis=(0, 1))
     seen = np.clip((seen - low) * (255 / np.maximum(high - low, 1)), 0, 255).astype(np.uint8)

@@ -18,7 +18,8 @@ from kit.data.folders import Collection
 from kit.data.images import encode_image
 from kit.data.masks import MaskFile, Opener, Planes, open_mask
 from kit.data.names import list_images
-from kit.data.photos import open_image
+from kit.data.rasters import Layer
+from kit.data.readers import open_image
 from kit.errors import UserError, first_five, reason_of
 from kit.files import write_zip
 
@@ -73,7 +74,7 @@ class KittiMask:
 
     def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
         """(h, w) uint8: 1 road (blue > 0), 0 not road, 255 ignored (red = 0). Raises UserError."""
-        image = open_mask(self.path, size, opener=opener)
+        image = open_mask(Layer(self.path), size, opener=opener)
         if image.mode not in ("RGB", "RGBA", "P"):
             raise UserError(
                 self.path,

@@ -17,10 +17,10 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from kit.config import IGNORE, Classes
-from kit.data.arrays import count_planes, open_image, planes_of
+from kit.data.arrays import count_planes, planes_of
 from kit.data.classes import ClassRequest, choose_planes
 from kit.data.rasters import Layer
-from kit.data.readers import no_data, read_header
+from kit.data.readers import no_data, open_image, read_header
 from kit.errors import UserError, first_five
 
 # Decodes a file, or a plane of it: `open_image`, or a `DecodedFiles`
@@ -166,7 +166,7 @@ class LabelMap:
                 f"one of {1 + len(self.file.more)} label maps of one image",
                 "keep one, or name it with --masks",
             )
-        image = open_mask(self.path, size, self.file.image, opener)
+        image = open_mask(self.file.planes[0], size, self.file.image, opener)
         numbers = class_numbers(mask_pixels(image, self.channel), self.labels)
         return ignore_no_data(numbers, self.image)
 
@@ -288,7 +288,7 @@ def open_mask(
     photo: Path | None = None,
     opener: Opener = open_image,
 ) -> Image.Image:
-    """Decode a mask file. Raises UserError, also where it does not have its image's (h, w).
+    """Decode a mask file, or a page of it. Raises UserError, also for another size than (h, w).
 
     `photo`: its image. If EXIF turns that, a mask of the stored size was drawn on the stored pixels
     and is turned, too.

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kit.data.arrays import open_image
 from kit.data.rasters import Layer
-from kit.data.readers import IMAGE_SUFFIXES
+from kit.data.readers import IMAGE_SUFFIXES, open_image
 from kit.errors import UserError, first_five
 
 MASK_WORDS = {

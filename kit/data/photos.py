@@ -71,7 +71,7 @@ def decode(path: str | Path, image: Image.Image, page: int = -1) -> Image.Image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # Pillow raises anything on a damaged file
-        raise unreadable(path, error) from None
+        raise unreadable(Layer(Path(path), page), error) from None
     if pages > 1:
         raise UserError(path, f"has {pages} pages", "save the one that is meant as an image")
     return image
@@ -95,12 +95,13 @@ def count_pages(image: Image.Image) -> int:
     return full_size
 
 
-def unreadable(path: str | Path, error: Exception) -> UserError:
-    """The message for a file that is no image."""
+def unreadable(where: str | Path | Layer, error: Exception) -> UserError:
+    """The message for a file, or a page, that is no image."""
     unknown = isinstance(error, Image.UnidentifiedImageError)
     problem = "not an image" if unknown else reason_of(error)
+    path = where.path if isinstance(where, Layer) else where
     empty = os.path.isfile(path) and os.path.getsize(path) == 0
-    return UserError(path, "empty file" if empty else problem, "replace it or move it away")
+    return UserError(where, "empty file" if empty else problem, "replace it or move it away")
 
 
 def deep_values(path: str | Path, image: Image.Image) -> np.ndarray:

@@ -78,6 +78,27 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
+#  Slices of a volume, see `volumes.py`
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """The steps that --neighbours asks for: of 2 it is 1 and 2, of 1,3 these. Raises UserError."""
+    numbers = [number.strip() for number in text.split(",")] if text else ["0"]
+    if not all(map(str.isdecimal, numbers)) or (len(numbers) > 1 and "0" in numbers):
+        problem = "takes how many slices before and after are channels"
+        raise UserError(f"--neighbours {text}", problem, "such as 1 or 2, or steps such as 1,3")
+    steps = sorted(set(map(int, numbers)))
+    return tuple(steps) if len(numbers) > 1 else tuple(range(1, steps[0] + 1))
+
+
+def middle_slice(layers: tuple[Layer, ...], steps: tuple[int, ...]) -> tuple[Layer, ...]:
+    """The layers of the slice itself, of those of `with_neighbours`."""
+    count = len(layers) // (2 * len(steps) + 1)
+    return layers[len(steps) * count : (len(steps) + 1) * count]
+
+
+# --------------------------------------------------------------------------------------------------
 #  Values to pixels
 # --------------------------------------------------------------------------------------------------
 

@@ -4,14 +4,17 @@ A new format is one function and one entry in `READERS`.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from kit.data import arrays, photos, tiffs
 from kit.data.rasters import (
     MOST_CHANNELS,
+    Layer,
     Raster,
     Source,
     join_layers,
@@ -87,6 +90,21 @@ def read_image(
     return to_pixels(read_values(source, channels), value_range, source)
 
 
+def open_image(source: Path | Layer) -> Image.Image:
+    """Decode a file of grey levels or colours as a mask, upright. Raises UserError.
+
+    A `Layer` names one of several pages or planes.
+    """
+    layer = source if isinstance(source, Layer) else Layer(Path(source))
+    raster = arrays.open_array(layer)
+    if raster and raster.bands > 1:
+        problem = f"holds {raster.bands} planes"
+        raise UserError(layer.path, problem, "save one as an array (height, width)")
+    if raster:
+        return tiffs.to_image(raster.read())
+    return photos.open_image(layer.path) if layer.page < 0 else tiffs.open_page(layer)
+
+
 def may_have_floats(source: Source) -> bool:
     """Whether an image's values may be NaN or infinity; not where it cannot be opened."""
     suffixes = (*tiffs.SUFFIXES, *arrays.SUFFIXES)
@@ -117,14 +135,16 @@ def no_data(source: Source) -> np.ndarray | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def decide_channels(samples: pd.DataFrame, wanted: str, bands: tuple[str, ...] = ()) -> int:
+def decide_channels(
+    samples: pd.DataFrame, wanted: str, slices: int = 1, bands: tuple[str, ...] = ()
+) -> int:
     """The channels of all images: the wanted number, or what they have; says other than 3.
 
-    `samples`: with the columns of `scan`; `bands`: the patterns of their files. Raises UserError
-    where they differ.
+    `samples`: with the columns of `scan`; `wanted`: of each of the `slices` of an image; `bands`:
+    the patterns of their files. Raises UserError where they differ.
     """
     if wanted.isdecimal():
-        count = int(wanted)
+        count = slices * int(wanted)
     else:
         counts = samples.channels[samples.channels > 0].value_counts()
         if len(counts) > 1:
@@ -142,7 +162,7 @@ def decide_channels(samples: pd.DataFrame, wanted: str, bands: tuple[str, ...] =
         raise UserError(
             "--channels", f"{count} channels", f"an image has from 1 to {MOST_CHANNELS}{fewer}"
         )
-    if count != 3:
+    if count != 3 or slices > 1:
         print(f"channels: {count} in each image")
     return count
 

@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes, ModelConfig
-from kit.data import bands, csvs, folders, kitti
-from kit.data.arrays import open_image
+from kit.data import bands, csvs, folders, kitti, volumes
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection
 from kit.data.folds import assign_folds
@@ -34,12 +33,13 @@ from kit.data.masks import (
     measure,
 )
 from kit.data.names import MARKER, describe_folder
-from kit.data.rasters import Layer
+from kit.data.rasters import Layer, middle_slice, parse_steps
 from kit.data.readers import (
     IMAGE_SUFFIXES,
     decide_channels,
     find_value_range,
     may_have_floats,
+    open_image,
     read_header,
     read_image,
 )
@@ -68,12 +68,20 @@ LAYOUTS = [
 
 LOADED = (  # what `load` takes of train.py's settings
     "masks", "target", "foreground", "ignore", "rle", "missing", "classes", "window", "channels",
-    "soft", "folds", "seed", "group",
+    "neighbours", "soft", "folds", "seed", "group",
 )  # fmt: skip
 
 
 def load(
-    data: str, *, channels: str, window: str, folds: int, seed: int, group: str, **reading: Any
+    data: str,
+    *,
+    channels: str,
+    neighbours: str,
+    window: str,
+    folds: int,
+    seed: int,
+    group: str,
+    **reading: Any,
 ) -> tuple[Collection, DecodedFiles]:
     """Find the samples to train on, read all masks, split into folds; prints what was understood.
 
@@ -81,18 +89,32 @@ def load(
     the columns of `find_samples`, `scan` and `fold`, and its mask files as decoded. Raises
     UserError.
     """
-    opener = DecodedFiles()
-    options = {"channels": channels, "opener": opener} | reading
+    opener, steps = DecodedFiles(), parse_steps(neighbours)
+    options = {"channels": channels, "neighbours": steps, "opener": opener} | reading
     collection = find_samples(data, training=True, **options)
     samples = scan(collection.samples, collection.classes, opener)
-    count = decide_channels(samples, channels, collection.bands)
-    deep = samples.layers[samples.deep]
-    value_range = find_value_range(deep, window, count, collection.bands)
+    collection = decide_channels_and_range(samples, collection, steps, channels, window)
     names = collection.classes.names
     samples[["fold", "group", "why"]] = assign_folds(samples, folds, seed, group, names)
-    collection = collection._replace(samples=samples, value_range=value_range, channels=count)
     print(describe(collection), flush=True)
     return collection, opener
+
+
+def decide_channels_and_range(
+    samples: pd.DataFrame,
+    collection: Collection,
+    steps: tuple[int, ...],
+    channels: str,
+    window: str,
+) -> Collection:
+    """With the samples of `scan`, the channels of an image, and what is black and white in it."""
+    slices = 2 * len(steps) + 1  # each with the same channels, and the same range
+    count = decide_channels(samples, channels, slices, collection.bands)
+    deep = [middle_slice(layers, steps) for layers in samples.layers[samples.deep]]
+    limits = find_value_range(deep, window, count // slices, collection.bands)
+    limits = limits if len(limits) == 2 else slices * limits
+    changes = {"channels": count, "neighbours": steps, "value_range": limits}
+    return collection._replace(samples=samples, **changes)
 
 
 def find_samples(
@@ -107,6 +129,7 @@ def find_samples(
     missing: str = "error",
     classes: str | Classes = "auto",
     channels: str = "auto",
+    neighbours: tuple[int, ...] = (),
     soft: bool = False,
     opener: Opener = open_image,
 ) -> Collection:
@@ -115,16 +138,19 @@ def find_samples(
     The samples table has a row for each image, with the columns `id` (names the outputs), `image`
     (path), `layers` (of the image, see `rasters.Layer`), `mask` (None, `masks.Planes` or
     `masks.LabelMap`), `category` (a group that is scored by itself, or ""), `views` (such as BEV,
-    scored too) and `fields` (a csv's other columns, or None); where folders say so also `group` and
-    `fold`. With `training` every image has a mask.
+    scored too) and `fields` (a csv's other columns, or None); where folders say so also `group`,
+    `fold`, `volume` and `slice`. With `training` every image has a mask.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
     images without a mask for images without foreground, "leave_out" leaves them out; `classes`:
-    --classes, or the classes of a model; `channels`: --channels, a number or the patterns of an
-    image's files; `soft`: several masks of an image are annotators. Raises UserError.
+    --classes, or the classes of a model; `channels`: --channels, a number (of each slice) or the
+    patterns of an image's files; `neighbours`: see `ModelConfig`; `soft`: several masks of an image
+    are annotators. Raises UserError.
     """
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training, channels)
-    samples = complete(collection.samples, int(channels) if channels.isdecimal() else 0)
+    count = int(channels) if channels.isdecimal() else 0
+    samples = complete(collection.samples, count)
+    samples = volumes.arrange(samples, root, neighbours, count, training)
     if training:
         empty = Planes((RunLengths(root),) * len(collection.classes.names))
         samples = leave_out(samples, root, missing, empty)
@@ -138,7 +164,8 @@ def find_samples(
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(samples=samples, rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener, soft)
-    samples["mask"] = list(map(ignore_without_data, samples["mask"], samples.layers))
+    layers = [middle_slice(layers, neighbours) for layers in samples.layers]
+    samples["mask"] = list(map(ignore_without_data, samples["mask"], layers))
     return csvs.follow_csv(collection, root, rle) if training else collection
 
 

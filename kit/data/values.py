@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from kit.config import IGNORE, Classes
-from kit.data.arrays import open_image
 from kit.data.classes import LARGE_ID, ClassRequest, Labels, decide_labels, show
 from kit.data.masks import (
     LabelMap,
@@ -27,6 +26,7 @@ from kit.data.masks import (
     palette_levels,
 )
 from kit.data.rasters import Layer
+from kit.data.readers import open_image
 from kit.errors import UserError, first_five
 
 FEW_OBJECTS = 8  # as many, in every mask, may be classes of one piece each

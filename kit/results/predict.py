@@ -271,6 +271,7 @@ MUST_AGREE = {  # in what models that are averaged must be alike: ModelConfig's 
     "target": "targets",
     "channels": "numbers of channels",
     "bands": "files of channels (--channels)",
+    "neighbours": "neighbours (--neighbours)",
     "value_range": "ranges of values (--window)",
     "rle": "orders of RLE",
 }

@@ -54,7 +54,6 @@ def resolve(
 
     `config` and `resolutions`: of train.py. Returns the settings and those of the model.
     """
-    count_channels = collection.channels
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
     precision = resolve_precision(config.precision, device, training=True)
@@ -77,7 +76,7 @@ def resolve(
         max_minutes=minutes,
         rle=collection.rle,
         classes=",".join(classes.names) if classes.several else "one",
-        channels=",".join(collection.bands) or {3: "rgb"}.get(count_channels, str(count_channels)),
+        channels=",".join(collection.bands) or named_channels(collection),
         class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
         batch_size=config.batch_size or default_batch(device, precision, small, count),
@@ -118,7 +117,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     shown = [int(n) for n in re.findall(r"\d+", resolved.show)]
     settings = {name: getattr(resolved, name) for name in shared} | {
         "channels": collection.channels,
-        "bands": collection.bands,
+        "neighbours": collection.neighbours,
         "show": tuple(shown),
         "precision": precision,
         "instances": collection.instances,
@@ -134,6 +133,17 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         count, limits = collection.channels, collection.value_range
         settings |= measure_statistics(training.layers.tolist(), count, limits)
     return ModelConfig(**settings)
+
+
+def named_channels(collection: Collection) -> str:
+    """The channels of a slice as --channels has them; rgb for colours, or three equal ones."""
+    slices = 2 * len(collection.neighbours) + 1
+    return "rgb" if is_rgb(collection) else str(collection.channels // slices)
+
+
+def is_rgb(collection: Collection) -> bool:
+    """Whether the channels are red, green and blue, or three equal ones."""
+    return collection.channels == 3 and not collection.neighbours and not collection.bands
 
 
 def resolve_top(top: float | str, tiles: bool, collection: Collection, fold: int) -> float:
