@@ -109,7 +109,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kit.data import folds, images, samples
-from kit.data.masks import DecodedFiles, decode_shares
+from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
 from kit.results import metrics, predict, submissions, visualize
@@ -226,7 +226,7 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
     """
     logits = logits.float()  # Dice overflows in 16 bits
     counted, each = (mask != IGNORE).float(), (0, 2, 3)
-    target = (decode_shares(mask) if config.soft else mask) * counted
+    target = (images.decode_shares(mask) if config.soft else mask) * counted
     if mask.shape[1] < logits.shape[1]:
         pixels, p, hits, size = label_terms(logits, target, counted, weights)
     else:

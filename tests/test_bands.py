@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from kit.config import Classes, ModelConfig
-from kit.data import arrays, masks, readers
+from kit.data import arrays, images, readers
 from kit.data.masks import MaskFile, MaskValues, Planes
 from kit.data.rle import rle_encode
 from kit.data.samples import decode_pairs, find_samples, load, read_pair, read_sample, scan
@@ -421,14 +421,22 @@ def test_objects_in_planes_may_differ_in_number(tmp_path, suffix):
 
 def test_shares_survive_eight_bits():
     shares = np.concatenate([np.linspace(0, 1, 1001), [0.5, 1e-6, 1 - 1e-6]]).astype(np.float32)
-    coded = masks.encode_shares(shares)
+    coded = images.encode_shares(shares)
     assert coded.max() < 255, "255 is ignored"
-    decoded = masks.decode_shares(torch.from_numpy(coded).float())
+    decoded = images.decode_shares(torch.from_numpy(coded).float())
     assert np.abs(decoded.numpy() - shares).max() < 1 / 250
     hard = np.array([0, 1], np.uint8)
-    assert (masks.encode_shares(hard.astype(np.float32)) == hard).all()
-    assert (masks.harden(coded) == (shares >= 0.4981)).all()
-    assert masks.harden(np.array([0, 1, 2, 127, 128, 254, 255])).tolist() == [0, 1, 0, 0, 1, 1, 255]
+    assert (images.encode_shares(hard.astype(np.float32)) == hard).all()
+    assert (images.harden(coded) == (shares >= 0.4981)).all()
+    assert images.harden(np.array([0, 1, 2, 127, 128, 254, 255])).tolist() == [
+        0,
+        1,
+        0,
+        0,
+        1,
+        1,
+        255,
+    ]
 
 
 def soft_loss(shares, soft):
@@ -453,7 +461,7 @@ def test_soft_masks_train_on_the_mean_and_score_from_half_on(tmp_path, capsys):
     _, row, *_ = collection.samples.itertuples()
     mean = planes(1).mean(2)
     config = ModelConfig(height=40, width=60)
-    shares = masks.decode_shares(torch.from_numpy(read_pair(row, config, opener)[1]).float())[0]
+    shares = images.decode_shares(torch.from_numpy(read_pair(row, config, opener)[1]).float())[0]
     assert np.abs(shares.numpy() - mean).max() < 1 / 250
     assert (read_sample(row)[1][0] == (mean >= 0.5)).all()
     assert row.share == (mean >= 0.5).mean()
@@ -469,7 +477,7 @@ def test_several_files_of_an_image_are_averaged(tmp_path):
     refused(f"average annotators: --masks '{','.join(names)}' --classes", data=str(tmp_path))
     _, samples = found(tmp_path, masks=",".join(names), classes="one", soft=True)
     read = samples["mask"][2].read(SIZE, soft=True)[0]
-    assert (read == masks.encode_shares(planes(2).mean(2).astype(np.float32))).all()
+    assert (read == images.encode_shares(planes(2).mean(2).astype(np.float32))).all()
 
 
 def test_floats_are_shares_or_cut_at_half(tmp_path, capsys):
@@ -486,7 +494,7 @@ def test_floats_are_shares_or_cut_at_half(tmp_path, capsys):
     assert (mask.read(SIZE, soft=True) == mask.read(SIZE)).all()
     _, samples = found(tmp_path, soft=True)
     soft = samples["mask"][1].read(SIZE, soft=True)[0]
-    assert (soft == masks.encode_shares(shares(1))).all()
+    assert (soft == images.encode_shares(shares(1))).all()
 
 
 def test_an_annotator_who_ignores_a_pixel_does_not_count(tmp_path):

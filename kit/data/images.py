@@ -83,6 +83,25 @@ def from_tensor(tensor: torch.Tensor) -> np.ndarray:
     )
 
 
+def encode_shares(shares: np.ndarray) -> np.ndarray:
+    """Shares of 0..1, (h, w) float32, as uint8: 0 and 1 as they are, 2 to 254 between them.
+
+    Half is 128. `decode_shares` is the way back.
+    """
+    between = np.clip(1 + np.round(254 * shares), 2, 254)
+    return np.where((shares > 0) & (shares < 1), between, shares).astype(np.uint8)
+
+
+def decode_shares(mask: torch.Tensor) -> torch.Tensor:
+    """The shares of planes of `encode_shares`, float32; of 0 and 1 these; ignored pixels are 1."""
+    return torch.where(mask > 1, (mask - 1) / 254, mask)
+
+
+def harden(planes: np.ndarray) -> np.ndarray:
+    """Planes of `encode_shares` without shares: from half on they are foreground."""
+    return np.where(planes == IGNORE, IGNORE, (planes == 1) | (planes > 127)).astype(np.uint8)
+
+
 def normalise(images: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """(N, C, h, w) of 0..255 to float32, channels_last, (x - mean) / std, on the same device."""
     mean = 255 * torch.tensor(config.mean, device=images.device)[:, None, None]

@@ -2,7 +2,7 @@
 
 A mask is planes (K, h, w) of 0, 1 and 255 (ignored), one for each class, or a label map (h, w) of
 class numbers and 255. Both are uint8. What trains may have shares between 0 and 1, see
-`encode_shares`.
+`images.encode_shares`.
 """
 
 import math
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.Image import Transpose
 
 from kit.config import IGNORE, Classes
 from kit.data.arrays import count_planes, planes_of
 from kit.data.classes import ClassRequest, choose_planes
+from kit.data.images import encode_shares, harden
 from kit.data.rasters import Layer
 from kit.data.readers import no_data, open_image, read_header
 from kit.errors import UserError, first_five
@@ -169,25 +169,6 @@ class LabelMap:
         image = open_mask(self.file.planes[0], size, self.file.image, opener)
         numbers = class_numbers(mask_pixels(image, self.channel), self.labels)
         return ignore_no_data(numbers, self.image)
-
-
-def encode_shares(shares: np.ndarray) -> np.ndarray:
-    """Shares of 0..1, (h, w) float32, as uint8: 0 and 1 as they are, 2 to 254 between them.
-
-    Half is 128. `decode_shares` is the way back.
-    """
-    between = np.clip(1 + np.round(254 * shares), 2, 254)
-    return np.where((shares > 0) & (shares < 1), between, shares).astype(np.uint8)
-
-
-def decode_shares(mask: torch.Tensor) -> torch.Tensor:
-    """The shares of planes of `encode_shares`, float32; of 0 and 1 these; ignored pixels are 1."""
-    return torch.where(mask > 1, (mask - 1) / 254, mask)
-
-
-def harden(planes: np.ndarray) -> np.ndarray:
-    """Planes of `encode_shares` without shares: from half on they are foreground."""
-    return np.where(planes == IGNORE, IGNORE, (planes == 1) | (planes > 127)).astype(np.uint8)
 
 
 def ignore_no_data(mask: np.ndarray, image: tuple[Layer, ...]) -> np.ndarray:

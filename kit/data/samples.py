@@ -288,7 +288,11 @@ def recognise(
     layouts = LAYOUTS
     if "{stem}" in channels:
         layouts = [csvs.manifest, functools.partial(bands.band_files, channels=channels)]
-    elif channels != "auto" and not channels.isdecimal() and root.suffix.lower() != ".csv":
+    elif (
+        channels not in ("auto", "rgb")
+        and not channels.isdecimal()
+        and root.suffix.lower() != ".csv"
+    ):
         raise UserError(
             f"--channels {channels}",
             "names files, but not which are those of an image",
@@ -423,7 +427,7 @@ def read_sample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The image (h, w, channels) and its mask, (K, h, w) or (h, w) uint8. Raises UserError.
 
-    `value_range`: see `rasters.to_pixels`; `soft`: see `masks.encode_shares`.
+    `value_range`: see `rasters.to_pixels`; `soft`: see `images.encode_shares`.
     """
     image = read_image(sample.layers, channels, value_range)
     return image, sample.mask.read(image.shape[:2], opener, soft)

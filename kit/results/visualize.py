@@ -13,8 +13,8 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay
 
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data.classes import FOREGROUND, class_colours
-from kit.data.images import each_plane, from_tensor, to_picture
-from kit.data.masks import harden, plane
+from kit.data.images import each_plane, from_tensor, harden, to_picture
+from kit.data.masks import plane
 from kit.errors import UserError
 
 GREEN, BLUE, RED = FOREGROUND, (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
