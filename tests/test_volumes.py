@@ -243,10 +243,10 @@ def test_a_model_takes_pages_as_slices_where_they_are_not_its_channels(tmp_path)
         tmp_path / "s.tif", np.stack([levels(n) for n in range(4)]), photometric="minisblack"
     )
     options = {"training": False}
-    assert len(found(tmp_path, (), channels=4, **options)) == 1
-    assert len(found(tmp_path, (), channels=3, **options)) == 4
-    assert len(found(tmp_path / "s.tif", (1,), channels=3, **options)) == 4
-    assert len(found(tmp_path / "s.tif", (1,), channels=12, **options)) == 1
+    assert len(found(tmp_path, (), channels="4", **options)) == 1
+    assert len(found(tmp_path, (), channels="3", **options)) == 4
+    assert len(found(tmp_path / "s.tif", (1,), channels="3", **options)) == 4
+    assert len(found(tmp_path / "s.tif", (1,), channels="4", **options)) == 1
 
 
 def test_reading_a_page_decodes_no_other(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_reading_a_page_decodes_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(tiffs, "read_page", decode)
     path = tmp_path / "images/case0.tif"
     readers.read_image((Layer(path, 2),))
-    readers.open_image(path, 1)
+    readers.open_image(Layer(path, 1))
     assert decoded == [2, 1]
 
 
@@ -337,7 +337,7 @@ def test_volumes_of_one_slice_are_refused(tmp_path):
 
 def test_a_model_repeats_the_slices_of_a_small_volume_and_says_so(tmp_path, capsys):
     save(tmp_path / "s_1.png", levels(1))
-    samples = found(tmp_path, (1, 2), training=False, channels=5)
+    samples = found(tmp_path, (1, 2), training=False, channels="1")
     assert grey_levels(samples) == {"s_1": [1, 1, 1, 1, 1]}
     assert "few slices, which are repeated" in capsys.readouterr().out
 
@@ -461,7 +461,7 @@ def test_a_stack_in_gives_a_stack_of_masks_out(tmp_path):
 def test_pages_of_masks_are_in_order_and_keep_their_palette(tmp_path):
     classes = Classes(("a", "b"), ("3", "7"), True)
     write_stacks(tmp_path, (12,))
-    samples = found(tmp_path / "images", (), training=False, channels=3)
+    samples = found(tmp_path / "images", (), training=False, channels="3")
     for number, name in enumerate(samples.id):
         mask = np.zeros(SIZE, np.uint8)
         mask[number] = 1
@@ -470,7 +470,7 @@ def test_pages_of_masks_are_in_order_and_keep_their_palette(tmp_path):
     assert not (tmp_path / "case0.tif").exists()
     volumes.join_pages(samples, tmp_path, classes, [])
     values = np.stack(
-        [np.asarray(readers.open_image(tmp_path / "case0.tif", n)) for n in range(12)]
+        [np.asarray(readers.open_image(Layer(tmp_path / "case0.tif", n))) for n in range(12)]
     )
     assert [int((page == 7).any(1).argmax()) for page in values] == list(range(12))
     assert set(np.unique(values)) == {3, 7}

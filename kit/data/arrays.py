@@ -56,14 +56,14 @@ def channel_axis(path: Path, shape: tuple[int, ...], channels: int = 0) -> int:
     return short[0]
 
 
-def page_axis(path: Path, shape: tuple[int, ...]) -> int:
+def page_axis(shape: tuple[int, ...]) -> int:
     """Which axis of an array of three counts its slices or planes: the first, or the last.
 
-    The one that is as long as neither of the others where these are equal.
+    Where two neighbours are equal it is the third one, else the shorter one.
     """
-    if shape[0] == shape[1] != shape[2]:
-        return 2
-    return 0 if shape[1] == shape[2] else channel_axis(path, shape)
+    if shape[1] == shape[2] or shape[0] == shape[1]:
+        return 0 if shape[1] == shape[2] else 2
+    return 0 if shape[0] < shape[2] else 2
 
 
 def open_array(layer: Layer) -> Raster | None:
@@ -82,7 +82,7 @@ def open_array(layer: Layer) -> Raster | None:
     axis = None
     if array.ndim == 3:
         paged = layer.page >= 0
-        axis = page_axis(path, array.shape) if paged else channel_axis(path, array.shape, layer[2])
+        axis = page_axis(array.shape) if paged else channel_axis(path, array.shape, layer[2])
         if paged and layer.page >= array.shape[axis]:
             raise UserError(layer, f"the array has the shape {array.shape}", "replace the file")
     size = tuple(length for other, length in enumerate(array.shape) if other != axis)

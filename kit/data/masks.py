@@ -328,7 +328,8 @@ def choose_planes_of_arrays(
 
     Raises UserError where nothing says whether they are classes, annotators or objects.
     """
-    files = [part for mask in masks if mask for part in mask.parts if isinstance(part, MaskFile)]
+    parts = (part for mask in masks if mask for part in mask.parts)
+    files = [part for part in parts if isinstance(part, MaskFile) and part.page < 0]
     counts = {path: count_planes(path) for file in files for path in (file.path, *file.more)}
     most = max(counts, key=counts.__getitem__, default=None)
     if soft or request.merged or most is None or counts[most] == 1:

@@ -76,11 +76,11 @@ def load(
     data: str,
     *,
     channels: str,
-    neighbours: str,
     window: str,
     folds: int,
     seed: int,
     group: str,
+    neighbours: str = "",
     **reading: Any,
 ) -> tuple[Collection, DecodedFiles]:
     """Find the samples to train on, read all masks, split into folds; prints what was understood.
@@ -139,12 +139,10 @@ def find_samples(
     (path), `layers` (of the image, see `rasters.Layer`), `mask` (None, `masks.Planes` or
     `masks.LabelMap`), `category` (a group that is scored by itself, or ""), `views` (such as BEV,
     scored too) and `fields` (a csv's other columns, or None); where folders say so also `group`,
-    `fold`, `volume` and `slice`. With `training` every image has a mask.
+    `fold`, `volume` and `slice`. With `training` every image has a mask. Raises UserError.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
-    images without a mask for images without foreground, "leave_out" leaves them out; `classes`:
-    --classes, or the classes of a model; `channels`: --channels, a number (of each slice) or the
-    patterns of an image's files; `neighbours`: see `ModelConfig`; `soft`: several masks of an image
-    are annotators. Raises UserError.
+    images without a mask for images without foreground, "leave_out" leaves them out; `classes`: as
+    --classes, or a model's; `channels`: as --channels; `neighbours`, `soft`: see `ModelConfig`.
     """
     root = find_root(data, target, training)
     collection = recognise(root, data, masks, target, training, channels)
@@ -152,13 +150,10 @@ def find_samples(
     samples = complete(collection.samples, count)
     samples = volumes.arrange(samples, root, neighbours, count, training)
     if training:
-        empty = Planes((RunLengths(root),) * len(collection.classes.names))
-        samples = leave_out(samples, root, missing, empty)
-        check_pairs(samples, root, target)
-        say_unused(samples, root)
+        samples = check_masks(samples, root, target, missing, len(collection.classes.names))
     elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
-        place = samples.image[0].parent
-        print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
+        place = f"predicts {samples.image[0].parent}"
+        print(f"--data {root}: {place}; to score images with masks, name their folder")
     samples = split_as_given(samples)
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
@@ -167,6 +162,17 @@ def find_samples(
     layers = [middle_slice(layers, neighbours) for layers in samples.layers]
     samples["mask"] = list(map(ignore_without_data, samples["mask"], layers))
     return csvs.follow_csv(collection, root, rle) if training else collection
+
+
+def check_masks(
+    samples: pd.DataFrame, root: Path, target: str, missing: str, classes: int
+) -> pd.DataFrame:
+    """The samples that train, each with a mask, see `find_samples`. Raises UserError."""
+    empty = Planes((RunLengths(root),) * classes)
+    samples = leave_out(samples, root, missing, empty)
+    check_pairs(samples, root, target)
+    say_unused(samples, root)
+    return samples
 
 
 def complete(samples: pd.DataFrame, channels: int = 0) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def list_slices(path: Path) -> list[tuple[Layer, ...]]:
     """The layers of each slice in a file; [] for what is no stack. Raises UserError."""
     if path.suffix.lower() == ".npy":
         shape = arrays.load_array(path).shape
-        is_stack = len(shape) == 3 and arrays.page_axis(path, shape) == 0
+        is_stack = len(shape) == 3 and arrays.page_axis(shape) == 0
         return [(Layer(path, n),) for n in range(shape[0])] if is_stack else []
     found = tiffs.list_pages(path) if path.suffix.lower() in tiffs.SUFFIXES else None
     if not found or len(found.pages) < 2:
@@ -108,6 +108,7 @@ def slices_of(
     """
     [first, *more] = row["layers"]
     slices = list_slices(first.path) if not more and first.page < 0 else []
+    slices = [] if first.channels == len(slices) > 1 else slices  # as many as are asked for
     parts = row["mask"].parts if slices and row["mask"] else ()
     files = [part.path for part in parts if isinstance(part, MaskFile)]
     counts = {path: len(list_slices(path)) or 1 for path in files}

@@ -117,6 +117,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     shown = [int(n) for n in re.findall(r"\d+", resolved.show)]
     settings = {name: getattr(resolved, name) for name in shared} | {
         "channels": collection.channels,
+        "bands": collection.bands,
         "neighbours": collection.neighbours,
         "show": tuple(shown),
         "precision": precision,
@@ -128,7 +129,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         **plane_settings(classes, area=max(0, resolved.min_pixels)),
         **normalisation(resolved.arch, resolved.encoder, weights),
     }
-    if collection.channels != 3 or collection.bands:
+    if not is_rgb(collection):
         training = collection.samples[collection.samples.fold != resolved.fold]
         count, limits = collection.channels, collection.value_range
         settings |= measure_statistics(training.layers.tolist(), count, limits)
