@@ -74,6 +74,7 @@ class Config:
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"  # auto: fastest native one
     devices: int = 1  # [1..1024] GPUs (or CPU processes)
     workers: int = -1  # [-1..256] processes that load data; -1: 4 next to a GPU, 0 on a CPU
+    cache: str = "auto"  # folder for decoded images; none; auto: memory, if too small /kaggle/temp
     resume: str = "auto"  # auto: continue an unfinished run in --out; none: start over; a last.ckpt
     # no training: the table of finished runs, folders or patterns such as tries/*, into --out
     compare: list[str] = field(default_factory=list)
@@ -446,7 +447,7 @@ def train_fold(
     module = SegmentationModule(config, model_config)
     if config.devices > 1:
         resolving.freeze_unused(module.network, model_config)
-    table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
+    table = samples.decode_pairs(run.samples, model_config, CACHE, opener, config.cache)
     print(folds.describe_folds(table, config.fold))
     submissions.check_sample(config.data, model_config.classes, model_config.bands)
     run.prepare_out()
