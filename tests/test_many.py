@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from commands import Command
 from conftest import KIT, TINY, run, succeed
@@ -204,6 +205,29 @@ def augmented(pixels, channels, draws=60):
         mask = np.zeros((1, *pixels.shape[:2]), np.uint8)
         drawn.append(augment(image=images.to_unit(pixels), masks=mask)["image"])
     return drawn, {type(change).__name__ for change in augment}
+
+
+def test_the_network_gets_augmented_images_of_16_bits_as_they_are(tmp_path):
+    """Not divided by 65535 once more: the training would see black images."""
+    data = folder_of(tmp_path / "data")
+    table = samples.find_samples(str(data), training=True).samples
+    config = ModelConfig(height=32, width=32, value_range=(3000, 4500))
+    settings = train.Config(height=32, width=32, augment=0)
+    table = samples.scan(table, config.classes)
+    for pairs in (table.assign(pair=None), samples.decode_pairs(table, config, 1 << 30)):
+        trains = train.SegmentationDataset(pairs, config, 0, train.augmentation(settings))[0]
+        validates = train.SegmentationDataset(pairs, config, 0, None)[0]
+        assert torch.allclose(trains["image"], validates["image"], atol=1e-3)
+        assert trains["image"].std() > 10
+        again = images.to_tensor(images.from_tensor(trains["image"]))
+        assert torch.allclose(again, trains["image"], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_three_bands_that_are_no_colours_are_read(tmp_path, kind):
+    values = np.random.default_rng(0).integers(0, 250, (20, 30, 3)).astype(kind)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", planarconfig="contig")
+    assert np.array_equal(readers.read_values(tmp_path / "a.tif", 3), values)
 
 
 COLOURS = {"HueSaturationValue", "RandomShadow"}
