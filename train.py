@@ -148,7 +148,7 @@ def augmentation(config: Config) -> A.Compose:
     if config.channels in ("auto", "rgb"):
         changes += [A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4)]
         changes += [A.RandomShadow(shadow_roi=(0, 0, 1, 1), p=0.2)]
-    elif config.channels != "1":
+    elif config.channels not in ("1", "3"):  # 3 may be equal ones, of a grey image
         changes += [A.ChannelDropout(p=0.1)]
     return A.Compose((crop if config.tiles else []) + (changes if k > 0 else []))
 
