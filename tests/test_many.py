@@ -256,7 +256,7 @@ def test_rgb_gets_colour_changes_where_it_has_8_bits():
     table = pd.DataFrame(table | {"fold": range(9), "above": [0.0] * 9, "thickness": [9.0] * 9})
     table["layers"] = [()] * 9
     fields = {"samples": table, "classes": ModelConfig().classes, "metric": "dice", "top": 0.0}
-    fields |= {"rle": "columns", "instances": False, "channels": 3, "bands": ()}
+    fields |= {"rle": "columns", "instances": False, "channels": 3, "bands": (), "neighbours": ()}
     pixels = np.full((32, 32, 3), 99, np.uint8)
     for value_range, expected in (((), COLOURS), ((0.0, 4000.0), set())):
         collection = SimpleNamespace(**fields, value_range=value_range)

@@ -140,11 +140,8 @@ def named_channels(collection: Collection) -> str:
     Of 8 bits: albumentations changes colours in no other.
     """
     slices = 2 * len(collection.neighbours) + 1
-    return (
-        "rgb"
-        if is_rgb(collection) and not collection.value_range
-        else str(collection.channels // slices)
-    )
+    colours = is_rgb(collection) and not collection.value_range
+    return "rgb" if colours else str(collection.channels // slices)
 
 
 def is_rgb(collection: Collection) -> bool:
