@@ -73,7 +73,7 @@ from tqdm import tqdm
 from kit.config import IGNORE, ModelConfig
 from kit.data import kitti, volumes
 from kit.data.classes import mask_folders, write_mask
-from kit.data.images import each_plane, to_picture, write_image
+from kit.data.images import each_plane, shown_channels, to_picture, write_image
 from kit.data.names import MARKER, list_files
 from kit.data.samples import find_samples
 from kit.files import writable_folder
@@ -125,7 +125,7 @@ def make_plan(options: Options) -> Plan:
     if options.min_pixels not in ("auto", -1):
         config = replace(config, areas=(options.min_pixels,) * len(config.areas))
     if options.show:
-        config = replace(config, show=tuple(map(int, re.findall(r"\d+", options.show))))
+        config = replace(config, show=shown_channels(options.show, config.channels))
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Plan(models, config, options, Path(options.out), rank, processes)
 

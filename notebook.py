@@ -88,6 +88,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/data/samples.py _kg_hide-input=true
 
+# %% kit/data/cache.py _kg_hide-input=true
+
 # %% kit/data/folds.py _kg_hide-input=true
 
 # %% kit/data/folders.py _kg_hide-input=true

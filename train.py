@@ -74,6 +74,7 @@ class Config:
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"  # auto: fastest native one
     devices: int = 1  # [1..1024] GPUs (or CPU processes)
     workers: int = -1  # [-1..256] processes that load data; -1: 4 next to a GPU, 0 on a CPU
+    cache: str = "auto"  # folder for decoded images; none; auto: memory, if too small /kaggle/temp
     resume: str = "auto"  # auto: continue an unfinished run in --out; none: start over; a last.ckpt
     # no training: the table of finished runs, folders or patterns such as tries/*, into --out
     compare: list[str] = field(default_factory=list)
@@ -147,7 +148,7 @@ def augmentation(config: Config) -> A.Compose:
     if config.channels in ("auto", "rgb"):
         changes += [A.HueSaturationValue(8 * k, 25 * k, 10 * k, p=0.4)]
         changes += [A.RandomShadow(shadow_roi=(0, 0, 1, 1), p=0.2)]
-    elif config.channels != "1":
+    elif config.channels not in ("1", "3"):  # 3 may be equal ones, of a grey image
         changes += [A.ChannelDropout(p=0.1)]
     return A.Compose((crop if config.tiles else []) + (changes if k > 0 else []))
 
@@ -446,7 +447,7 @@ def train_fold(
     module = SegmentationModule(config, model_config)
     if config.devices > 1:
         resolving.freeze_unused(module.network, model_config)
-    table = samples.decode_pairs(run.samples, model_config, CACHE, opener)
+    table = samples.decode_pairs(run.samples, model_config, CACHE, opener, config.cache)
     print(folds.describe_folds(table, config.fold))
     submissions.check_sample(config.data, model_config.classes, model_config.bands)
     run.prepare_out()

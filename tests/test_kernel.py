@@ -28,8 +28,8 @@ from kit import kaggle
 
 FILES = (  # in the order of their cells
     "train.py", "kit/results/predict.py", "infer.py", "utils.py",
-    "kit/data/samples.py", "kit/data/folds.py", "kit/data/folders.py", "kit/data/names.py",
-    "kit/data/bands.py", "kit/data/csvs.py", "kit/data/volumes.py",
+    "kit/data/samples.py", "kit/data/cache.py", "kit/data/folds.py", "kit/data/folders.py",
+    "kit/data/names.py", "kit/data/bands.py", "kit/data/csvs.py", "kit/data/volumes.py",
     "kit/data/kitti.py", "kit/data/masks.py", "kit/data/values.py", "kit/data/classes.py",
     "kit/data/rle.py", "kit/data/images.py", "kit/data/readers.py", "kit/data/photos.py",
     "kit/data/tiffs.py", "kit/data/arrays.py", "kit/data/rasters.py",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kit.config import IGNORE, ModelConfig
+from kit.errors import UserError
 from kit.files import write_file
 
 # --------------------------------------------------------------------------------------------------
@@ -174,6 +175,17 @@ def item_places(
 # --------------------------------------------------------------------------------------------------
 #  For the eye, and write
 # --------------------------------------------------------------------------------------------------
+
+
+def shown_channels(text: str, channels: int) -> tuple[int, ...]:
+    """The channels that --show names, from 1: three, one, or of "" none. Raises UserError."""
+    if not text:
+        return ()
+    numbers = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
+    if len(numbers) not in (1, 3) or not all(1 <= number <= channels for number in numbers):
+        problem = f"takes one or three channels, from 1 to {channels}, such as 3,2,1"
+        raise UserError(f"--show {text}", problem)
+    return numbers
 
 
 def to_picture(pixels: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -3,13 +3,18 @@
 A new format is one function and one entry in `READERS`.
 """
 
-from collections.abc import Iterable
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm import tqdm
 
 from kit.data import arrays, photos, tiffs
 from kit.data.rasters import (
@@ -265,3 +270,30 @@ def measure_statistics(
         values = values / 255
     mean, std = values.mean(0), values.std(0).clip(0.01)
     return {"mean": tuple(mean.round(4).tolist()), "std": tuple(std.round(4).tolist())}
+
+
+# --------------------------------------------------------------------------------------------------
+#  Many files
+# --------------------------------------------------------------------------------------------------
+
+SAY_SECONDS = 10  # between two lines about how far it is
+
+
+def in_parallel(function: Callable, items: Iterable[Any], label: str) -> list[Any]:
+    """Call the function for each item (an image) in threads; the results in order.
+
+    Long ones show how far they are: a bar on a terminal, else a line each `SAY_SECONDS`.
+    """
+    items, results, said = list(items), [], time.monotonic()
+    terminal = sys.stdout.isatty()
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(items), desc=label, unit="image", leave=False, disable=not terminal) as bar,
+    ):
+        for result in pool.map(function, items):
+            results.append(result)
+            bar.update()
+            if not terminal and time.monotonic() - said >= SAY_SECONDS:
+                print(f"{label}: {len(results)} of {len(items)} images", flush=True)
+                said = time.monotonic()
+    return results

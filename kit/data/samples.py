@@ -8,8 +8,6 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ import pandas as pd
 
 from kit.config import Classes, ModelConfig
 from kit.data import bands, csvs, folders, kitti, volumes
+from kit.data.cache import choose_store
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection
 from kit.data.folds import assign_folds
@@ -38,6 +37,7 @@ from kit.data.readers import (
     IMAGE_SUFFIXES,
     decide_channels,
     find_value_range,
+    in_parallel,
     may_have_floats,
     open_image,
     read_header,
@@ -384,12 +384,6 @@ def decide_classes(
 # --------------------------------------------------------------------------------------------------
 
 
-def in_parallel(function: Callable, samples: pd.DataFrame) -> list[Any]:
-    """Call the function for each row of the samples in threads; the results in order."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, samples.itertuples()))
-
-
 def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -> pd.DataFrame:
     """Read image headers and masks: the samples with more columns.
 
@@ -399,7 +393,9 @@ def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -
     mask's thinner side, see `masks.thickness`; `digest` of the mask's pixels. A pair that cannot be
     read is 1x1 and empty here; `decode_pairs` names it.
     """
-    rows = in_parallel(lambda sample: scan_sample(sample, classes, opener), samples)
+    rows = in_parallel(
+        lambda sample: scan_sample(sample, classes, opener), samples.itertuples(), "scan"
+    )
     return samples.join(pd.DataFrame(rows, index=samples.index))
 
 
@@ -448,17 +444,23 @@ def read_pair(
 
 
 def decode_pairs(
-    samples: pd.DataFrame, config: ModelConfig, memory: int, opener: Opener = open_image
+    samples: pd.DataFrame,
+    config: ModelConfig,
+    memory: int,
+    opener: Opener = open_image,
+    cache: str = "none",
 ) -> pd.DataFrame:
     """Decode every pair, which checks it: the samples with a column `pair`.
 
-    It is what `images.prepare_pair` makes, or None for each where all would take more bytes than
-    `memory`. Raises UserError for bad files.
+    It is what `images.prepare_pair` makes, or where all would take more bytes than `memory` a
+    `StoredPair` in a file, or None; `cache`: see `choose_store`. Raises UserError for bad files.
     """
     pixels = (samples.height * samples.width).sum()
     pixels = pixels if config.tiles else len(samples) * config.height * config.width
     depth = 2 if config.value_range else 1
     channels = depth * config.channels + max(1, config.classes.planes)  # bytes of a pixel
+    fits = channels * pixels < memory
+    keep = choose_store(cache, channels * pixels, fits)
 
     def decode(sample: Any) -> Any:
         try:
@@ -467,9 +469,9 @@ def decode_pairs(
                 view.check()
         except UserError as error:
             return error
-        return pair if channels * pixels < memory else None
+        return keep(pair) if keep else pair if fits else None
 
-    pairs = in_parallel(decode, samples)
+    pairs = in_parallel(decode, samples.itertuples(), "decode")
     bad = [pair for pair in pairs if isinstance(pair, UserError)]
     if bad:
         raise UserError(
@@ -533,7 +535,7 @@ def write_understood(
         mask = row.mask.read((row.height, row.width), opener)
         write_mask(out / "masks", row.id, mask, classes)
 
-    in_parallel(write, samples)
+    in_parallel(write, samples.itertuples(), "masks")
     table = samples[["id", "image", "height", "width"]]
     table = table.assign(masks=[getattr(mask, "source", mask.path) for mask in samples["mask"]])
     shares = np.stack(samples.shares)

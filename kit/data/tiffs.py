@@ -19,7 +19,7 @@ from kit.data.rasters import Layer, Raster
 from kit.errors import UserError, reason_of
 
 SUFFIXES = (".tif", ".tiff")
-PALETTE, CMYK = 3, 5  # TIFF's numbers for them
+GREY, PALETTE, CMYK = 1, 3, 5  # TIFF's numbers for them; three bands of grey are no colours
 TRANSPARENT = (1, 2)  # TIFF's numbers for a band of transparency
 GREY_OR_RGB = (1, 2)  # TIFF's numbers for kinds of pixels that are values
 NO_CODEC = (1, 8, 32946)  # TIFF's numbers for compressions that need no imagecodecs: none, Deflate
@@ -83,7 +83,8 @@ def describe_page(index: int, page: tifffile.TiffPage) -> Page:
     bands, kind = page.samplesperpixel, page.dtype
     extra = page.extrasamples[:1]
     transparent = page.photometric == CMYK or (bool(extra) and extra[0] in TRANSPARENT)
-    plain = kind is not None and (kind.kind == "u" and bands == 3 or bands == 1 or transparent)
+    colours = bands == 3 and page.photometric > GREY and kind is not None and kind.kind == "u"
+    plain = kind is not None and (colours or bands == 1 or transparent)
     whole = kind is not None and page.bitspersample == 8 * kind.itemsize
     simple = whole and page.photometric in GREY_OR_RGB and page.compression in NO_CODEC
     if page.photometric == PALETTE or (page.photometric == CMYK and kind == np.uint8):

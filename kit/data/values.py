@@ -2,10 +2,8 @@
 
 import contextlib
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +24,7 @@ from kit.data.masks import (
     palette_levels,
 )
 from kit.data.rasters import Layer
-from kit.data.readers import open_image
+from kit.data.readers import in_parallel, open_image
 from kit.errors import UserError, first_five
 
 FEW_OBJECTS = 8  # as many, in every mask, may be classes of one piece each
@@ -83,8 +81,8 @@ def count_all(masks: list[MaskFile], channel: str, opener: Opener) -> ValueCount
         except UserError:  # `samples.decode_pairs` names the file
             return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return ValueCounts(list(filter(None, pool.map(count, masks))), channel)
+    counts = in_parallel(count, masks, "values of masks")
+    return ValueCounts(list(filter(None, counts)), channel)
 
 
 def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:

@@ -25,6 +25,7 @@ from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from kit.data.cache import remove_files
 from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
 from kit.network.model import (
@@ -410,6 +411,7 @@ def interruptible(run: TrainingCallback) -> Iterator[list[int | Stopped]]:
 
 def end_process(signals: list[int | Stopped]) -> None:
     """End all processes as the signal would have, if one came; or raise the error."""
+    remove_files()
     for ends in in_all_processes(signals):
         for signal_or_error in ends:
             if isinstance(signal_or_error, Stopped):

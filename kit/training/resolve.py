@@ -6,7 +6,6 @@ The trial step finds out what a network takes, before any image is decoded.
 import itertools
 import math
 import os
-import re
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.func import functional_call
 
 from kit.config import ModelConfig, plane_settings
 from kit.data.folders import Collection
-from kit.data.images import item_places
+from kit.data.images import item_places, shown_channels
 from kit.data.readers import measure_statistics
 from kit.errors import UserError, reason_of
 from kit.network.encoders import automatic_decoder, input_channels, normalisation, timm_name
@@ -114,12 +113,11 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     classes = collection.classes
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(resolved))
     weights = "none" if resolved.check else resolved.encoder_weights
-    shown = [int(n) for n in re.findall(r"\d+", resolved.show)]
     settings = {name: getattr(resolved, name) for name in shared} | {
         "channels": collection.channels,
         "bands": collection.bands,
         "neighbours": collection.neighbours,
-        "show": tuple(shown),
+        "show": shown_channels(resolved.show, collection.channels),
         "precision": precision,
         "instances": collection.instances,
         "value_range": collection.value_range,
@@ -137,9 +135,13 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
 
 
 def named_channels(collection: Collection) -> str:
-    """The channels of a slice as --channels has them; rgb for colours, or three equal ones."""
+    """The channels of a slice as --channels has them; rgb for colours, or three equal ones.
+
+    Of 8 bits: albumentations changes colours in no other.
+    """
     slices = 2 * len(collection.neighbours) + 1
-    return "rgb" if is_rgb(collection) else str(collection.channels // slices)
+    colours = is_rgb(collection) and not collection.value_range
+    return "rgb" if colours else str(collection.channels // slices)
 
 
 def is_rgb(collection: Collection) -> bool:
