@@ -441,7 +441,7 @@ def test_each_mask_file_is_decoded_once(tmp_path, monkeypatch, kind):
         convert(pixels).save(path)
     opened, decoded = [], []
 
-    def open_mask_file(path, _):
+    def open_mask_file(path):
         opened.append(path)
         return photos.open_image(path)
 
@@ -733,7 +733,8 @@ def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
         settings.pop(name)
     assert [name for name, value in settings.items() if value == "auto"] == ["lr"]
     for field in dataclasses.fields(ModelConfig):  # fields of one name are copied
-        if field.name in settings and field.name not in ("precision", "channels", "show"):
+        decided = ("precision", "channels", "show", "neighbours")
+        if field.name in settings and field.name not in decided:
             assert getattr(model_config, field.name) == settings[field.name], field.name
     assert (config.channels, model_config.channels, model_config.show) == ("rgb", 3, ())
 
