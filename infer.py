@@ -72,21 +72,24 @@ from tqdm import tqdm
 
 from kit.config import IGNORE, ModelConfig
 from kit.data import kitti, volumes
-from kit.data.classes import mask_folders, write_mask
+from kit.data.blocks import is_part
+from kit.data.classes import mask_files, mask_folders, write_mask
 from kit.data.images import each_plane, shown_channels, to_picture, write_image
 from kit.data.names import MARKER, list_files
 from kit.data.samples import find_samples
+from kit.data.tiffs import georeference, pack_tiles, write_tiff
 from kit.files import writable_folder
 from kit.network.model import TrainedModel, best_device, prepare_device
 from kit.results import submissions
 from kit.results.metrics import Evaluation
+from kit.results.mosaics import Mosaic, add_margins, finish
 from kit.results.predict import (
     describe_masks,
     ensemble_config,
     load_models,
     postprocess,
     predict,
-    predict_images,
+    predict_whole,
 )
 from kit.results.visualize import OverlayVideo, comparison
 
@@ -139,7 +142,8 @@ def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
     kitti_road = any(path.parent.name == "image_2" for path in splits)  # its training images score
     if submits and not kitti_road and set(splits.values()) <= {"train"}:
         print(f"--data {root}: no test images; the submission gets no masks", flush=True)
-        return pd.DataFrame(columns=["id", "image", "mask", "category", "views"])
+        columns = ["id", "image_id", "image", "layers", "mask", "block", "category", "views"]
+        return pd.DataFrame(columns=columns)
     samples = find_samples(
         options.data,
         masks=options.masks,
@@ -151,6 +155,7 @@ def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
         channels=",".join(config.bands) or str(config.channels // config.slices),
         neighbours=config.neighbours,
         soft=config.soft,
+        scale=config.scale,
     ).samples
     training = [path.name for path in samples.image if splits.get(path) == "train"]
     if training and not kitti_road:
@@ -197,6 +202,20 @@ def check_views(samples: pd.DataFrame) -> None:
         raise UserError("--data", first_five(bad, " | "))
 
 
+def check_blocks(options: Options, samples: pd.DataFrame, submission: Any) -> None:
+    """Raise UserError for what cannot be made of images that are predicted in blocks."""
+    parts = samples[samples.block.map(is_part).astype(bool)]
+    for chosen, flag, other in (
+        (options.save_probs, "--save_probs true", "false"),
+        (options.submission == "png", "--submission png", "rle"),
+        (getattr(submission, "instances", "") == "rows", "--instances rows", "union"),
+        (getattr(submission, "size", ()), "--submission_size", "none: masks have their image's"),
+    ):
+        if chosen and len(parts):
+            problem = f"not of {parts.image.iloc[0].name}, which is predicted in blocks"
+            raise UserError(flag, problem, f"take {other}")
+
+
 def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     """Make the folders that are written to. Raises UserError where one holds the data itself."""
     options = plan.options
@@ -228,8 +247,12 @@ def write_outputs(
 ) -> np.ndarray | None:
     """Write one image's files. Returns its ground truth where there is one, see `masks.py`."""
     options, out, classes = plan.options, plan.out, plan.config.classes
-    ground_truth = sample.mask.read(image.shape[:2]) if sample.mask else None
+    ground_truth = sample.mask.read(mask.shape[-2:]) if sample.mask else None
     write_mask(out / "masks", sample.id, mask, classes)
+    tags = georeference(sample.layers[0].path)
+    for folder, values in mask_files(mask, classes).items() if tags else ():
+        tiles = (tile for *_, tile in pack_tiles(values))
+        write_tiff(out / "masks" / folder / f"{sample.id}.tif", tiles, values.shape, tags)
     probabilities = prediction[1:] if classes.exclusive else prediction  # of the most probable
     for folder, plane in zip(mask_folders(classes), probabilities, strict=True):
         if options.save_probs:
@@ -260,6 +283,9 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
     """Predict this process's share of the samples; files are written while the models work."""
     evaluation = Evaluation(plan.config.classes, plan.options.empty_score)
     results = Results(evaluation, submission.answers if submission else {}, [])
+    parts = samples[samples.block.map(is_part).astype(bool)].groupby("image_id").block
+    order = submission.order if submission and len(parts) else ""
+    mosaics = {name: Mosaic(list(blocks), plan.config, order) for name, blocks in parts}
     pending: list[tuple[int, Any, np.ndarray, np.ndarray, Future]] = []
     unreadable: list[tuple[Any, UserError]] = []
 
@@ -273,21 +299,28 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
                 continue
             if ground_truth is not None:
                 results.evaluation.add(sample, prediction, mask, ground_truth)
+            mosaic = mosaics.get(sample.image_id)
+            if mosaic and mosaic.done(plan.out, sample, plan.options.comparisons) and submission:
+                submission.add_runs(sample.image_id, mosaic.answers())
 
     options = plan.options
     predictions = predict(plan.models, samples, options.batch_size or 8, options.tta, unreadable)
     hidden = True if plan.rank else None  # None: shown on a terminal alone
     with ThreadPoolExecutor(2) as writers:
         for sample, image, prediction in tqdm(predictions, None, len(samples), disable=hidden):
-            mask = postprocess(prediction, plan.config)
-            future = writers.submit(write_outputs, plan, sample, image, prediction, mask)
+            image, prediction, mask = finish(sample, image, prediction, plan.config)
+            mosaic = mosaics.get(sample.image_id)
+            if mosaic:
+                future = writers.submit(mosaic.add, sample, image, mask)
+            else:
+                future = writers.submit(write_outputs, plan, sample, image, prediction, mask)
             size = image.nbytes + prediction.nbytes + mask.nbytes
             pending.append((size, sample, prediction, mask, future))
-            if submission:
+            if submission and not mosaic:
                 submission.add(sample, prediction, mask)
             collect(WAITING)
         collect(0)
-    results.failed.extend((sample.id, str(error)) for sample, error in unreadable)
+    results.failed.extend({s.image_id: str(error) for s, error in unreadable}.items())
     return results
 
 
@@ -333,20 +366,23 @@ def infer(options: Options) -> Path:
     plan = make_plan(options)
     if Path(options.data).suffix.lower() in VIDEO_SUFFIXES and Path(options.data).is_file():
         return overlay_video(plan)
-    samples = find_images(options, plan.config)
+    samples = add_margins(find_images(options, plan.config), plan.models)
     check_views(samples)
-    submission = make_submission(options, samples, plan.config)
-    images = f"{len(samples)} images, {samples['mask'].notna().sum()} with ground truth"
+    whole = samples.drop_duplicates("image_id").assign(id=lambda table: table.image_id)
+    submission = make_submission(options, whole, plan.config)
+    check_blocks(options, samples, submission)
+    images = f"{len(whole)} images, {whole['mask'].notna().sum()} with ground truth"
     models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
     several = plan.config.classes.several
     masks = describe_masks(plan.config) if several else f"threshold {plan.config.thresholds[0]:.3f}"
     print(f"data: {images} · {models} · {masks}")
     prepare_folders(plan, samples)
-    started, share = time.monotonic(), samples.iloc[plan.rank :: plan.processes]
+    number = samples.image_id.factorize()[0]  # an image's blocks are all of one process
+    started, share = time.monotonic(), samples[number % plan.processes == plan.rank]
     results = gather(plan, predict_and_write(plan, share, submission))
     if results:
         volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
-        report(plan, results, len(samples), time.monotonic() - started, submission)
+        report(plan, results, len(whole), time.monotonic() - started, submission)
     return plan.out
 
 
@@ -377,7 +413,7 @@ def overlay_video(plan: Plan) -> Path:
         tqdm(total=max(0, count) or None, unit="frame", disable=None) as bar,
     ):
         for images in itertools.chain([batch], batches):
-            predictions = predict_images(plan.models, images, size, plan.options.tta)
+            predictions = predict_whole(plan.models, images, size, plan.options.tta)
             for image, prediction in zip(images, predictions, strict=True):
                 mask = postprocess(prediction, plan.config)
                 overlay.add(image, mask, plan.config.classes)

@@ -90,6 +90,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/data/cache.py _kg_hide-input=true
 
+# %% kit/data/blocks.py _kg_hide-input=true
+
 # %% kit/data/folds.py _kg_hide-input=true
 
 # %% kit/data/folders.py _kg_hide-input=true
@@ -117,6 +119,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/data/readers.py _kg_hide-input=true
 
 # %% kit/data/photos.py _kg_hide-input=true
+
+# %% kit/data/slides.py _kg_hide-input=true
 
 # %% kit/data/tiffs.py _kg_hide-input=true
 
@@ -150,6 +154,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/results/visualize.py _kg_hide-input=true
 
 # %% kit/results/submissions.py _kg_hide-input=true
+
+# %% kit/results/mosaics.py _kg_hide-input=true
 
 # %% title-extra [markdown]
 # ### kit/extra: what is asked for by a flag of its own

@@ -34,6 +34,7 @@ class Config:
     channels: str = "auto"  # a number, 1 is grey; or files: {stem}_B02.tif,{stem}_B03.tif
     soft: bool = False  # several masks of an image are annotators: train on their mean
     neighbours: str = ""  # slices before and after as channels: 1, 2, or steps such as 1,3
+    scale: float = 1.0  # [0.01..1] of the images, whose resolution is that: 0.5, 0.33, 0.25, ...
     show: str = ""  # the channels seen as red, green, blue in pictures, such as 4,3,2
     check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
@@ -203,9 +204,10 @@ def make_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader; `parts`: of a batch, for gradient accumulation."""
     validates = table.fold == config.fold
+    trains = table.trains & ~validates
     with loaders.strictly():
         augment = augmentation(config)
-    training = SegmentationDataset(table[~validates], model_config, config.seed, augment)
+    training = SegmentationDataset(table[trains], model_config, config.seed, augment)
     validation = SegmentationDataset(table[validates], model_config, config.seed, None)
     size = resolving.images_per_step(config.batch_size, len(training), config.devices, parts)
     options = {"workers": config.workers, "processes": config.devices, "seed": config.seed}

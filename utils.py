@@ -38,7 +38,7 @@ class Model:
         """
         if not isinstance(image, np.ndarray):
             image = read_image(image, self.config.channels, self.config.value_range)
-        (prediction,) = predict.predict_images(self.models, [image], batch_size=8)
+        (prediction,) = predict.predict_whole(self.models, [image], batch_size=8)
         mask = predict.postprocess(prediction, self.config)
         return mask[0] if len(self.classes) == 1 else mask
 

@@ -57,6 +57,7 @@ class ModelConfig:
     neighbours: tuple[int, ...] = ()  # [1..64] steps to the slices that are channels, too
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # [-1..2] of each channel in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # [0.001..10] as mean
+    scale: float = 1.0  # [0.01..1] of the images; masks are predicted at their own resolution
     top: float = 0.0  # [0..0.9] share of the image's height that is cut off at the top
     tiles: bool = False  # cut the image into tiles instead of resizing it
     # black and white where images have over 8 bits: of all channels, or of each

@@ -1,6 +1,7 @@
 """Classes: exclusive and overlapping ones, from the masks to the submission."""
 
 import csv
+import itertools
 import json
 import zipfile
 from dataclasses import replace
@@ -639,11 +640,15 @@ def test_each_overlapping_class_has_its_threshold_and_area():
     assert predict.postprocess(probability, config).sum((1, 2)).tolist() == [4, 0]
 
 
+NUMBERS = itertools.count()
+
+
 class Sample:
     """A row of the samples table, as far as `Evaluation` looks at it."""
 
     def __init__(self, category="", views=()):
         self.id, self.category, self.views = "", category, views
+        self.image_id = next(NUMBERS)
 
 
 def test_scores_of_exclusive_classes_equal_their_definition(tmp_path):

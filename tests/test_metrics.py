@@ -1,5 +1,6 @@
 """The KITTI Road measures compared with a plain implementation of their definition."""
 
+import itertools
 import json
 
 import numpy as np
@@ -53,11 +54,15 @@ def test_scores_equal_the_definition(seed):
     assert scores["F1"] == scores["MaxF"]
 
 
+NUMBERS = itertools.count()
+
+
 class Sample:
     """A row of the samples table, as far as `Evaluation` looks at it."""
 
     def __init__(self, category="", views=()):
         self.id, self.category, self.views = "", category, views
+        self.image_id = next(NUMBERS)
 
 
 def random_pairs(widths):

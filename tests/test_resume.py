@@ -267,8 +267,8 @@ def test_all_that_weights_follow_from_is_there():
 def test_code_is_what_a_training_step_reaches(same):
     """Reading masks is no part of it: their digests show what it gives."""
     names = {"train", "kit/config", "kit/files", "kit/data/images", "kit/data/samples"}
-    readers = ("readers", "photos", "tiffs", "arrays", "rasters")
-    names |= {f"kit/data/{name}" for name in ("cache", *readers)}
+    readers = ("readers", "photos", "slides", "tiffs", "arrays", "rasters")
+    names |= {f"kit/data/{name}" for name in ("cache", "blocks", *readers)}
     names |= {f"kit/network/{name}" for name in ("model", "encoders")}
     names |= {f"kit/training/{name}" for name in ("callbacks", "loaders", "resolve")}
     assert {key.split(": ")[0] for key in same.code} == {f"{name}.py" for name in names}

@@ -428,15 +428,23 @@ def mask_folders(classes: Classes) -> list[str]:
 
 
 def write_mask(folder: Path, name: str, mask: np.ndarray, classes: Classes) -> None:
-    """Write planes (K, h, w) or a label map (h, w) below a folder whose `mask_folders` exist.
+    """Write planes (K, h, w) or a label map (h, w) below a folder whose `mask_folders` exist."""
+    for place, values in mask_files(mask, classes).items():
+        if classes.exclusive:
+            write_palette_image(folder / f"{name}.png", values, palette(classes)[1])
+        else:
+            write_image(folder / place / f"{name}.png", values)
+
+
+def mask_files(mask: np.ndarray, classes: Classes) -> dict[str, np.ndarray]:
+    """{folder: values (h, w) uint8} of the files of planes (K, h, w) or of a label map (h, w).
 
     A plane is 255 for the class, 0, and 127 where it is ignored. A label map has the values of its
     classes, and 255.
     """
     if classes.exclusive:
-        values, colours = palette(classes)
+        values = palette(classes)[0]
         table = np.r_[values, np.full(256 - len(values), IGNORE, np.uint8)]
-        write_palette_image(folder / f"{name}.png", table[mask], colours)
-        return
-    for place, plane in zip(mask_folders(classes), mask, strict=True):
-        write_image(folder / place / f"{name}.png", LEVELS[plane.astype(np.uint8)])
+        return {"": table[mask]}
+    planes = zip(mask_folders(classes), mask, strict=True)
+    return {place: LEVELS[plane.astype(np.uint8)] for place, plane in planes}

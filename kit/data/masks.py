@@ -19,8 +19,8 @@ from kit.config import IGNORE, Classes
 from kit.data.arrays import count_planes, planes_of
 from kit.data.classes import ClassRequest, choose_planes
 from kit.data.images import encode_shares, harden
-from kit.data.rasters import Layer
-from kit.data.readers import no_data, open_image, read_header
+from kit.data.rasters import Layer, Window, reduce_mask
+from kit.data.readers import no_data, open_image, open_layers, read_header
 from kit.errors import UserError, first_five
 
 # Decodes a file, or a plane of it: `open_image`, or a `DecodedFiles`
@@ -97,6 +97,7 @@ class MaskFile:
     more: tuple[Path, ...] = ()  # files of further objects of the same image
     image: Path | None = None  # its image: a mask of the stored size is turned like it (EXIF)
     page: int = -1  # the plane of an array, from 0; -1: all
+    window: Window | None = None  # what is read of it; None: all
 
     @property
     def source(self) -> str:
@@ -113,13 +114,15 @@ class MaskFile:
     def pixels(self, size: tuple[int, int], opener: Opener) -> Iterator[np.ndarray]:
         """The values of each plane, (h, w). Raises UserError."""
         for plane in self.planes:
-            yield mask_pixels(open_mask(plane, size, self.image, opener), self.values.channel)
+            image = open_mask(plane, size, self.image, opener, self.window)
+            yield mask_pixels(image, self.values.channel)
 
     def read(self, size: tuple[int, int], opener: Opener = open_image) -> np.ndarray:
         """(h, w) uint8: 1 foreground, 0 background, 255 ignored; or shares. Raises UserError."""
+        size = (self.window.height, self.window.width) if self.window else size
         mask, values = np.zeros(size, np.uint8), self.values
         if values.soft:
-            return self.read_shares(size, opener)
+            return reduce_mask(self.read_shares(size, opener), self.window)
         for pixels in self.pixels(size, opener):
             for ignored in values.ignored:
                 mask[(pixels == ignored) & (mask == 0)] = IGNORE
@@ -127,7 +130,7 @@ class MaskFile:
                 mask[pixels == foreground] = 1
             if values.cut is not None:
                 mask[pixels > values.cut] = 1
-        return mask
+        return reduce_mask(mask, self.window)
 
     def read_shares(self, size: tuple[int, int], opener: Opener) -> np.ndarray:
         """The mean of the planes that do not ignore a pixel, as of `encode_shares`. UserError."""
@@ -166,9 +169,11 @@ class LabelMap:
                 f"one of {1 + len(self.file.more)} label maps of one image",
                 "keep one, or name it with --masks",
             )
-        image = open_mask(self.file.planes[0], size, self.file.image, opener)
+        window = self.file.window
+        size = (window.height, window.width) if window else size
+        image = open_mask(self.file.planes[0], size, self.file.image, opener, window)
         numbers = class_numbers(mask_pixels(image, self.channel), self.labels)
-        return ignore_no_data(numbers, self.image)
+        return ignore_no_data(reduce_mask(numbers, window), self.image)
 
 
 def ignore_no_data(mask: np.ndarray, image: tuple[Layer, ...]) -> np.ndarray:
@@ -263,24 +268,47 @@ TURNS = {
 }
 
 
+def open_part(path: Path | Layer, opener: Opener, window: Window | None) -> Image.Image:
+    """Decode a mask file, or a window of it, of a large TIFF nothing else. Raises UserError.
+
+    Also where the file does not have the size of the window's image.
+    """
+    if not window:
+        return opener(path)
+    raster = open_layers((path,) if isinstance(path, Layer) else path)[0]
+    if raster.size != window.whole:
+        raise unlike_image(path, raster.size, window.whole)
+    if raster.part:
+        values = raster.part(window)
+        return Image.fromarray(values[..., 0] if raster.bands == 1 else values)
+    y, x, height, width, *_ = window
+    return opener(path).crop((x, y, x + width, y + height))
+
+
+def unlike_image(path: Path, size: tuple[int, int], photo_size: tuple[int, int]) -> UserError:
+    """The message for a mask that does not have its image's (h, w)."""
+    mask, photo = ("x".join(map(str, s[::-1])) for s in (size, photo_size))
+    return UserError(path, f"is {mask}, but its image is {photo}", "replace one of them")
+
+
 def open_mask(
     path: Path | Layer,
     size: tuple[int, int],
     photo: Path | None = None,
     opener: Opener = open_image,
+    window: Window | None = None,
 ) -> Image.Image:
     """Decode a mask file, or a page of it. Raises UserError, also for another size than (h, w).
 
     `photo`: its image. If EXIF turns that, a mask of the stored size was drawn on the stored pixels
-    and is turned, too.
+    and is turned, too. `window`: what is decoded, of `size`.
     """
-    image = opener(path)
-    if photo and image.size == size != size[::-1]:
+    image = open_part(path, opener, window)
+    if photo and not window and image.size == size != size[::-1]:
         turn = read_header(photo).turn
         image = image.transpose(TURNS[turn]) if turn in TURNS else image
     if image.size != size[::-1]:
-        mask, photo_size = ("x".join(map(str, s)) for s in (image.size, size[::-1]))
-        raise UserError(path, f"is {mask}, but its image is {photo_size}", "replace one of them")
+        raise unlike_image(path, image.size[::-1], size)
     return image
 
 

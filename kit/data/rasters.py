@@ -12,8 +12,37 @@ import numpy as np
 
 from kit.errors import UserError
 
-Window = tuple[int, int, int, int]  # y, x, height, width
 MOST_CHANNELS = 64
+LARGE = 100_000_000  # pixels of an image that is read by windows alone, where its format can be
+
+
+class Window(NamedTuple):
+    """A block of an image, in the image's own pixels."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+    whole: tuple[int, int]  # (height, width) of the image
+    shrink: int = 1  # it is read reduced to one pixel for so many, along each axis
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) once it is reduced."""
+        return -(-self.height // self.shrink), -(-self.width // self.shrink)
+
+    def grow(self, margin: int) -> "Window":
+        """With so many reduced pixels more at each side, within the image."""
+        y, x = (max(0, start - margin * self.shrink) for start in (self.y, self.x))
+        end = self.y + self.height + margin * self.shrink
+        right = self.x + self.width + margin * self.shrink
+        height, width = min(end, self.whole[0]) - y, min(right, self.whole[1]) - x
+        return self._replace(y=y, x=x, height=height, width=width)
+
+    def cut(self, values: np.ndarray, y: int = 0, x: int = 0) -> np.ndarray:
+        """This block of values (h, w, ...) that start at (y, x) of the image."""
+        top, left = self.y - y, self.x - x
+        return values[top : top + self.height, left : left + self.width]
 
 
 class Layer(NamedTuple):
@@ -22,6 +51,7 @@ class Layer(NamedTuple):
     path: Path
     page: int = -1  # of a file of several pages, from 0; -1: the file is an image
     channels: int = 0  # that are asked for: they tell which axis of an array holds them
+    window: Window | None = None  # what is read of it; None: all
 
     def __str__(self) -> str:
         return f"{self.path} (page {self.page + 1})" if self.page >= 0 else str(self.path)
@@ -40,6 +70,8 @@ class Raster(NamedTuple):
     floats: bool = False  # values may be NaN or infinity: no data
     alpha: bool = False  # the last band is transparency
     turn: int = 1  # EXIF's orientation: 1 for upright, over 4 where height and width are swapped
+    # of a large image: decodes a window alone, reduced by no more than its `shrink`
+    part: Callable[[Window], np.ndarray] | None = None
 
 
 def layers_of(source: Source, channels: int = 0) -> tuple[Layer, ...]:
@@ -126,3 +158,45 @@ def to_pixels(values: np.ndarray, value_range: tuple[float, ...], where: Source)
     levels = (levels - black.astype(precise)) * (full / (white - black)).astype(precise)
     rounding = 0.5 if value_range else 1e-6  # of 8 bits down, as // 257 would
     return np.clip(levels + rounding, 0, full).astype(kind)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Windows at a lower resolution, and back
+# --------------------------------------------------------------------------------------------------
+
+
+def read_window(raster: Raster, window: Window) -> np.ndarray:
+    """The values of a window, reduced by averaging areas: (h, w, bands). Raises UserError."""
+    values = raster.part(window) if raster.part else window.cut(raster.read())
+    return reduce_values(values, round(window.shrink * len(values) / window.height))
+
+
+def reduce_values(values: np.ndarray, shrink: int) -> np.ndarray:
+    """Values (h, w, C) averaged over squares of `shrink`; at the edges over what is there."""
+    if shrink == 1:
+        return values
+    height, width = values.shape[:2]
+    values = np.pad(values, ((0, -height % shrink), (0, -width % shrink), (0, 0)), "edge")
+    exact = values if values.dtype in (np.uint8, np.uint16) else values.astype(np.float32)
+    size = values.shape[1] // shrink, values.shape[0] // shrink
+    bands = [cv2.resize(band, size, interpolation=cv2.INTER_AREA) for band in cv2.split(exact)]
+    return np.dstack(bands)
+
+
+def reduce_mask(mask: np.ndarray, window: Window | None) -> np.ndarray:
+    """The mask (h, w) of a window at its size, by the nearest pixel."""
+    if not window or window.shrink == 1:
+        return mask
+    rows, columns = (
+        np.minimum(np.arange(0, length, window.shrink) + window.shrink // 2, length - 1)
+        for length in mask.shape
+    )
+    return mask[rows[:, None], columns]
+
+
+def enlarge(values: np.ndarray, window: Window, method: int = cv2.INTER_LINEAR) -> np.ndarray:
+    """Reduced values (h, w) uint8 of a window at the image's own resolution."""
+    if window.shrink == 1:
+        return values
+    size = values.shape[1] * window.shrink, values.shape[0] * window.shrink
+    return cv2.resize(values, size, interpolation=method)[: window.height, : window.width]

@@ -3,6 +3,7 @@
 A new format is one function and one entry in `READERS`.
 """
 
+import functools
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from kit.data import arrays, photos, tiffs
+from kit.data import arrays, photos, slides, tiffs
 from kit.data.rasters import (
     MOST_CHANNELS,
     Layer,
@@ -25,13 +26,14 @@ from kit.data.rasters import (
     join_layers,
     layers_of,
     natural_channels,
+    read_window,
     to_pixels,
 )
 from kit.errors import UserError, first_five
 
 # A reader is a function of a `Layer`: it opens the file, or returns None
-READERS = [arrays.open_array, tiffs.open_tiff, photos.open_photo]
-IMAGE_SUFFIXES = (*photos.SUFFIXES, *arrays.SUFFIXES)
+READERS = [slides.open_slide, arrays.open_array, tiffs.open_tiff, photos.open_photo]
+IMAGE_SUFFIXES = (*photos.SUFFIXES, *arrays.SUFFIXES, *slides.SUFFIXES)
 
 # --------------------------------------------------------------------------------------------------
 #  Read
@@ -49,14 +51,19 @@ class Header(NamedTuple):
 
 
 def open_layers(source: Source) -> list[Raster]:
-    """The rasters of an image, opened and not decoded. Raises UserError."""
+    """The rasters of an image, or of its window, opened and not decoded. Raises UserError."""
     layers = layers_of(source)
     rasters = [next(filter(None, (reader(layer) for reader in READERS))) for layer in layers]
     for layer, raster in zip(layers, rasters, strict=True):
         if raster.size != rasters[0].size:
             own, first = ("x".join(map(str, r.size[::-1])) for r in (raster, rasters[0]))
             raise UserError(layer, f"is {own}, but {layers[0]} is {first}", "replace one of them")
-    return rasters
+    return [
+        r._replace(size=layer.window.size, read=functools.partial(read_window, r, layer.window))
+        if layer.window
+        else r
+        for layer, r in zip(layers, rasters, strict=True)
+    ]
 
 
 def read_header(source: Source) -> Header:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from kit.data.masks import outline_length
+from kit.data.rasters import Source, Window, reduce_mask
 from kit.data.readers import read_header, read_image
 from kit.errors import UserError
 
@@ -75,30 +77,54 @@ ORDERS = ("columns", "rows", "columns from 0", "rows from 0", "relative")
 
 def rle_encode(mask: np.ndarray, order: str = "columns") -> str:
     """(h, w) bool to RLE; "" where it is empty. A 2x2 mask of ones is "1 4"."""
+    return write_runs(find_runs(mask, order), order)
+
+
+def find_runs(mask: np.ndarray, order: str) -> np.ndarray:
+    """The runs of a mask, (h, w) bool: start, from 0, and length of each, (n, 2) int64."""
     pixels = np.ascontiguousarray(mask, np.uint8)
     flat = (pixels if order.startswith("rows") else cv2.transpose(pixels)).ravel()
-    first, last = [1] * int(flat[0]), [flat.size + 1] * int(flat[-1])
-    edges = np.r_[first, np.flatnonzero(flat[1:] != flat[:-1]) + 2, last].astype(np.int64)
+    first, last = [0] * int(flat[0]), [flat.size] * int(flat[-1])
+    edges = np.r_[first, np.flatnonzero(flat[1:] != flat[:-1]) + 1, last].astype(np.int64)
+    edges[1::2] -= edges[::2]
+    return edges.reshape(-1, 2)
+
+
+def write_runs(runs: np.ndarray, order: str) -> str:
+    """Runs of `find_runs` as RLE."""
+    starts = runs[:, 0] + (order in ("columns", "rows"))
     if order == "relative":
-        edges = np.diff(edges, prepend=1)
-    else:
-        edges[1::2] -= edges[::2]
-        edges[::2] -= order.endswith("from 0")
-    return " ".join(map(str, edges.tolist()))
+        starts[1:] -= runs[:-1].sum(1)
+    numbers = np.stack([starts, runs[:, 1]], 1).ravel()
+    parts = np.array_split(numbers, 1 + len(numbers) // 100_000)  # numbers of Python are large
+    return " ".join(" ".join(map(str, part.tolist())) for part in parts)
+
+
+def block_runs(mask: np.ndarray, window: Window, order: str) -> np.ndarray:
+    """The runs of a block of a mask, (h, w) bool, in the whole mask, see `find_runs`."""
+    rows = order.startswith("rows")
+    (height, width), lines = window.whole, mask if rows else mask.T
+    runs = find_runs(np.pad(lines, ((0, 0), (0, 1))), "rows")  # none goes on in the next line
+    line, start = np.divmod(runs[:, 0], lines.shape[1] + 1)
+    first = (window.y + line) * width + window.x if rows else (window.x + line) * height + window.y
+    return np.stack([first + start, runs[:, 1]], 1)
+
+
+def join_runs(blocks: list[np.ndarray], order: str) -> str:
+    """The RLE of a mask from the runs of its blocks, which go on in each other."""
+    runs = np.concatenate(blocks)
+    runs = runs[runs[:, 0].argsort()]
+    first = np.flatnonzero(np.r_[True, runs[1:, 0] > runs[:-1].sum(1)][: len(runs)])
+    lengths = np.add.reduceat(runs[:, 1], first) if len(runs) else runs[:, 1]
+    return write_runs(np.stack([runs[first, 0], lengths], 1), order)
 
 
 def rle_objects(mask: np.ndarray, order: str = "columns") -> list[str]:
     """The RLE of each connected component of a mask, (h, w) bool."""
-    absolute = "columns from 0" if order == "relative" else order
-    runs = parse_runs(rle_encode(mask, absolute), "mask")
+    runs = find_runs(mask, order)
     labels = cv2.connectedComponents(mask.astype(np.uint8))[1]
-    flat = labels.ravel("C" if order.startswith("rows") else "F")
-    owner = flat[runs[:, 0] - (not absolute.endswith("from 0"))]
-    components = [runs[owner == number] for number in range(1, labels.max() + 1)]
-    if order == "relative":
-        for component in components:
-            component[1:, 0] -= component[:-1].sum(1)
-    return [" ".join(map(str, component.ravel().tolist())) for component in components]
+    owner = labels.ravel("C" if order.startswith("rows") else "F")[runs[:, 0]]
+    return [write_runs(runs[owner == number], order) for number in range(1, labels.max() + 1)]
 
 
 def parse_runs(runs: str, where: str) -> np.ndarray:
@@ -114,9 +140,50 @@ def parse_runs(runs: str, where: str) -> np.ndarray:
 
 
 def rle_decode(
-    runs: str, size: tuple[int, int], where: str = "RLE", order: str = "columns"
+    runs: str,
+    size: tuple[int, int],
+    where: str = "RLE",
+    order: str = "columns",
+    window: Window | None = None,
 ) -> np.ndarray:
-    """RLE to (h, w) uint8 of 0 and 1. Raises UserError, with `where`, for impossible runs."""
+    """RLE to (h, w) uint8 of 0 and 1. Raises UserError, with `where`, for impossible runs.
+
+    `window`: the block that is decoded, of an image of `size`; None: all.
+    """
+    height, width = size
+    runs = sorted_runs(runs, size, where, order)
+    window = window or Window(0, 0, height, width, size)
+    rows, columns = (
+        range(start, start + length)
+        for start, length in ((window.y, window.height), (window.x, window.width))
+    )
+    if order.startswith("rows"):
+        return expand(runs, rows, columns, width)
+    return np.ascontiguousarray(expand(runs, columns, rows, height).T)
+
+
+def expand(runs: np.ndarray, lines: range, places: range, length: int) -> np.ndarray:
+    """Sorted runs in some lines of a mask, and some places of these, as uint8 (lines, places).
+
+    `length`: of a line. A run is cut into a piece for each line, and these to the places.
+    """
+    ends = runs.sum(1)
+    first, last = lines.start * length, lines.stop * length
+    runs = runs[np.searchsorted(ends, first, "right") : np.searchsorted(runs[:, 0], last)]
+    starts, ends = np.maximum(runs[:, 0], first), np.minimum(runs.sum(1), last)
+    counts = (ends - 1) // length - starts // length + 1
+    run = np.repeat(np.arange(len(runs)), counts)
+    line = starts[run] // length + np.arange(len(run)) - np.repeat(counts.cumsum() - counts, counts)
+    steps = np.zeros(len(lines) * len(places) + 1, np.int8)
+    for bounds, step in ((starts, 1), (ends, -1)):
+        inside = np.clip(bounds[run] - line * length, places.start, places.stop) - places.start
+        np.add.at(steps, (line - lines.start) * len(places) + inside, step)
+    return steps[:-1].cumsum(dtype=np.int8).view(np.uint8).reshape(len(lines), len(places))
+
+
+@functools.lru_cache(maxsize=8)  # blocks of an image read the same runs, one after another
+def sorted_runs(runs: str, size: tuple[int, int], where: str, order: str) -> np.ndarray:
+    """RLE to its runs by their starts, see `find_runs`. Raises UserError for impossible ones."""
     height, width = size
     numbers, pixels = parse_runs(runs, where), height * width
     first = 0 if order == "relative" or order.endswith("from 0") else 1
@@ -132,13 +199,7 @@ def rle_decode(
         )
     if (starts[:-1] + lengths[:-1] > starts[1:]).any():
         raise UserError(where, "runs overlap")
-    steps = np.zeros(pixels + 1, np.int8)
-    np.add.at(steps, starts, 1)
-    np.add.at(steps, starts + lengths, -1)
-    flat = steps[:-1].cumsum(dtype=np.int8).view(np.uint8)
-    if order.startswith("rows"):
-        return flat.reshape(height, width)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
+    return np.stack([starts, lengths], 1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +209,7 @@ class RunLengths:
     path: Path
     rows: tuple[tuple[int, str], ...] = ()  # number of the row, its RLE
     order: str = "columns"
+    window: Window | None = None  # the block that is read; None: all
 
     @property
     def source(self) -> str:
@@ -156,10 +218,12 @@ class RunLengths:
 
     def read(self, size: tuple[int, int], *_: Any) -> np.ndarray:
         """(h, w) uint8 of 0 and 1. `size`: its image's (h, w). Raises UserError."""
-        mask = np.zeros(size, np.uint8)
+        window = self.window or Window(0, 0, *size, size)
+        mask = np.zeros((window.height, window.width), np.uint8)
         for line, runs in self.rows:
-            mask |= rle_decode(runs, size, f"{self.path.name} row {line}", self.order)
-        return mask
+            where = f"{self.path.name} row {line}"
+            mask |= rle_decode(runs, window.whole, where, self.order, window)
+        return reduce_mask(mask, window)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,7 +235,7 @@ SAMPLE_IMAGES, SAMPLE_PIXELS = 200, 5e7  # that the order is decided from, at mo
 # 2.7 for each image, the edges' 0.45 to 3.7.
 CLEAR = 0.2
 LEAST_SPREAD = 0.25  # of that logarithm between images: one image alone needs 0.7
-Example = tuple[Path, RunLengths]  # an image and its mask
+Example = tuple[Source, RunLengths]  # an image and its mask
 
 
 def decide_order(samples: pd.DataFrame, rle: str, needed: bool) -> str:
@@ -179,7 +243,7 @@ def decide_order(samples: pd.DataFrame, rle: str, needed: bool) -> str:
 
     Raises UserError where it cannot be told; masks that are not `needed` are left out instead.
     """
-    pairs = zip(samples.image, samples["mask"], strict=True)
+    pairs = zip(samples.layers, samples["mask"], strict=True)
     parts = ((image, part) for image, mask in pairs if mask for part in mask.parts)
     try:
         order = find_order([pair for pair in parts if isinstance(pair[1], RunLengths)], rle)
@@ -206,7 +270,7 @@ def find_order(examples: list[Example], order: str) -> str:
     starts = (runs for _, mask in examples for _, runs in mask.rows)
     base = " from 0" if any(runs.startswith("0 ") for runs in starts) else ""
     examples = examples[:: -(-len(examples) // SAMPLE_IMAGES)]
-    overlap = 2 * sum(absolute_overlaps(mask) for _, mask in examples) > len(examples)
+    overlap = 2 * sum(absolute_overlaps(mask.rows) for _, mask in examples) > len(examples)
     if order == "relative" and not overlap:
         raise UserError("--rle relative", f"the runs of {path} are absolute", "leave the flag out")
     if order == "auto" and overlap and not fits_relative(examples):
@@ -225,9 +289,10 @@ def find_order(examples: list[Example], order: str) -> str:
     return order
 
 
-def absolute_overlaps(mask: RunLengths) -> bool:
+@functools.lru_cache(maxsize=8)  # blocks of an image have the same rows
+def absolute_overlaps(rows: tuple[tuple[int, str], ...]) -> bool:
     """Whether runs of a mask would overlap, or go back, if their starts were absolute."""
-    rows = [parse_runs(runs, "") for _, runs in mask.rows if RUNS.fullmatch(runs)]
+    rows = [parse_runs(runs, "") for _, runs in rows if RUNS.fullmatch(runs)]
     return any((runs[1:, 0] < runs[:-1].sum(1)).any() for runs in rows)
 
 
@@ -272,13 +337,17 @@ def both_orders(
 ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
     """Each image with its mask (h, w) read by columns and by rows; damaged ones are left out."""
     pixels = 0
-    for path, mask in examples:
+    for source, mask in examples:
         try:
-            image = read_image(path)
-            columns = replace(mask, order=f"columns{base}").read(image.shape[:2])
+            size = read_header(source).size
+            orders = [f"{order}{base}" for order in ("columns", "rows")]
+            columns, rows = (replace(mask, order=order).read(size) for order in orders)
+            if not (columns.any() and rows.any()):  # of a block they may differ
+                continue
+            image = read_image(source)
         except UserError:  # `samples.decode_pairs` names it
             continue
-        yield image, (columns, columns.T.reshape(columns.shape))
+        yield image, (columns, rows)
         pixels += columns.size
         if pixels > SAMPLE_PIXELS:
             return

@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes, ModelConfig
-from kit.data import bands, csvs, folders, kitti, volumes
+from kit.data import bands, blocks, csvs, folders, kitti, volumes
 from kit.data.cache import choose_store
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection
-from kit.data.folds import assign_folds
 from kit.data.images import prepare_pair
 from kit.data.masks import (
     DecodedFiles,
@@ -68,7 +67,7 @@ LAYOUTS = [
 
 LOADED = (  # what `load` takes of train.py's settings
     "masks", "target", "foreground", "ignore", "rle", "missing", "classes", "window", "channels",
-    "neighbours", "soft", "folds", "seed", "group",
+    "neighbours", "soft", "scale", "folds", "seed", "group",
 )  # fmt: skip
 
 
@@ -95,7 +94,8 @@ def load(
     samples = scan(collection.samples, collection.classes, opener)
     collection = decide_channels_and_range(samples, collection, steps, channels, window)
     names = collection.classes.names
-    samples[["fold", "group", "why"]] = assign_folds(samples, folds, seed, group, names)
+    split = blocks.assign_folds_to_images(samples, folds, seed, group, names)
+    samples[["fold", "group", "why"]] = split
     print(describe(collection), flush=True)
     return collection, opener
 
@@ -132,14 +132,15 @@ def find_samples(
     neighbours: tuple[int, ...] = (),
     soft: bool = False,
     opener: Opener = open_image,
+    scale: float = 1.0,
 ) -> Collection:
     """Understand a folder by the first layout that recognises it, and the values of its masks.
 
-    The samples table has a row for each image, with the columns `id` (names the outputs), `image`
-    (path), `layers` (of the image, see `rasters.Layer`), `mask` (None, `masks.Planes` or
-    `masks.LabelMap`), `category` (a group that is scored by itself, or ""), `views` (such as BEV,
-    scored too) and `fields` (a csv's other columns, or None); where folders say so also `group`,
-    `fold`, `volume` and `slice`. With `training` every image has a mask. Raises UserError.
+    The samples table has a row for each image, or block of a large one, with the columns `id`,
+    `image_id` (names the outputs) and `block`, see `blocks.cut_into_blocks`, `image` (path),
+    `layers` (of the image, see `rasters.Layer`), `mask` (None, `masks.Planes` or `masks.LabelMap`),
+    `category` (scored by itself), `views` (scored too), `fields` (a csv's other columns, or None);
+    where known also `group`, `fold`, `volume` and `slice`. Raises UserError.
     `foreground`, `ignore`: values of mask files; `rle`: order of the runs; `missing`: "empty" takes
     images without a mask for images without foreground, "leave_out" leaves them out; `classes`: as
     --classes, or a model's; `channels`: as --channels; `neighbours`, `soft`: see `ModelConfig`.
@@ -149,30 +150,37 @@ def find_samples(
     count = int(channels) if channels.isdecimal() else 0
     samples = complete(collection.samples, count)
     samples = volumes.arrange(samples, root, neighbours, count, training)
-    if training:
-        samples = check_masks(samples, root, target, missing, len(collection.classes.names))
-    elif samples["mask"].isna().all() and "test" in str(samples.image[0].parent)[len(str(root)) :]:
-        place = f"predicts {samples.image[0].parent}"
-        print(f"--data {root}: {place}; to score images with masks, name their folder")
-    samples = split_as_given(samples)
+    samples = check_samples(samples, root, target, missing, collection.classes, training)
+    samples = blocks.cut_into_blocks(samples, scale, reduced=training)
+    check_count(samples, root, training)
     request = class_request(classes, root, samples.image[0])
     order = decide_order(samples, rle, training or masks != "auto" or rle != "auto")
     collection = collection._replace(samples=samples, rle=order)
     collection = decide_classes(collection, request, foreground, ignore, training, opener, soft)
     layers = [middle_slice(layers, neighbours) for layers in samples.layers]
     samples["mask"] = list(map(ignore_without_data, samples["mask"], layers))
+    samples["layers"] = list(map(blocks.read_at, samples.layers, samples.block))
     return csvs.follow_csv(collection, root, rle) if training else collection
 
 
-def check_masks(
-    samples: pd.DataFrame, root: Path, target: str, missing: str, classes: int
+def check_samples(
+    samples: pd.DataFrame,
+    root: Path,
+    target: str,
+    missing: str,
+    classes: Classes,
+    training: bool,
 ) -> pd.DataFrame:
-    """The samples that train, each with a mask, see `find_samples`. Raises UserError."""
-    empty = Planes((RunLengths(root),) * classes)
-    samples = leave_out(samples, root, missing, empty)
-    check_pairs(samples, root, target)
-    say_unused(samples, root)
-    return samples
+    """The samples that are used: to train on, those with masks. Raises UserError."""
+    place = samples.image[0].parent
+    if training:
+        empty = Planes((RunLengths(root),) * len(classes.names))
+        samples = leave_out(samples, root, missing, empty)
+        check_pairs(samples, root, target)
+        say_unused(samples, root)
+    elif samples["mask"].isna().all() and "test" in str(place)[len(str(root)) :]:
+        print(f"--data {root}: predicts {place}; to score images with masks, name their folder")
+    return split_as_given(samples)
 
 
 def complete(samples: pd.DataFrame, channels: int = 0) -> pd.DataFrame:
@@ -315,7 +323,7 @@ def recognise(
 
 
 def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
-    """Raise UserError where an image has no mask or there are too few pairs to train."""
+    """Raise UserError where an image has no mask."""
     if target != "road" and not samples.category.str.endswith(target).any():
         raise UserError(
             f"--target {target}",
@@ -329,9 +337,14 @@ def check_pairs(samples: pd.DataFrame, data: Path, target: str) -> None:
         names = first_five(map(name_of, samples[alone].itertuples()))
         remedy = remedy_for_missing(samples, data)
         raise UserError(f"--data {data}", f"{problem}: {names}", remedy)
-    if len(samples) < 2:
+
+
+def check_count(samples: pd.DataFrame, data: Path, training: bool) -> None:
+    """Raise UserError where there are too few pairs to train."""
+    if training and len(samples) < 2:
         for image in samples.image:  # an image of many pages is no data set
             open_image(image)
+        pairs = f"{len(samples)} pairs"
         raise UserError(f"--data {data}", pairs, "at least 2 are needed, to train and to validate")
 
 
@@ -390,13 +403,15 @@ def scan(samples: pd.DataFrame, classes: Classes, opener: Opener = open_image) -
     `height`, `width` and `channels` of the image; `turn`, EXIF's orientation; `deep`, whether it
     has more than 8 bits; `share` of foreground, 0..1; `shares`, that of each class; `above`, how
     much of the height is above the foreground, 0..1 (1 for an empty mask); `thickness` of the
-    mask's thinner side, see `masks.thickness`; `digest` of the mask's pixels. A pair that cannot be
-    read is 1x1 and empty here; `decode_pairs` names it.
+    mask's thinner side, see `masks.thickness`; `digest` of the mask's pixels; `trains`, see
+    `blocks.choose_training`. A pair that cannot be read is 1x1 and empty here; `decode_pairs` names
+    it.
     """
     rows = in_parallel(
         lambda sample: scan_sample(sample, classes, opener), samples.itertuples(), "scan"
     )
-    return samples.join(pd.DataFrame(rows, index=samples.index))
+    samples = samples.join(pd.DataFrame(rows, index=samples.index))
+    return samples.assign(trains=blocks.choose_training(samples))
 
 
 def scan_sample(sample: Any, classes: Classes, opener: Opener) -> dict[str, Any]:
@@ -455,6 +470,8 @@ def decode_pairs(
     It is what `images.prepare_pair` makes, or where all would take more bytes than `memory` a
     `StoredPair` in a file, or None; `cache`: see `choose_store`. Raises UserError for bad files.
     """
+    if samples.block.map(blocks.is_part).any():  # they are not meant to be in memory all at once
+        memory //= 8
     pixels = (samples.height * samples.width).sum()
     pixels = pixels if config.tiles else len(samples) * config.height * config.width
     depth = 2 if config.value_range else 1

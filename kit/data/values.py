@@ -21,9 +21,10 @@ from kit.data.masks import (
     Opener,
     Planes,
     mask_pixels,
+    open_part,
     palette_levels,
 )
-from kit.data.rasters import Layer
+from kit.data.rasters import Layer, Window
 from kit.data.readers import in_parallel, open_image
 from kit.errors import UserError, first_five
 
@@ -46,6 +47,7 @@ class MaskCounts(NamedTuple):
     hint: str  # "colour": has colours; "alpha": one colour, but alpha varies; else ""
     palette: set[tuple[int, int, str]]  # its colours that occur: (level, index, #ff0000)
     path: Path | Layer  # the first file, or its first plane
+    window: Window | None = None  # what was read of the file
 
 
 class ValueCounts:
@@ -89,7 +91,7 @@ def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
     """The values of one mask. Soft levels of 0..1 are rounded to 256 steps. Raises UserError."""
     pixels, lossy, hint, palette = Counter(), False, "", set()
     for plane in mask.planes:
-        image = opener(plane)
+        image = open_part(plane, opener, mask.window)
         lossy |= image.format == "JPEG"
         palette |= palette_colours(image)
         hint = max(hint, colour_hint(image))
@@ -102,7 +104,7 @@ def count_values(mask: MaskFile, channel: str, opener: Opener) -> MaskCounts:
             values = np.round(255 * values) / 255
         unique, counts = np.unique(values, return_counts=True)
         pixels.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    return MaskCounts(pixels, lossy, hint, palette, mask.planes[0])
+    return MaskCounts(pixels, lossy, hint, palette, mask.planes[0], mask.window)
 
 
 def palette_colours(image: Image.Image) -> set[tuple[int, int, str]]:
@@ -303,7 +305,7 @@ def are_objects(counts: ValueCounts, opener: Opener) -> bool:
         return False
     pieces = []
     for mask in counts.masks[:: -(-len(listed) // SAMPLED_MASKS)]:
-        values = mask_pixels(opener(mask.path), counts.channel)
+        values = mask_pixels(open_part(mask.path, opener, mask.window), counts.channel)
         for value in sorted(set(mask.pixels) - {0})[:SAMPLED_MASKS]:
             pieces.append(cv2.connectedComponents(np.uint8(values == value))[0] - 1)
     return bool(np.mean(np.array(pieces) < 2) >= 0.9)

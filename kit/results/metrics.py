@@ -154,6 +154,15 @@ def in_percent(measures: dict[str, float]) -> dict[str, float]:
     return {name: round(100 * float(value), 4) for name, value in measures.items()}
 
 
+def sum_by_image(ids: list[Any], values: list[np.ndarray]) -> list[np.ndarray]:
+    """The values of the blocks of each image added up; NaN does not count, unless all are."""
+    blocks: dict[Any, list[np.ndarray]] = {}
+    for name, value in zip(ids, values, strict=True):
+        blocks.setdefault(name, []).append(value)
+    sums = [(np.nansum(some, axis=0), np.isnan(some).all(0)) for some in blocks.values()]
+    return [np.where(nothing, np.nan, total) for total, nothing in sums]
+
+
 def mask_scores(hits: np.ndarray, empty_score: str = "1") -> np.ndarray:
     """Dice and IoU of each class of an image, (K, 2), 0..1, from `count_hits`.
 
@@ -223,21 +232,25 @@ def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> Mode
     metric = "maxf" if goal.metric == "miou" else goal.metric
     if config.exclusive:
         return config
-    counts = np.stack([prediction.counts(config.classes) for prediction in predictions])
+    ids = [prediction.sample.image_id for prediction in predictions]
+    counted = [prediction.counts(config.classes) for prediction in predictions]
+    counts = np.stack(sum_by_image(ids, counted))
     values = [scores_by_threshold(each, metric, goal.empty_score) for each in counts.swapaxes(0, 1)]
     area = (max(0, goal.min_pixels),) * len(values)
     config = replace(config, thresholds=tuple(map(choose_threshold, values)), areas=area)
     if metric == "maxf" or goal.min_pixels >= 0:
         return config
-    pixels = np.median(counts.sum((2, 3)), axis=0)  # of an image, for each class
+    pixels = np.median(np.sum(counted, axis=(2, 3)), axis=0)  # for each class
     areas = [tuple(map(int, pixels * share)) for share in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
-    values = np.zeros((len(predictions), len(areas), len(pixels)))
+    hits = np.zeros((len(predictions), len(areas), 3, len(pixels)))
     for row, prediction in enumerate(predictions):
         planes, target = prediction.planes, prediction.ground_truth
         for column, area in enumerate(areas):
             mask = postprocess(planes, replace(config, areas=area))
-            measured = mask_scores(count_hits(mask, target), goal.empty_score)
-            values[row, column] = measured[:, 1 if metric == "iou" else 0]
+            hits[row, column] = count_hits(mask, target)
+    images = sum_by_image(ids, list(hits))
+    measured = [[mask_scores(of_area, goal.empty_score) for of_area in image] for image in images]
+    values = np.array(measured)[..., 1 if metric == "iou" else 0]
     best = [fill_nan(values[:, :, k]).mean(0).argmax() for k in range(len(pixels))]
     return replace(config, areas=tuple(areas[row][k] for k, row in enumerate(best)))
 
@@ -294,8 +307,8 @@ class Evaluation:
     def __init__(self, classes: Classes, empty_score: str = "1") -> None:
         self.classes, self.empty_score = classes, empty_score
         self.sums: dict[tuple[str, str], Sums] = {}  # {(view, category): of its images}
-        self.ids: list[str] = []  # of the images
-        self.image_hits: list[np.ndarray] = []  # of each image, (3, K)
+        self.ids: list[str] = []  # of the images, also where a row is a block
+        self.image_hits: list[np.ndarray] = []  # of each image or block, (3, K)
         # after each epoch, the first one decides; and in the summary
         self.logged, self.shown = ("MaxF", "AP", "IoU50"), ("MaxF", "AP", "IoU")
         if classes.several:
@@ -316,12 +329,14 @@ class Evaluation:
             seen[view.name] = (*warped, each_plane(outside, ground_truth))
         for view, (planes, final, target) in seen.items():
             sums = count_image(planes, target, self.classes, final)
+            first = sample.image_id not in self.ids  # of the blocks of an image
+            sums = sums._replace(images=int(first))
             if view == "image":
-                self.ids.append(sample.id)
                 counted = sums.counts.numpy().any(None if self.classes.exclusive else (1, 2))
                 self.image_hits.append(np.where(counted, sums.hits, np.nan))
             for category in dict.fromkeys(("all", sample.category or "all")):
                 self.add_sums(view, category, sums)
+        self.ids.append(sample.image_id)
 
     def add_sums(self, view: str, category: str, sums: Sums) -> None:
         """Add the sums of one image, or of many."""
@@ -395,15 +410,18 @@ class Evaluation:
 
     def mean(self) -> dict[str, float]:
         """The mean Dice and IoU of the masks, over images and classes, in percent."""
-        rows = np.concatenate([mask_scores(hits, self.empty_score) for hits in self.image_hits])
+        images = sum_by_image(self.ids, self.image_hits)
+        rows = np.concatenate([mask_scores(hits, self.empty_score) for hits in images])
         rows = rows[~np.isnan(rows[:, 0])]
         dice, iou = (100 * rows.sum(0) / max(1, len(rows))).round(4).tolist()
         return {"Dice": dice, "IoU": iou}
 
     def image_table(self) -> pd.DataFrame:
         """Pixels of each image and class: tp, fp, fn; without those that are ignored."""
-        index = pd.MultiIndex.from_product([self.ids, self.classes.names], names=["id", "class"])
-        hits = np.concatenate([hits.T for hits in self.image_hits])
+        names = dict.fromkeys(self.ids), self.classes.names
+        index = pd.MultiIndex.from_product(names, names=["id", "class"])
+        images = sum_by_image(self.ids, self.image_hits)
+        hits = np.concatenate([hits.T for hits in images])
         table = pd.DataFrame(hits, index, ["tp", "fp", "fn"])
         return table.dropna().astype(int).reset_index()
 

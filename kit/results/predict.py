@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kit.config import ModelConfig
+from kit.data.blocks import shrink_of
 from kit.data.images import (
     cut_tile,
     normalise,
@@ -27,6 +28,7 @@ from kit.data.images import (
     tile_corners,
     to_tensor,
 )
+from kit.data.rasters import Window, enlarge, reduce_values
 from kit.data.readers import read_image
 from kit.errors import UserError, first_five
 from kit.network.model import TrainedModel, autocast, load_model, resolve_precision
@@ -234,6 +236,25 @@ def predict_images(
     ]
 
 
+def predict_whole(
+    models: list[TrainedModel], images: list[np.ndarray], batch_size: int, tta: str = "auto"
+) -> list[np.ndarray]:
+    """The same of images that are not reduced yet to the models' scale, at their own size."""
+    shrink = shrink_of(models[0].config.scale)
+    windows = [Window(0, 0, *image.shape[:2], image.shape[:2], shrink) for image in images]
+    images = [reduce_values(image, shrink) for image in images]
+    pairs = zip(predict_images(models, images, batch_size, tta), windows, strict=True)
+    config = models[0].config
+    return [enlarge_prediction(planes, window, config) for planes, window in pairs]
+
+
+def enlarge_prediction(prediction: np.ndarray, window: Window, config: ModelConfig) -> np.ndarray:
+    """A prediction of reduced pixels at the image's own resolution."""
+    methods = [cv2.INTER_NEAREST] * config.exclusive + [cv2.INTER_LINEAR] * len(prediction)
+    pairs = zip(prediction, methods, strict=False)
+    return np.stack([enlarge(plane, window, method) for plane, method in pairs])
+
+
 # --------------------------------------------------------------------------------------------------
 #  Files to predictions
 # --------------------------------------------------------------------------------------------------
@@ -272,6 +293,7 @@ MUST_AGREE = {  # in what models that are averaged must be alike: ModelConfig's 
     "channels": "numbers of channels",
     "bands": "files of channels (--channels)",
     "neighbours": "neighbours (--neighbours)",
+    "scale": "scales of the images (--scale)",
     "value_range": "ranges of values (--window)",
     "rle": "orders of RLE",
 }
@@ -293,10 +315,14 @@ def check_agreement(configs: list[ModelConfig]) -> None:
 
 
 def ensemble_config(models: list[TrainedModel]) -> ModelConfig:
-    """The settings of the first model, with the mean thresholds and areas of all."""
+    """The settings of the first model, with the mean thresholds and areas of all.
+
+    The areas are in pixels of the images themselves, not of reduced ones.
+    """
     configs = [model.config for model in models]
     thresholds = np.mean([config.thresholds for config in configs], axis=0).tolist()
-    areas = np.mean([config.areas for config in configs], axis=0).round().astype(int).tolist()
+    areas = np.mean([config.areas for config in configs], axis=0)
+    areas = (areas * shrink_of(configs[0].scale) ** 2).round().astype(int).tolist()
     return replace(configs[0], thresholds=tuple(thresholds), areas=tuple(areas))
 
 

@@ -281,6 +281,10 @@ class RleSubmission:
             runs = encode(pixels, self.order)
             self.answers[sample.id, value] = [runs] if isinstance(runs, str) else runs
 
+    def add_runs(self, name: str, runs: dict[str, list[str]]) -> None:
+        """Keep the RLE of an image's classes, {value of the class: RLE}, of one mask each."""
+        self.answers |= {(name, value): texts for value, texts in runs.items()}
+
     def write(self, out: Path) -> None:
         """Write submission.csv whole. An image without an answer gets empty masks."""
         answers = [list(filter(None, self.answers.get(key, []))) for key in self.keys]

@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch.func import functional_call
 
 from kit.config import ModelConfig, plane_settings
+from kit.data.blocks import is_part
 from kit.data.folders import Collection
 from kit.data.images import item_places, shown_channels
 from kit.data.readers import measure_statistics
@@ -176,15 +177,16 @@ def resolve_detail(
     """Whether images are cut into tiles, and the pixels of an input; the device likes `pixels`.
 
     Unless a height or width is `given`, the thinnest parts of the masks stay `THINNEST` pixels
-    wide: by a larger input, or by tiles where it would be over `LARGER` times as large. `tiles`:
-    the user's choice, or "auto".
+    wide: by a larger input, or by tiles where it would be over `LARGER` times as large. Blocks are
+    cut into tiles. `tiles`: the user's choice, or "auto".
     """
     area = float((samples.height * samples.width).median())
     outlined = samples.thickness[samples.thickness > 0]
     scale = min(1.0, THINNEST / outlined.median()) if len(outlined) and not given else 0.0
     needed = area * scale**2
     if tiles == "auto":
-        tiles = bool(area > TILES_FROM or needed > LARGER * pixels)
+        cut = samples.block.map(is_part).any()
+        tiles = bool(cut or area > TILES_FROM or needed > LARGER * pixels)
     return tiles, 2 * pixels if tiles else max(pixels, needed)
 
 
