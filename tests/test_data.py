@@ -729,7 +729,7 @@ def test_resolve_leaves_no_auto_but_the_learning_rate(low_masks):
     collection = find_samples(str(low_masks), training=True)
     config, model_config = resolved(collection, lr="auto")
     settings = dataclasses.asdict(config)
-    for name in ("data", "masks", "resume"):  # where files are, not what is computed
+    for name in ("data", "masks", "resume", "cache"):  # where files are, not what is computed
         settings.pop(name)
     assert [name for name, value in settings.items() if value == "auto"] == ["lr"]
     for field in dataclasses.fields(ModelConfig):  # fields of one name are copied

@@ -254,7 +254,7 @@ def test_rgb_gets_colour_changes_where_it_has_8_bits():
     config = train.Config(height=32, width=32, encoder_weights="none")
     table = {"height": [32] * 9, "width": [32] * 9}
     table = pd.DataFrame(table | {"fold": range(9), "above": [0.0] * 9, "thickness": [9.0] * 9})
-    table["layers"] = [()] * 9
+    table["layers"], table["block"], table["trains"] = [()] * 9, None, True
     fields = {"samples": table, "classes": ModelConfig().classes, "metric": "dice", "top": 0.0}
     fields |= {"rle": "columns", "instances": False, "channels": 3, "bands": (), "neighbours": ()}
     pixels = np.full((32, 32, 3), 99, np.uint8)
