@@ -494,7 +494,14 @@ def resolve(config, collection):
 def test_images_over_two_megapixels_are_cut_into_tiles(tmp_path):
     Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
     collection = find_samples(str(tmp_path))
-    sizes = {"fold": 1, "height": 1500, "width": 2000, "above": 1.0, "thickness": 50.0}
+    sizes = {
+        "fold": 1,
+        "height": 1500,
+        "width": 2000,
+        "above": 1.0,
+        "thickness": 50.0,
+        "block": None,
+    }
     samples = collection.samples.assign(**sizes)
     config, model_config = resolve(NO_WEIGHTS, collection._replace(samples=samples))
     assert config.tiles is True
@@ -510,7 +517,14 @@ def test_images_over_two_megapixels_are_cut_into_tiles(tmp_path):
 
 @pytest.mark.parametrize(("default", "expected"), [(0, 0), (-1, 0.35)])
 def test_the_crop_and_the_metric_are_the_layouts_own(default, expected):
-    columns = {"fold": 1, "height": 300, "width": 900, "above": 0.4, "thickness": 50.0}
+    columns = {
+        "fold": 1,
+        "height": 300,
+        "width": 900,
+        "above": 0.4,
+        "thickness": 50.0,
+        "block": None,
+    }
     samples = pd.DataFrame(columns, range(9))
     collection = Collection("", samples, top=default, metric="iou")
     config, model_config = resolve(NO_WEIGHTS, collection)
@@ -524,7 +538,14 @@ def test_many_small_images_make_larger_batches_on_a_cpu(monkeypatch, precision, 
     monkeypatch.setattr(resolving, "best_device", lambda: "cpu")
 
     def batch(count, size):
-        columns = {"fold": 1, "height": size, "width": size, "above": 1.0, "thickness": 50.0}
+        columns = {
+            "fold": 1,
+            "height": size,
+            "width": size,
+            "above": 1.0,
+            "thickness": 50.0,
+            "block": None,
+        }
         collection = Collection("", pd.DataFrame(columns, range(count)))
         return resolve(NO_WEIGHTS, collection)[0].batch_size
 
