@@ -80,10 +80,11 @@ def open_array(layer: Layer) -> Raster | None:
         raise UserError(path, problem, "an image has (h, w), (h, w, C) or (C, h, w)")
     deep, floats = array.dtype not in (np.uint8, np.bool), array.dtype.kind == "f"
     axis = None
-    if array.ndim == 3:
-        paged = layer.page >= 0
-        axis = page_axis(array.shape) if paged else channel_axis(path, array.shape, layer[2])
-        if paged and layer.page >= array.shape[axis]:
+    if array.ndim == 3 and layer.page < 0:
+        axis = channel_axis(path, array.shape, layer.channels)
+    elif array.ndim == 3:
+        axis = page_axis(array.shape)
+        if layer.page >= array.shape[axis]:
             raise UserError(layer, f"the array has the shape {array.shape}", "replace the file")
     size = tuple(length for other, length in enumerate(array.shape) if other != axis)
     bands = 1 if axis is None or layer.page >= 0 else array.shape[axis]

@@ -132,9 +132,10 @@ def no_data(source: Source) -> np.ndarray | None:
 
     Raises UserError where no pixel is left.
     """
-    if not any(raster.floats for raster in open_layers(source)):
+    rasters = open_layers(source)
+    if not any(raster.floats for raster in rasters):
         return None
-    finite = [np.isfinite(raster.read()).all(2) for raster in open_layers(source)]
+    finite = [np.isfinite(raster.read()).all(2) for raster in rasters]
     missing = ~np.logical_and.reduce(finite)
     if missing.all():
         problem = "every pixel is NaN or infinity"
