@@ -149,6 +149,10 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% title-results-wing [markdown]
 # ### kit/results: scores, pictures, submissions
 
+# %% kit/results/oof.py _kg_hide-input=true
+
+# %% kit/results/tuning.py _kg_hide-input=true
+
 # %% kit/results/metrics.py _kg_hide-input=true
 
 # %% kit/results/visualize.py _kg_hide-input=true

@@ -114,7 +114,7 @@ from kit.data import folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
-from kit.results import metrics, predict, submissions, visualize
+from kit.results import metrics, oof, predict, submissions, tuning, visualize
 from kit.training import callbacks, loaders
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
@@ -436,14 +436,13 @@ def train(config: Config, started: float | None = None) -> Path:
             print(f"--session_minutes: over after fold {fold}; {run.describe_end()}")
             return out
     if config.fold == "all" and predictions:
-        goal = metrics.Goal(resolved.metric, config.min_pixels, config.empty_score)
-        metrics.evaluate_folds(out, chosen, predictions, model_config, goal)
+        oof.evaluate_folds(out, chosen, predictions, model_config, tuning.goal_of(resolved))
     return out
 
 
 def train_fold(
     config: Config, model_config: ModelConfig, run: TrainingCallback, opener: DecodedFiles
-) -> list[metrics.Prediction]:
+) -> list[tuning.Prediction]:
     """Train on all folds but one and predict that one. `opener`: of the mask files."""
     pl.seed_everything(config.seed, verbose=False)
     module = SegmentationModule(config, model_config)
@@ -468,8 +467,8 @@ def train_fold(
     if run.rows and pl.utilities.rank_zero_only.rank == 0:
         validation = run.samples[run.samples.fold == config.fold]  # without decoded images
         epoch = callbacks.exported_epoch(run.rows)
-        goal = metrics.Goal(config.metric, config.min_pixels, config.empty_score)
-        predictions = metrics.evaluate_and_export(run.out, validation, run.rows, epoch, goal)
+        goal = tuning.goal_of(config)
+        predictions = oof.evaluate_and_export(run.out, validation, run.rows, epoch, goal)
     print(nothing, end="", flush=True)
     callbacks.end_process(signals)
     return predictions

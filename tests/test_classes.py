@@ -22,7 +22,7 @@ from kit.data import classes, folds, images
 from kit.data import samples as data
 from kit.errors import UserError
 from kit.network import model
-from kit.results import metrics, predict, submissions, visualize
+from kit.results import metrics, predict, submissions, tuning, visualize
 
 SIZE = (44, 60)
 EXCLUSIVE = Classes(("sky", "road", "car"), ("0", "1", "2"), True)
@@ -785,7 +785,7 @@ def test_an_empty_mask_that_is_right_scores_as_asked(score, expected):
     assert dice_of(~empty) == 0
     counts = [metrics.pixel_counts(np.full(SIZE, 9, np.uint8), np.zeros(SIZE, np.uint8)).numpy()]
     full = metrics.pixel_counts(np.full(SIZE, 200, np.uint8), np.ones(SIZE, np.uint8)).numpy()
-    values = metrics.scores_by_threshold(np.stack([*counts, full]), "dice", score)
+    values = tuning.scores_by_threshold(np.stack([*counts, full]), "dice", score)
     assert values[0, 5] == 0, "a false alarm"
     assert values[0, 50] == {"1": 1, "0": 0, "skip": 1}[score], "skipped, it changes no mean"
     assert not np.isnan(values).any()

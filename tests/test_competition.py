@@ -22,7 +22,7 @@ from kit.data.rle import RunLengths, rle_decode, rle_encode
 from kit.data.samples import decode_pairs, find_samples, scan
 from kit.errors import UserError
 from kit.network.model import TrainedModel
-from kit.results import metrics, predict
+from kit.results import metrics, predict, tuning
 from kit.training import resolve as resolving
 from train import RESOLUTIONS, Config
 
@@ -390,18 +390,18 @@ def test_scores_by_threshold_and_small_components():
     pairs = list(zip(maps, truths, strict=True))
     counts = np.stack([metrics.pixel_counts(*pair) for pair in pairs])
     for column, metric in enumerate(("dice", "iou")):
-        found = metrics.scores_by_threshold(counts, metric)
+        found = tuning.scores_by_threshold(counts, metric)
         for level in (0, 60, 128, 255):
             each = [mask_scores(p >= level, truth)[column] for p, truth in pairs]
             assert found[:, level] == pytest.approx(each)
-    found = metrics.scores_by_threshold(counts, "maxf")
+    found = tuning.scores_by_threshold(counts, "maxf")
     pooled = metrics.scores(counts.sum(0))
     assert 100 * found.mean(0).max() == pytest.approx(pooled["MaxF"], abs=1e-3)
     assert found.mean(0).argmax() / 255 == pooled["threshold"]
     without = []
     for k in range(3):
         rest = np.delete(counts, k, 0)
-        without.append(metrics.scores_by_threshold(rest, "maxf").mean(0)[128])
+        without.append(tuning.scores_by_threshold(rest, "maxf").mean(0)[128])
     order = np.argsort(found[:, 128])
     assert np.argsort(without).tolist() == order[::-1].tolist(), (
         "who raises F1 lowers it by leaving"
@@ -420,17 +420,17 @@ def test_the_threshold_leaves_one_half_only_for_a_gain_that_is_no_luck():
     tent = 1 - np.abs(levels - 100) / 255
     shifts = np.random.default_rng(0).normal(0, 0.1, 50)
     many = np.stack([peak + shift for shift in shifts])
-    assert metrics.choose_threshold(many) == 199.5 / 255, "all images agree"
+    assert tuning.choose_threshold(many) == 199.5 / 255, "all images agree"
     lucky = np.stack([tent, tent, 4 * peak])
     assert lucky.mean(0).argmax() == 200
-    assert metrics.choose_threshold(lucky) == 0.5, "one of three decides"
-    assert metrics.choose_threshold(peak[None]) == 0.5, "one image"
-    assert metrics.choose_threshold(np.stack([peak, peak])) == 0.5, "two images"
-    assert metrics.choose_threshold(np.stack([peak, peak, peak])) == 199.5 / 255
+    assert tuning.choose_threshold(lucky) == 0.5, "one of three decides"
+    assert tuning.choose_threshold(peak[None]) == 0.5, "one image"
+    assert tuning.choose_threshold(np.stack([peak, peak])) == 0.5, "two images"
+    assert tuning.choose_threshold(np.stack([peak, peak, peak])) == 199.5 / 255
     few = np.stack([peak, peak, peak, tent])
     assert few.mean(0).argmax() == 200
-    assert metrics.choose_threshold(few) == 0.5, "within two standard errors"
-    assert metrics.choose_threshold(np.ones((4, 256))) == 0.5, "all are equal"
+    assert tuning.choose_threshold(few) == 0.5, "within two standard errors"
+    assert tuning.choose_threshold(np.ones((4, 256))) == 0.5, "all are equal"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ FILES = (  # in the order of their cells
     "kit/network/model.py", "kit/network/encoders.py",
     "kit/training/resolve.py", "kit/training/loaders.py", "kit/training/callbacks.py",
     "kit/training/resume.py",
-    "kit/results/metrics.py", "kit/results/visualize.py", "kit/results/submissions.py",
+    "kit/results/oof.py", "kit/results/tuning.py", "kit/results/metrics.py",
+    "kit/results/visualize.py", "kit/results/submissions.py",
     "kit/results/mosaics.py", "kit/extra/runs.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from kit.data import images
 from kit.data.kitti import BirdsEyeView, bev_cells, read_calibration
 from kit.errors import UserError
 from kit.network.model import TrainedModel, build_network
-from kit.results import metrics, predict
+from kit.results import metrics, predict, tuning
 
 
 def by_definition(probability, truth):
@@ -136,8 +136,8 @@ def test_ignored_images_choose_no_threshold():
     counts = rng.integers(0, 50, (5, 2, 256))
     ignored = np.concatenate([counts, np.zeros_like(counts[:2])])
     for metric in ("dice", "iou"):
-        values = metrics.scores_by_threshold(ignored, metric)
-        assert np.allclose(values.mean(0), metrics.scores_by_threshold(counts, metric).mean(0))
+        values = tuning.scores_by_threshold(ignored, metric)
+        assert np.allclose(values.mean(0), tuning.scores_by_threshold(counts, metric).mean(0))
 
 
 def test_every_threshold_takes_its_own_level_in():

@@ -16,7 +16,7 @@ from kit import cli
 from kit.config import ModelConfig
 from kit.errors import UserError, first_five, one_line_errors
 from kit.network import model
-from kit.results import metrics
+from kit.results import oof
 from kit.training import callbacks, resume
 from kit.training.resume import Identity
 
@@ -347,7 +347,7 @@ def test_a_model_with_a_forks_setting_loads(network, tmp_path):
     trained = model.load_model(path, "cpu")
     assert trained.settings == settings
     tuned = dataclasses.replace(trained.config, thresholds=(0.25,), areas=(9,))
-    metrics.export(trained._replace(config=tuned), tmp_path)
+    oof.export(trained._replace(config=tuned), tmp_path)
     again = model.load_model(path, "cpu")
     assert again.settings == settings
     assert (again.config.thresholds, again.config.areas) == ((0.25,), (9,))

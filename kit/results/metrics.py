@@ -1,4 +1,4 @@
-"""Scores: the KITTI Road measures, IoU and Dice; thresholds and areas; one evaluation for all.
+"""Scores: the KITTI Road measures, IoU and Dice; one evaluation for training and inference.
 
 Measures: Fritsch, Kuehnl, Geiger, ITSC 2013. Pixel counts are pooled over images.
 """
@@ -6,7 +6,6 @@ Measures: Fritsch, Kuehnl, Geiger, ITSC 2013. Pixel counts are pooled over image
 import functools
 import json
 import operator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,25 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kit.config import IGNORE, Classes, ModelConfig
-from kit.data.images import decode_image, each_plane, encode_image, to_picture, write_image
-from kit.data.readers import read_image
+from kit.config import IGNORE, Classes
+from kit.data.images import each_plane
 from kit.files import write_file
-from kit.network.model import TrainedModel, best_device, load_model, save_model
 from kit.results import visualize
-from kit.results.predict import describe_masks, postprocess, predict
-
-
-class Goal(NamedTuple):
-    """What a model is tuned for."""
-
-    metric: str  # maxf, dice, iou or miou
-    min_pixels: int = -1  # the minimum component area; -1: tuned too, but not for maxf
-    empty_score: str = "1"  # of a mask that is rightly empty, see `EMPTY_SCORES`
-
 
 EMPTY_SCORES = {"1": 1.0, "0": 0.0, "skip": np.nan}  # where neither mask has any foreground
-MEMORY = 1 << 30  # bytes of predictions that stay decoded; further ones are kept as PNG
 
 # --------------------------------------------------------------------------------------------------
 #  Measures
@@ -174,126 +160,6 @@ def mask_scores(hits: np.ndarray, empty_score: str = "1") -> np.ndarray:
     values[union == 0] = EMPTY_SCORES[empty_score]
     values[np.isnan(union)] = np.nan
     return values
-
-
-# --------------------------------------------------------------------------------------------------
-#  Validation images, predicted
-# --------------------------------------------------------------------------------------------------
-
-
-class Prediction:
-    """One validation image, predicted by a model that was not trained on it."""
-
-    def __init__(self, sample: Any, prediction: np.ndarray, config: ModelConfig, decoded: bool):
-        """`prediction`: see `predict.to_prediction`. Unless `decoded` it is kept as PNG."""
-        self.sample, self.config = sample, config
-        self.size = prediction.shape[1:]
-        self.arrays = (prediction, sample.mask.read(self.size)) if decoded else None
-        self.pngs = [] if decoded else [encode_image(plane, ".png") for plane in prediction]
-
-    @property
-    def planes(self) -> np.ndarray:
-        """The prediction, uint8 (K or 2, h, w)."""
-        return self.arrays[0] if self.arrays else np.stack(list(map(decode_image, self.pngs)))
-
-    @property
-    def ground_truth(self) -> np.ndarray:
-        """Planes (K, h, w) or a label map (h, w), uint8."""
-        return self.arrays[1] if self.arrays else self.sample.mask.read(self.size)
-
-    def counts(self, classes: Classes) -> np.ndarray:
-        """See `Sums`."""
-        return count_image(self.planes, self.ground_truth, classes).counts.numpy()
-
-    @property
-    def image(self) -> np.ndarray:
-        """The image for people, (h, w, 3) uint8."""
-        config = self.config
-        pixels = read_image(self.sample.layers, config.channels, config.value_range)
-        return to_picture(pixels, config)
-
-
-def predict_validation(trained: TrainedModel, validation: pd.DataFrame) -> list[Prediction]:
-    """Predict the validation images as infer.py will."""
-    predictions, used = [], 0
-    for sample, _, prediction in predict([trained], validation):
-        used += 2 * prediction.nbytes  # with the ground truth
-        predictions.append(Prediction(sample, prediction, trained.config, used < MEMORY))
-    return predictions
-
-
-# --------------------------------------------------------------------------------------------------
-#  Choice of thresholds and minimum component areas
-# --------------------------------------------------------------------------------------------------
-
-
-def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> ModelConfig:
-    """The model's settings with the thresholds and minimum areas that serve a metric best."""
-    metric = "maxf" if goal.metric == "miou" else goal.metric
-    if config.exclusive:
-        return config
-    ids = [prediction.sample.image_id for prediction in predictions]
-    counted = [prediction.counts(config.classes) for prediction in predictions]
-    counts = np.stack(sum_by_image(ids, counted))
-    values = [scores_by_threshold(each, metric, goal.empty_score) for each in counts.swapaxes(0, 1)]
-    area = (max(0, goal.min_pixels),) * len(values)
-    config = replace(config, thresholds=tuple(map(choose_threshold, values)), areas=area)
-    if metric == "maxf" or goal.min_pixels >= 0:
-        return config
-    pixels = np.median(np.sum(counted, axis=(2, 3)), axis=0)  # for each class
-    areas = [tuple(map(int, pixels * share)) for share in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
-    hits = np.zeros((len(predictions), len(areas), 3, len(pixels)))
-    for row, prediction in enumerate(predictions):
-        planes, target = prediction.planes, prediction.ground_truth
-        for column, area in enumerate(areas):
-            mask = postprocess(planes, replace(config, areas=area))
-            hits[row, column] = count_hits(mask, target)
-    images = sum_by_image(ids, list(hits))
-    measured = [[mask_scores(of_area, goal.empty_score) for of_area in image] for image in images]
-    values = np.array(measured)[..., 1 if metric == "iou" else 0]
-    best = [fill_nan(values[:, :, k]).mean(0).argmax() for k in range(len(pixels))]
-    return replace(config, areas=tuple(areas[row][k] for k, row in enumerate(best)))
-
-
-def fill_nan(values: np.ndarray) -> np.ndarray:
-    """Values (n, m) with the mean of their column where they are NaN, which changes no mean."""
-    missing = np.isnan(values)
-    means = np.where(missing, 0, values).sum(0) / np.maximum((~missing).sum(0), 1)
-    return np.where(missing, means, values)
-
-
-def scores_by_threshold(counts: np.ndarray, metric: str, empty_score: str = "1") -> np.ndarray:
-    """A metric of each of n images at each of the 256 thresholds, (n, 256), 0..1.
-
-    `counts`: (n, 2, 256). "dice" and "iou" are the image's own; without foreground 0, or where none
-    is found what `EMPTY_SCORES` says; of an ignored image the mean. "maxf" is the pooled F1 plus
-    the image's part in it, to first order: the mean over images is the pooled F1, their spread its
-    error.
-    """
-    fp, tp = at_thresholds(counts).transpose(1, 0, 2)
-    union = fp + tp[:, :1]
-    above, below = (tp, union) if metric == "iou" else (2 * tp, union + tp)
-    if metric != "maxf":
-        values = np.where(below > 0, ratio(above, below), EMPTY_SCORES[empty_score])
-        values[~counts.any((1, 2))] = np.nan
-        return fill_nan(values)
-    pooled = ratio(above.sum(0), below.sum(0))
-    mean = np.broadcast_to(below.mean(0), below.shape)
-    return pooled + ratio(above - pooled * below, mean)
-
-
-def choose_threshold(values: np.ndarray) -> float:
-    """From `scores_by_threshold`: the one nearest to 0.5 within two standard errors of the best.
-
-    The best threshold of a few images is luck (docs/results.md): with one or two it is 0.5.
-    """
-    if len(values) <= 2:
-        return 0.5
-    worse = values[:, [values.mean(0).argmax()]] - values
-    error = worse.std(0, ddof=1) / np.sqrt(len(values))
-    good = np.flatnonzero(worse.mean(0) <= 2 * error + 1e-12)
-    level = good[np.abs(good - 128).argmin()]
-    return max(0.0, float(level) - 0.5) / 255  # between two levels: 128 is the first from 0.5 on
 
 
 # --------------------------------------------------------------------------------------------------
@@ -469,79 +335,3 @@ class Evaluation:
         texts.append(f"mean Dice over image x class {dice:.2f} %")
         absent = [f"not in the ground truth: {', '.join(block['absent'])}"]
         return "; ".join(texts + absent * bool(block["absent"]))
-
-
-# --------------------------------------------------------------------------------------------------
-#  The end of a training
-# --------------------------------------------------------------------------------------------------
-
-
-def evaluate_and_export(
-    out: Path,
-    validation: pd.DataFrame,
-    rows: list[dict[str, float]],
-    epoch: int,
-    goal: Goal,
-) -> list[Prediction]:
-    """Predict the validation images, tune what makes masks, write scores, images and model.pt.
-
-    `rows`: of metrics.csv; `epoch`: the one that is in model.pt.
-    """
-    trained = load_model(out / "model.pt", best_device())
-    predictions = predict_validation(trained, validation)
-    config = tune(predictions, trained.config, goal)
-    report = write_validation(out, predictions, config, goal)
-    export(trained._replace(config=config, metrics=report), out)
-    write_file(out / "curves.png", lambda p: visualize.draw_training_curves(rows, epoch, p))
-    print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
-    return predictions
-
-
-def write_validation(
-    out: Path,
-    predictions: list[Prediction],
-    config: ModelConfig,
-    goal: Goal,
-    title: str = "validation",
-) -> dict[str, Any]:
-    """Write metrics.json, its curves and validation.jpg; returns the report."""
-    evaluation = Evaluation(config.classes, goal.empty_score)
-    for prediction in predictions:
-        planes = prediction.planes
-        mask = postprocess(planes, config)
-        evaluation.add(prediction.sample, planes, mask, prediction.ground_truth)
-    ious = [evaluation.image_iou(hits) for hits in evaluation.image_hits]
-    order = np.argsort(ious, kind="stable")
-    order = [index for index in order if not np.isnan(evaluation.image_hits[index]).all()] or order
-    rows = []
-    for name, place in (("worst", 0), ("median", len(order) // 2), ("best", -1)):
-        index = order[place]
-        prediction = predictions[index]
-        caption = f"{name}: {prediction.sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
-        mask, target = postprocess(prediction.planes, config), prediction.ground_truth
-        rows.append(visualize.comparison(prediction.image, target, mask, caption, config.classes))
-    write_image(out / "validation.jpg", visualize.stack(rows))
-    print(f"{title}: {evaluation.summary()}, {describe_masks(config)}")
-    return evaluation.write(out, config.thresholds)
-
-
-def export(trained: TrainedModel, out: Path) -> None:
-    """Write model.pt and config.json."""
-    save_model(out / "model.pt", trained)
-    content = json.dumps(asdict(trained.config) | trained.settings, indent=2)
-    write_file(out / "config.json", f"{content}\n")
-
-
-def evaluate_folds(
-    out: Path, folds: list[int], predictions: list[Prediction], config: ModelConfig, goal: Goal
-) -> None:
-    """Tune over the out-of-fold predictions of all folds, write scores, give all models the same.
-
-    `config`: of one of the models.
-    """
-    tuned = tune(predictions, config, goal)
-    write_validation(out, predictions, tuned, goal, "out of fold")
-    for folder in (out / f"fold{fold}" for fold in folds):
-        trained = load_model(folder / "model.pt", "cpu")
-        same = replace(trained.config, thresholds=tuned.thresholds, areas=tuned.areas)
-        export(trained._replace(config=same), folder)

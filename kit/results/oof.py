@@ -1,0 +1,89 @@
+"""The end of a training: the validation images predicted; scores, pictures, model.pt."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kit.config import ModelConfig
+from kit.data.images import write_image
+from kit.files import write_file
+from kit.network.model import TrainedModel, best_device, load_model, save_model
+from kit.results import visualize
+from kit.results.metrics import Evaluation
+from kit.results.predict import describe_masks, postprocess
+from kit.results.tuning import Goal, Prediction, predict_validation, tune
+
+
+def evaluate_and_export(
+    out: Path,
+    validation: pd.DataFrame,
+    rows: list[dict[str, float]],
+    epoch: int,
+    goal: Goal,
+) -> list[Prediction]:
+    """Predict the validation images, tune what makes masks, write scores, images and model.pt.
+
+    `rows`: of metrics.csv; `epoch`: the one that is in model.pt.
+    """
+    trained = load_model(out / "model.pt", best_device())
+    predictions = predict_validation(trained, validation)
+    config = tune(predictions, trained.config, goal)
+    report = write_validation(out, predictions, config, goal)
+    export(trained._replace(config=config, metrics=report), out)
+    write_file(out / "curves.png", lambda p: visualize.draw_training_curves(rows, epoch, p))
+    print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
+    return predictions
+
+
+def write_validation(
+    out: Path,
+    predictions: list[Prediction],
+    config: ModelConfig,
+    goal: Goal,
+    title: str = "validation",
+) -> dict[str, Any]:
+    """Write metrics.json, its curves and validation.jpg; returns the report."""
+    evaluation = Evaluation(config.classes, goal.empty_score)
+    for prediction in predictions:
+        planes = prediction.planes
+        mask = postprocess(planes, config)
+        evaluation.add(prediction.sample, planes, mask, prediction.ground_truth)
+    ious = [evaluation.image_iou(hits) for hits in evaluation.image_hits]
+    order = np.argsort(ious, kind="stable")
+    order = [index for index in order if not np.isnan(evaluation.image_hits[index]).all()] or order
+    rows = []
+    for name, place in (("worst", 0), ("median", len(order) // 2), ("best", -1)):
+        index = order[place]
+        prediction = predictions[index]
+        caption = f"{name}: {prediction.sample.id[:24]}, IoU {100 * ious[index]:.1f} %"
+        mask, target = postprocess(prediction.planes, config), prediction.ground_truth
+        rows.append(visualize.comparison(prediction.image, target, mask, caption, config.classes))
+    write_image(out / "validation.jpg", visualize.stack(rows))
+    print(f"{title}: {evaluation.summary()}, {describe_masks(config)}")
+    return evaluation.write(out, config.thresholds)
+
+
+def export(trained: TrainedModel, out: Path) -> None:
+    """Write model.pt and config.json."""
+    save_model(out / "model.pt", trained)
+    content = json.dumps(asdict(trained.config) | trained.settings, indent=2)
+    write_file(out / "config.json", f"{content}\n")
+
+
+def evaluate_folds(
+    out: Path, folds: list[int], predictions: list[Prediction], config: ModelConfig, goal: Goal
+) -> None:
+    """Tune over the out-of-fold predictions of all folds, write scores, give all models the same.
+
+    `config`: of one of the models.
+    """
+    tuned = tune(predictions, config, goal)
+    write_validation(out, predictions, tuned, goal, "out of fold")
+    for folder in (out / f"fold{fold}" for fold in folds):
+        trained = load_model(folder / "model.pt", "cpu")
+        same = replace(trained.config, thresholds=tuned.thresholds, areas=tuned.areas)
+        export(trained._replace(config=same), folder)
