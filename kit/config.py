@@ -14,6 +14,19 @@ NOT_REPLAYED = (
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 
 
+FLIPS = ((), ("h",), ("v",), ("h", "v", "180"))  # sets of symmetries, see `ModelConfig`
+ALL_SYMMETRIES = ("h", "v", "180", "90", "270", "h90", "v90")  # the last four of a square alone
+
+
+def symmetries_to_try(
+    tta: bool, max_minutes: float, height: int, width: int
+) -> tuple[tuple[str, ...], ...]:
+    """The sets that are tried in TTA after a training; none in one of under five minutes."""
+    if not tta or 0 < max_minutes < 5:
+        return ()
+    return (*FLIPS, ALL_SYMMETRIES) if height == width else FLIPS
+
+
 class Classes(NamedTuple):
     """What a model tells apart: planes, one for each class, or a label map of exclusive classes."""
 
@@ -67,7 +80,9 @@ class ModelConfig:
     target: str = "road"  # what the mask means, for layouts with several targets
     rle: str = "columns"  # order of RLE in submission.csv: columns, rows (... from 0) or relative
     instances: bool = False  # the training csv has a row for each object of an image
-    tta: bool = True  # average with the prediction of the horizontally flipped image
+    tta: bool = True  # average with the predictions of the image flipped and turned
+    # of these: h, v (flips), 90, 180, 270 (turned left), h90, v90 (turned, then flipped)
+    symmetries: tuple[Literal["h", "v", "90", "180", "270", "h90", "v90"], ...] = ("h",)
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
     temperature: float = 3.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
     class_names: tuple[str, ...] = ("foreground",)  # of the channels
@@ -76,6 +91,11 @@ class ModelConfig:
     # [0..1] a pixel is of a class from this probability on; one each, none of exclusive classes
     thresholds: tuple[float, ...] = (0.5,)
     areas: tuple[int, ...] = (0,)  # [0..1000000000] smaller components of a class are removed
+    # an image has a class where so many pixels reach this probability; else its mask is empty
+    presence_levels: tuple[float, ...] = ()  # [0..1] one each; (): masks are as the threshold says
+    presence_areas: tuple[int, ...] = ()  # [0..1000000000] as presence_levels
+    # of each class the steps that clean its masks, such as "fill, open 3", see `predict.STEPS`
+    plans: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -91,6 +111,9 @@ class ModelConfig:
         each = self.classes.planes
         if (len(self.thresholds), len(self.areas)) != (each, each):
             raise ValueError(f"not {each} thresholds and minimum areas, one for each class")
+        optional = (self.presence_levels, self.presence_areas, self.plans)
+        if any(len(values) not in (0, each) for values in optional):
+            raise ValueError(f"not {each} presence_levels, presence_areas or plans, or none")
 
     @property
     def classes(self) -> Classes:

@@ -26,7 +26,7 @@ from kit.files import MOUNTS, walk_mount
 NOT_FLAGS = ("TRAIN", "PREDICT")  # settings of the notebook alone
 EARLIER = (  # files of a run that an earlier version of the notebook left
     "model.pt", "last.ckpt", "config.json", "metrics.csv", "metrics.json", "curves.png",
-    "scores.csv", "pr_curve.png", "validation.jpg",
+    "scores.csv", "symmetries.csv", "pr_curve.png", "validation.jpg",
 )  # fmt: skip
 SUBMISSIONS = ("submission.csv", "submission.zip", "submission_kitti.zip")
 

@@ -449,7 +449,7 @@ def test_tiles_of_a_pointwise_model_blend_to_the_whole(size):
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, 1, 1)
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    blocks = predict.row_blocks(TrainedModel(network, TILED, {}, {}), image, 3, False)
+    blocks = predict.row_blocks(TrainedModel(network, TILED, {}, {}), image, 3, ())
     _, _, blended = predict.join(blocks)
     inputs = images.normalise(images.to_tensor(image)[None], TILED)
     assert torch.allclose(blended, network(inputs).sigmoid()[0], atol=1e-5)

@@ -70,7 +70,8 @@ def test_training_learns_and_writes_what_it_promises(trained):
     assert read_json(trained / "metrics.json")["image"]["all"]["MaxF"] > 88
     assert names(trained) == {
         "model.pt", "last.ckpt", "config.json", "metrics.csv", "metrics.json", "curves.png",
-        "scores.csv", "pr_curve.png", "validation.jpg", "examples.jpg", "augmented.jpg",
+        "scores.csv", "symmetries.csv", "pr_curve.png", "validation.jpg", "examples.jpg",
+        "augmented.jpg",
     }  # fmt: skip
     rows = pd.read_csv(trained / "metrics.csv")
     assert rows.epoch.tolist() == list(range(1, 17))

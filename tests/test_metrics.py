@@ -311,7 +311,7 @@ def test_the_temperature_divides_the_logits(arch):
         with torch.inference_mode():
             logits = network(images.normalise(pixels, config))
         trained = TrainedModel(network, config, {}, {})
-        probabilities = predict.predict_inputs(trained, pixels, tta=False)
+        probabilities = predict.predict_inputs(trained, pixels)
         assert (probabilities - (logits / temperature).sigmoid()).abs().max() < 1e-6
     for name, value in network.state_dict().items():
         assert torch.equal(value, weights[name]), "the weights are unchanged"

@@ -16,7 +16,7 @@ from kit.data.rasters import Window
 from kit.data.rle import block_runs, join_runs
 from kit.data.tiffs import TILE, georeference, pack_tiles, write_tiff
 from kit.network.model import TrainedModel
-from kit.results.predict import enlarge_prediction, postprocess
+from kit.results.predict import enlarge_prediction, of_blocks, postprocess
 from kit.results.visualize import comparison
 
 LONGEST = 2000  # pixels of a mosaic's picture along its longer side, about
@@ -42,7 +42,7 @@ def finish(
     if not block:
         return image, prediction, postprocess(prediction, config)
     prediction = enlarge_prediction(prediction, window, config)
-    mask = postprocess(prediction, config)
+    mask = postprocess(prediction, of_blocks(config) if is_part(block) else config)
 
     def inside(plane: np.ndarray) -> np.ndarray:
         return block.cut(plane, window.y, window.x)

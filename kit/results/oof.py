@@ -15,7 +15,14 @@ from kit.network.model import TrainedModel, best_device, load_model, save_model
 from kit.results import visualize
 from kit.results.metrics import Evaluation
 from kit.results.predict import describe_masks, postprocess
-from kit.results.tuning import Goal, Prediction, predict_validation, tune
+from kit.results.tuning import (
+    TRIED_ON,
+    Goal,
+    Prediction,
+    choose_symmetries,
+    predict_validation,
+    tune,
+)
 
 
 def evaluate_and_export(
@@ -30,13 +37,26 @@ def evaluate_and_export(
     `rows`: of metrics.csv; `epoch`: the one that is in model.pt.
     """
     trained = load_model(out / "model.pt", best_device())
-    predictions = predict_validation(trained, validation)
-    config = tune(predictions, trained.config, goal)
+    config = trained.config
+    if goal.symmetries:
+        config, table = choose_symmetries(trained, validation, goal)
+        write_file(out / "symmetries.csv", table.to_csv(index=False))
+        print(describe_symmetries(table, config))
+    predictions = predict_validation(trained._replace(config=config), validation)
+    config = tune(predictions, config, goal)
     report = write_validation(out, predictions, config, goal)
     export(trained._replace(config=config, metrics=report), out)
     write_file(out / "curves.png", lambda p: visualize.draw_training_curves(rows, epoch, p))
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
     return predictions
+
+
+def describe_symmetries(table: pd.DataFrame, config: ModelConfig) -> str:
+    """What each set of symmetries gained in TTA, and which one is taken."""
+    rows = table[table.error > 0].itertuples()
+    gains = ", ".join(f"{row.symmetries}: {row.gain:+.2f} ± {row.error:.2f}" for row in rows)
+    kept = " ".join(config.symmetries) or "none"
+    return f"TTA: {kept}; against h, on up to {TRIED_ON} images: {gains or 'no difference'}"
 
 
 def write_validation(
@@ -74,6 +94,9 @@ def export(trained: TrainedModel, out: Path) -> None:
     write_file(out / "config.json", f"{content}\n")
 
 
+TUNED = ("thresholds", "areas", "presence_levels", "presence_areas", "plans")  # by `tune`
+
+
 def evaluate_folds(
     out: Path, folds: list[int], predictions: list[Prediction], config: ModelConfig, goal: Goal
 ) -> None:
@@ -85,5 +108,5 @@ def evaluate_folds(
     write_validation(out, predictions, tuned, goal, "out of fold")
     for folder in (out / f"fold{fold}" for fold in folds):
         trained = load_model(folder / "model.pt", "cpu")
-        same = replace(trained.config, thresholds=tuned.thresholds, areas=tuned.areas)
+        same = replace(trained.config, **{name: getattr(tuned, name) for name in TUNED})
         export(trained._replace(config=same), folder)

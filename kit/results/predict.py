@@ -1,9 +1,10 @@
-"""From images to probabilities and masks: horizontal-flip TTA, tiles, ensembles, `postprocess`."""
+"""From images to probabilities and masks: TTA, tiles, ensembles, `postprocess`."""
 
 import functools
 import itertools
 import operator
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +42,58 @@ from kit.network.model import TrainedModel, autocast, load_model, resolve_precis
 def postprocess(prediction: np.ndarray, config: ModelConfig) -> np.ndarray:
     """The mask of a prediction, see `to_prediction`, with the model's thresholds and areas.
 
-    Planes, uint8 (K, h, w), become bool (K, h, w): probability from the threshold on, without small
-    components. Exclusive classes: a label map, uint8 (h, w), of the most probable class.
+    Planes, uint8 (K, h, w), become bool (K, h, w), see `plane_mask`. Exclusive classes: a label
+    map, uint8 (h, w), of the most probable class.
     """
     if config.exclusive:
         return prediction[0]
-    levels = np.ceil(np.array(config.thresholds) * 255 - 1e-6)  # k/255 takes in the level k
-    planes = prediction >= levels[:, None, None]
-    return np.stack(list(map(remove_small, planes, config.areas)))
+    return np.stack([plane_mask(plane, config, k) for k, plane in enumerate(prediction)])
+
+
+def plane_mask(plane: np.ndarray, config: ModelConfig, k: int) -> np.ndarray:
+    """The mask, bool (h, w), of a class's probabilities, uint8 (h, w).
+
+    From the threshold on; empty where too few pixels are sure; cleaned, without small components.
+    """
+    mask = plane >= level_of(config.thresholds[k])
+    if config.presence_levels:
+        sure = np.count_nonzero(plane >= level_of(config.presence_levels[k]))
+        mask &= sure >= config.presence_areas[k]
+    for step in filter(None, config.plans[k].split(", ") if config.plans else ()):
+        name, _, size = step.partition(" ")
+        mask = STEPS[name](mask, int(size or 0)) if mask.any() else mask
+    return remove_small(mask, config.areas[k])
+
+
+def level_of(probability: float) -> int:
+    """The lowest of the 256 levels that a probability takes in; k/255 takes in the level k."""
+    return int(np.ceil(probability * 255 - 1e-6))
+
+
+def change_shape(kind: int, mask: np.ndarray, size: int) -> np.ndarray:
+    """OpenCV's opening or closing, with a disc of so many pixels."""
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    return cv2.morphologyEx(mask.astype(np.uint8), kind, disc) == 1
+
+
+def fill_holes(mask: np.ndarray, _: int) -> np.ndarray:
+    """All that the outlines of the components enclose."""
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, cv2.FILLED) == 1
+
+
+def keep_largest(mask: np.ndarray, _: int) -> np.ndarray:
+    """The largest component alone."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    return labels == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+
+
+STEPS = {  # of `ModelConfig.plans`: from a mask, bool (h, w), and a size to a cleaner one
+    "fill": fill_holes,
+    "close": functools.partial(change_shape, cv2.MORPH_CLOSE),
+    "open": functools.partial(change_shape, cv2.MORPH_OPEN),
+    "largest": keep_largest,
+}
 
 
 def remove_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
@@ -62,13 +107,20 @@ def remove_small(mask: np.ndarray, min_pixels: int) -> np.ndarray:
 
 def describe_masks(config: ModelConfig) -> str:
     """How `postprocess` makes masks, for people."""
-    planes = zip(config.class_names, config.thresholds, config.areas, strict=False)
-    texts = [f"{name} from {threshold:.3f}, {area} pixels" for name, threshold, area in planes]
-    if not texts:  # a label map
+    if config.exclusive:
         return "the most probable class"
-    if len(texts) > 1:
-        return f"thresholds and minimum areas: {first_five(texts)}"
-    return f"threshold {config.thresholds[0]:.3f}, minimum component area {config.areas[0]} pixels"
+    several, texts = config.classes.several, []
+    for k, name in enumerate(config.class_names):
+        threshold, area = config.thresholds[k], config.areas[k]
+        texts.append(f"threshold {threshold:.3f}, minimum component area {area} pixels")
+        if several:
+            texts[-1] = f"{name} from {threshold:.3f}, {area} pixels"
+        if config.presence_levels:
+            sure = f"{config.presence_areas[k]} pixels reach {config.presence_levels[k]:.3f}"
+            texts[-1] += f", empty unless {sure}"
+        if config.plans and config.plans[k]:
+            texts[-1] += f", cleaned: {config.plans[k]}"
+    return f"thresholds and minimum areas: {first_five(texts)}" if several else texts[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,22 +149,40 @@ def to_prediction(probabilities: torch.Tensor, config: ModelConfig) -> torch.Ten
     return torch.stack([number.byte(), (best * 255).round().byte()])
 
 
+def turned(images: torch.Tensor, symmetry: str, back: bool = False) -> torch.Tensor:
+    """Images (..., H, W) under a symmetry of `ModelConfig.symmetries`, or `back` to their own."""
+    turns = int(symmetry.strip("hv") or 0) // 90
+    axes = [axis for name, axis in (("h", -1), ("v", -2)) if name in symmetry]
+    if back:
+        return images.flip(axes).rot90(-turns, (-2, -1))
+    return images.rot90(turns, (-2, -1)).flip(axes)
+
+
+def chosen_symmetries(config: ModelConfig, tta: str) -> tuple[str, ...]:
+    """What `tta` averages over next to the image itself; auto is as trained."""
+    if tta == "true":
+        return config.symmetries or ("h",)
+    return config.symmetries if tta == "auto" and config.tta else ()
+
+
 @torch.inference_mode()
-def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torch.Tensor:
+def predict_inputs(
+    model: TrainedModel, images: torch.Tensor, symmetries: tuple[str, ...] = ()
+) -> torch.Tensor:
     """(N, C, H, W) of 0..255 to probabilities (N, K, H, W) float32 on the model's device.
 
-    Where the device's memory runs out, half of the images at a time. Raises UserError where it
-    cannot hold one.
+    They are the mean over the images and those under `symmetries`, see `turned`. Where the device's
+    memory runs out, half of the images at a time. Raises UserError where it cannot hold one.
     """
     device, config = model.device, model.config
     try:
         inputs = normalise(images.to(device), config)
         with autocast(resolve_precision(config.precision, device.type), device.type):
             result = to_probabilities(model.network(inputs), config)
-            if tta:
-                flipped = model.network(inputs.flip(-1)).flip(-1)
-                result.add_(to_probabilities(flipped, config)).div_(2)
-        return result
+            for symmetry in symmetries:
+                logits = model.network(turned(inputs, symmetry))
+                result.add_(to_probabilities(turned(logits, symmetry, back=True), config))
+        return result.div_(1 + len(symmetries)) if symmetries else result
     except torch.OutOfMemoryError:
         if len(images) == 1:
             raise UserError(
@@ -123,7 +193,7 @@ def predict_inputs(model: TrainedModel, images: torch.Tensor, tta: bool) -> torc
     print_once(f"out of memory with {len(images)} images at a time: continues with half of them")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return torch.cat([predict_inputs(model, half, tta) for half in images.tensor_split(2)])
+    return torch.cat([predict_inputs(model, half, symmetries) for half in images.tensor_split(2)])
 
 
 @functools.cache
@@ -148,7 +218,7 @@ def class_blocks(
 
 @torch.inference_mode()
 def row_blocks(
-    model: TrainedModel, image: np.ndarray, batch_size: int, tta: bool
+    model: TrainedModel, image: np.ndarray, batch_size: int, symmetries: tuple[str, ...]
 ) -> Iterator[Block]:
     """A large image (h, w, C) in tiles that overlap by a quarter, blended: rows in blocks."""
     config, size = model.config, image.shape[:2]
@@ -163,7 +233,7 @@ def row_blocks(
         missing = min(size[0], batch[-1][0] + config.height) - top - total.shape[1]
         total = F.pad(total, (0, 0, 0, missing))  # the last plane adds up the window
         tiles = torch.stack([to_tensor(cut_tile(image, corner, config)) for corner in batch])
-        for (y, x), output in zip(batch, predict_inputs(model, tiles, tta), strict=True):
+        for (y, x), output in zip(batch, predict_inputs(model, tiles, symmetries), strict=True):
             region = total[:, y - top : y - top + config.height, x : x + config.width]
             height, width = region.shape[1:]
             inside = window[:height, :width]
@@ -215,17 +285,17 @@ def predict_images(
     """Images (h, w, C) of any sizes to predictions, averaged over the models.
 
     A prediction is what `to_prediction` makes. All images are one batch; of a large one
-    `batch_size` tiles. `tta`: auto is as trained.
+    `batch_size` tiles. `tta`: see `chosen_symmetries`.
     """
     blocks: list[Any] = []  # of each model, of each image
     for model in models if images else ():
         config = model.config
-        flip = config.tta if tta == "auto" else tta == "true"
+        symmetries = chosen_symmetries(config, tta)
         if config.tiles:
-            blocks.append([row_blocks(model, image, batch_size, flip) for image in images])
+            blocks.append([row_blocks(model, image, batch_size, symmetries) for image in images])
         else:
             inputs = torch.stack([to_tensor(resize_image(image, config)) for image in images])
-            outputs = zip(predict_inputs(model, inputs, flip), images, strict=True)
+            outputs = zip(predict_inputs(model, inputs, symmetries), images, strict=True)
             blocks.append([class_blocks(p, image.shape[:2], config) for p, image in outputs])
     tilings = {(m.config.height, m.config.width) if m.config.tiles else () for m in models}
     if len(tilings) > 1:  # their blocks differ
@@ -317,13 +387,29 @@ def check_agreement(configs: list[ModelConfig]) -> None:
 def ensemble_config(models: list[TrainedModel]) -> ModelConfig:
     """The settings of the first model, with the mean thresholds and areas of all.
 
-    The areas are in pixels of the images themselves, not of reduced ones.
+    The areas are in pixels of the images themselves, not of reduced ones. What decides on empty
+    masks, and what cleans them, stays where all models have it.
     """
-    configs = [model.config for model in models]
-    thresholds = np.mean([config.thresholds for config in configs], axis=0).tolist()
-    areas = np.mean([config.areas for config in configs], axis=0)
-    areas = (areas * shrink_of(configs[0].scale) ** 2).round().astype(int).tolist()
-    return replace(configs[0], thresholds=tuple(thresholds), areas=tuple(areas))
+    configs, shrink = [model.config for model in models], shrink_of(models[0].config.scale)
+    changes: dict[str, Any] = {}
+    for name in ("thresholds", "areas", "presence_levels", "presence_areas"):
+        values = [getattr(config, name) for config in configs]
+        mean = np.mean(values, axis=0) if all(values) else np.zeros(0)
+        mean = (shrink**2 * mean).round().astype(int) if "areas" in name else mean
+        changes[name] = tuple(mean.tolist())
+    plans = {config.plans for config in configs}
+    if len(plans) > 1:
+        print("the models clean masks in different ways: they are not cleaned", flush=True)
+    enlarged = [re.sub(r"\d+", lambda n: f"{int(n[0]) * shrink | 1}", plan) for plan in min(plans)]
+    return replace(configs[0], **changes, plans=tuple(enlarged) if len(plans) == 1 else ())
+
+
+def of_blocks(config: ModelConfig) -> ModelConfig:
+    """The settings for a block of an image: without what only the whole image can tell."""
+    if config.presence_levels or "largest" in " ".join(config.plans):
+        print_once("blocks of a large image: no mask is emptied, none is cut to its largest part")
+    plans = tuple(re.sub("(, )?largest", "", plan) for plan in config.plans)
+    return replace(config, presence_levels=(), presence_areas=(), plans=plans)
 
 
 def predict(

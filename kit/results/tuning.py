@@ -1,12 +1,13 @@
 """What makes masks of predictions, tuned on images that the model was not trained on."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from kit.config import Classes, ModelConfig
+from kit.config import Classes, ModelConfig, symmetries_to_try
 from kit.data.images import decode_image, encode_image, to_picture
 from kit.data.readers import read_image
 from kit.network.model import TrainedModel
@@ -19,7 +20,7 @@ from kit.results.metrics import (
     ratio,
     sum_by_image,
 )
-from kit.results.predict import postprocess, predict
+from kit.results.predict import level_of, plane_mask, predict
 
 MEMORY = 1 << 30  # bytes of predictions that stay decoded; further ones are kept as PNG
 
@@ -30,11 +31,13 @@ class Goal(NamedTuple):
     metric: str  # maxf, dice, iou or miou
     min_pixels: int = -1  # the minimum component area; -1: tuned too, but not for maxf
     empty_score: str = "1"  # of a mask that is rightly empty, see `EMPTY_SCORES`
+    symmetries: tuple[tuple[str, ...], ...] = ()  # the sets that are tried in TTA
 
 
 def goal_of(config: Any) -> Goal:
     """What train.py's settings of a fold ask for."""
-    return Goal(config.metric, config.min_pixels, config.empty_score)
+    names = symmetries_to_try(config.tta, config.max_minutes, config.height, config.width)
+    return Goal(config.metric, config.min_pixels, config.empty_score, names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,6 +65,10 @@ class Prediction:
         """Planes (K, h, w) or a label map (h, w), uint8."""
         return self.arrays[1] if self.arrays else self.sample.mask.read(self.size)
 
+    def plane(self, k: int) -> np.ndarray:
+        """The probabilities of a class, uint8 (h, w)."""
+        return self.arrays[0][k] if self.arrays else decode_image(self.pngs[k])
+
     def counts(self, classes: Classes) -> np.ndarray:
         """See `Sums`."""
         return count_image(self.planes, self.ground_truth, classes).counts.numpy()
@@ -84,36 +91,237 @@ def predict_validation(trained: TrainedModel, validation: pd.DataFrame) -> list[
 
 
 # --------------------------------------------------------------------------------------------------
-#  Choice of thresholds and minimum component areas
+#  What candidates are judged by
 # --------------------------------------------------------------------------------------------------
 
 
+SURE = 2  # standard errors that a gain must have
+PIXELS = 1 << 28  # of the images that cleaning is tried on
+
+
+def gain_of(values: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """The mean gain of a candidate over the base, and its standard error; (n,) values of images."""
+    gain = (values - base)[~np.isnan(values - base)]
+    if len(gain) < 3:  # one or two images are luck
+        return 0.0, math.inf
+    return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
+
+
+def helps(values: np.ndarray, base: np.ndarray) -> bool:
+    """Whether a candidate gains more than `SURE` standard errors on the same images."""
+    gain, error = gain_of(values, base)
+    return gain > max(SURE * error, 1e-12)
+
+
+class Judge:
+    """Scores of the images, for one class at a time, by Dice, IoU or F1."""
+
+    def __init__(self, predictions: list[Prediction], config: ModelConfig, goal: Goal) -> None:
+        self.predictions, self.goal = predictions, goal
+        self.metric = "maxf" if goal.metric == "miou" else goal.metric
+        self.ids = [prediction.sample.image_id for prediction in predictions]
+        self.in_blocks = len(set(self.ids)) < len(self.ids)
+        counts = [prediction.counts(config.classes) for prediction in predictions]
+        self.counts = np.stack(sum_by_image(self.ids, counts))  # (n, K, 2, 256)
+        self.loaded: tuple[int, list[Any]] = -1, []  # of a class (id, plane, ground truth)
+
+    def by_threshold(self, k: int) -> np.ndarray:
+        """The values at each threshold, (n, 256), of masks that nothing else changes."""
+        return scores_by_threshold(self.counts[:, k], self.metric, self.goal.empty_score)
+
+    def of_empty(self, k: int) -> np.ndarray:
+        """The values of empty masks, (n,)."""
+        empty = self.counts[:, k, 1].sum(1) == 0
+        return np.where(empty, EMPTY_SCORES[self.goal.empty_score], 0.0)
+
+    def pixels(self, k: int) -> np.ndarray:
+        """How many pixels reach each of the 256 levels, (n, 256)."""
+        return at_thresholds(self.counts[:, k]).sum(1)
+
+    def of(self, config: ModelConfig, k: int) -> np.ndarray:
+        """The values of the masks that `config` makes, of as many images as `PIXELS` allows."""
+        planes = self.load(k)
+        hits = [
+            count_hits(plane_mask(plane, config, k)[None], target[None])
+            for _, plane, target in planes
+        ]
+        images = sum_by_image([name for name, *_ in planes], hits)
+        column = 1 if self.metric == "iou" else 0
+        return np.array([mask_scores(each, self.goal.empty_score)[0, column] for each in images])
+
+    def load(self, k: int) -> list[Any]:
+        """The class's planes and ground truths, of images spread evenly; of one class at a time."""
+        if self.loaded[0] != k:
+            names = list(dict.fromkeys(self.ids))
+            pixels = sum(math.prod(prediction.size) for prediction in self.predictions)
+            count = max(1, int(len(names) * min(1.0, PIXELS / pixels)))
+            chosen = {names[int(i)] for i in np.linspace(0, len(names) - 1, count)}
+            pairs = zip(self.ids, self.predictions, strict=True)
+            kept = [(name, prediction) for name, prediction in pairs if name in chosen]
+            self.loaded = k, [(name, p.plane(k), p.ground_truth[k]) for name, p in kept]
+        return self.loaded[1]
+
+
+# --------------------------------------------------------------------------------------------------
+#  Choice of symmetries for TTA
+# --------------------------------------------------------------------------------------------------
+
+TRIED_ON = 32  # images
+
+
+def choose_symmetries(
+    trained: TrainedModel, validation: pd.DataFrame, goal: Goal
+) -> tuple[ModelConfig, pd.DataFrame]:
+    """The model's settings with the symmetries for TTA, and the gain of each set of them.
+
+    A set takes the place of the horizontal flip, and then of another, where it `helps`. The gains
+    over the horizontal flip, with their standard errors, are in percent.
+    """
+    config, names = trained.config, validation.image_id.unique()
+    chosen = names[np.linspace(0, len(names) - 1, min(TRIED_ON, len(names))).astype(int)]
+    images = validation[validation.image_id.isin(chosen)]
+    values = {}
+    for symmetries in goal.symmetries:
+        settings = trained._replace(config=replace(config, symmetries=symmetries))
+        predictions = predict_validation(settings, images)
+        values[symmetries] = plain_values(predictions, config.classes, goal)
+    kept, rows = config.symmetries, []
+    for symmetries, scores in values.items():
+        gain, error = gain_of(scores, values[config.symmetries])
+        rows.append((" ".join(symmetries) or "none", 100 * gain, 100 * error))
+        kept = symmetries if helps(scores, values[kept]) else kept
+    table = pd.DataFrame(rows, columns=["symmetries", "gain", "error"]).round(4)
+    return replace(config, symmetries=kept), table
+
+
+def plain_values(predictions: list[Prediction], classes: Classes, goal: Goal) -> np.ndarray:
+    """The mean score of each image over its classes, (n,), of masks from 0.5 on.
+
+    MaxF is taken at the threshold that is best for these images.
+    """
+    metric = "maxf" if goal.metric == "miou" and not classes.exclusive else goal.metric
+    sums = [count_image(p.planes, p.ground_truth, classes) for p in predictions]
+    ids = [prediction.sample.image_id for prediction in predictions]
+    if metric == "maxf":
+        counts = np.stack(sum_by_image(ids, [each.counts.numpy() for each in sums]))
+        values = [scores_by_threshold(of_class, metric) for of_class in counts.swapaxes(0, 1)]
+        return np.mean([value[:, value.mean(0).argmax()] for value in values], axis=0)
+    hits = sum_by_image(ids, [each.hits for each in sums])
+    column = 0 if metric == "dice" else 1
+    scores = np.stack([mask_scores(each, goal.empty_score)[:, column] for each in hits])
+    if classes.several:  # an absent class that is not found says nothing
+        scores = np.where([each.sum(0) > 0 for each in hits], scores, np.nan)
+    return fill_nan(scores).mean(1)
+
+
+# --------------------------------------------------------------------------------------------------
+#  Choice of thresholds, of what an empty mask is, of what cleans masks
+# --------------------------------------------------------------------------------------------------
+
+
+CLEANING = (
+    ("fill",),
+    ("close 3", "close 5", "close 9"),
+    ("open 3", "open 5", "open 9"),
+    ("largest",),
+)
+SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of an image's pixels, for minimum areas
+
+
 def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> ModelConfig:
-    """The model's settings with the thresholds and minimum areas that serve a metric best."""
-    metric = "maxf" if goal.metric == "miou" else goal.metric
+    """The model's settings with what makes the masks that serve a metric best.
+
+    Thresholds are the nearest to 0.5 that are as good as the best; all else is kept only where it
+    `helps`. MaxF is a measure of probabilities: for it the threshold alone is tuned.
+    """
     if config.exclusive:
         return config
-    ids = [prediction.sample.image_id for prediction in predictions]
-    counted = [prediction.counts(config.classes) for prediction in predictions]
-    counts = np.stack(sum_by_image(ids, counted))
-    values = [scores_by_threshold(each, metric, goal.empty_score) for each in counts.swapaxes(0, 1)]
-    area = (max(0, goal.min_pixels),) * len(values)
-    config = replace(config, thresholds=tuple(map(choose_threshold, values)), areas=area)
-    if metric == "maxf" or goal.min_pixels >= 0:
+    judge = Judge(predictions, config, goal)
+    each = range(len(config.class_names))
+    thresholds = tuple(choose_threshold(judge.by_threshold(k)) for k in each)
+    config = replace(config, thresholds=thresholds, areas=(max(0, goal.min_pixels),) * len(each))
+    if judge.metric == "maxf":
         return config
-    pixels = np.median(np.sum(counted, axis=(2, 3)), axis=0)  # for each class
-    areas = [tuple(map(int, pixels * share)) for share in (0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
-    hits = np.zeros((len(predictions), len(areas), 3, len(pixels)))
-    for row, prediction in enumerate(predictions):
-        planes, target = prediction.planes, prediction.ground_truth
-        for column, area in enumerate(areas):
-            mask = postprocess(planes, replace(config, areas=area))
-            hits[row, column] = count_hits(mask, target)
-    images = sum_by_image(ids, list(hits))
-    measured = [[mask_scores(of_area, goal.empty_score) for of_area in image] for image in images]
-    values = np.array(measured)[..., 1 if metric == "iou" else 0]
-    best = [fill_nan(values[:, :, k]).mean(0).argmax() for k in range(len(pixels))]
-    return replace(config, areas=tuple(areas[row][k] for k, row in enumerate(best)))
+    for k in each:
+        config = tune_presence(config, judge, k)
+        config = tune_cleaning(config, judge, k)
+    return config
+
+
+def changed(config: ModelConfig, k: int, **values: Any) -> ModelConfig:
+    """The settings with other values for one class."""
+    defaults = {"presence_levels": 0.0, "presence_areas": 0, "plans": ""}
+    changes = {}
+    for name, value in values.items():
+        old = getattr(config, name) or (defaults[name],) * len(config.class_names)
+        changes[name] = (*old[:k], value, *old[k + 1 :])
+    return replace(config, **changes)
+
+
+def tune_presence(config: ModelConfig, judge: Judge, k: int) -> ModelConfig:
+    """With the least pixels, and the probability that they reach, that a mask needs; if it helps.
+
+    An image is scored with what the other half of the images chose, or many candidates would find
+    a gain by luck.
+    """
+    values, empty, pixels = judge.by_threshold(k), judge.of_empty(k), judge.pixels(k)
+    if judge.in_blocks or len(values) < 8 or not (empty > 0).any():
+        return config
+    half = np.random.default_rng(0).permutation(len(values)) % 2 == 0
+    base, gated = np.zeros(len(values)), np.zeros(len(values))
+    for others, own in ((half, ~half), (~half, half)):
+        base[own] = values[own, level_of(choose_threshold(values[others]))]
+        sure, area, low = best_presence(values[others], empty[others], pixels[others])
+        there = pixels[own, sure] >= area
+        gated[own] = np.where(there, values[own, low], empty[own])
+    if not helps(gated, base):
+        return config
+    sure, area, low = best_presence(values, empty, pixels)
+    level = {"thresholds": (low - 0.5) / 255, "presence_levels": (sure - 0.5) / 255}
+    return changed(config, k, **level, presence_areas=area)
+
+
+def best_presence(
+    values: np.ndarray, empty: np.ndarray, pixels: np.ndarray
+) -> tuple[int, int, int]:
+    """The triple with the best mean: a level, the pixels that must reach it, the masks' level.
+
+    `values` and `pixels` (n, 256): the images' scores, and pixels, at each level; `empty` (n,):
+    their scores without a mask.
+    """
+    first = max(1, level_of(choose_threshold(values)))
+    best, triple = -math.inf, (first, 0, first)
+    image = np.median(pixels[:, 0])
+    for sure in np.linspace(first, 250, 12).astype(int):
+        for area in {1, *(int(image * share) for share in SHARES)}:
+            gated = np.where(pixels[:, sure] >= area, values[:, first], empty).mean()
+            if gated > best:
+                best, triple = gated, (int(sure), area, first)
+    sure, area, _ = triple
+    there = pixels[:, [sure]] >= area
+    low = max(1, level_of(choose_threshold(np.where(there, values, empty[:, None]))))
+    return sure, area, low
+
+
+def tune_cleaning(config: ModelConfig, judge: Judge, k: int) -> ModelConfig:
+    """With the steps, and the minimum area of components, that help."""
+    pixels = np.median(judge.counts[:, k].sum((1, 2)))
+    families = [[("plans", step) for step in steps] for steps in CLEANING]
+    if judge.in_blocks:  # none has the whole image
+        families.pop()
+    if judge.goal.min_pixels < 0:
+        families.append([("areas", int(pixels * share)) for share in SHARES])
+    base = judge.of(config, k)
+    for family in families:
+        tried = []
+        for name, value in family:
+            steps = [*filter(None, config.plans[k].split(", ") if config.plans else ()), value]
+            candidate = changed(config, k, **{name: ", ".join(steps) if name == "plans" else value})
+            tried.append((judge.of(candidate, k), candidate))
+        values, candidate = max(tried, key=lambda pair: np.nanmean(pair[0]))
+        if helps(values, base):
+            base, config = values, candidate
+    return config
 
 
 def fill_nan(values: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from kit.config import symmetries_to_try
 from kit.data.cache import remove_files
 from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
@@ -134,8 +135,14 @@ class TrainingCallback(pl.Callback):
         self.clock.earlier, self.clock.begun, self.clock.reserve = state["clock"]
 
     def reserve_for(self, validation: float) -> None:
-        """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export."""
-        self.clock.reserve = 6 + min(self.step, self.clock.seconds()) + 4 * validation
+        """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export.
+
+        `validation`: the seconds of one without TTA. Symmetries that are tried take some more.
+        """
+        names = ("tta", "max_minutes", "height", "width")
+        tried = symmetries_to_try(**{name: self.settings.get(name, 0) for name in names})
+        passes = 4 + sum(1 + len(symmetries) for symmetries in tried)
+        self.clock.reserve = 6 + min(self.step, self.clock.seconds()) + passes * validation
 
     def measure_step(self, trainer: pl.Trainer, index: int, batch_size: int) -> None:
         """Before the first validation: what it will take, from the shortest step so far.
