@@ -87,6 +87,7 @@ class ModelConfig:
     temperature: float = 3.0  # [0.01..100] logits are divided by it (Guo et al., ICML 2017)
     class_names: tuple[str, ...] = ("foreground",)  # of the channels
     class_values: tuple[str, ...] = ("1",)  # of these classes in mask files or in a csv
+    presence: float = 0.0  # [0..1000] weight of a head that tells which classes an image has
     exclusive: bool = False  # a pixel has one class, the most probable; else each may be there
     # [0..1] a pixel is of a class from this probability on; one each, none of exclusive classes
     thresholds: tuple[float, ...] = (0.5,)
@@ -138,7 +139,9 @@ class ModelConfig:
         mean, std = (" ".join(f"{n:.3g}" for n in values) for values in (self.mean, self.std))
         statistics = f"mean {mean}, deviation {std}"
         channels = "" if self.rgb else f" of {self.channels} channels"
-        return f"model: {self.arch}{decoder} {self.encoder}, input {size}{channels}, {statistics}"
+        head = ", a head for presence" if self.presence else ""
+        network = f"{self.arch}{decoder} {self.encoder}{head}"
+        return f"model: {network}, input {size}{channels}, {statistics}"
 
 
 def plane_settings(classes: Classes, threshold: float = 0.5, area: int = 0) -> dict[str, tuple]:

@@ -91,13 +91,22 @@ LARGEST_FACTOR = 4  # a single number up to it is a factor, above it a number of
 
 
 def build(
-    arch: str, encoder: str, classes: int, channels: str = "1", inputs: int = 3
+    arch: str,
+    encoder: str,
+    classes: int,
+    channels: str = "1",
+    inputs: int = 3,
+    presence: bool = False,
 ) -> torch.nn.Module:
-    """Build smp's network without pretrained weights; `inputs`: channels of an image. UserError."""
+    """Build smp's network without pretrained weights. Raises UserError.
+
+    `inputs`: channels of an image; `presence`: with smp's head for classification, too.
+    """
     check_names(arch, encoder)
     options = decoder_options(arch, channels)
+    head = {"aux_params": {"classes": classes, "dropout": None}} if presence else {}
     create = functools.partial(
-        smp.create_model, encoder_weights=None, in_channels=inputs, classes=classes
+        smp.create_model, encoder_weights=None, in_channels=inputs, classes=classes, **head
     )
     try:
         return create(arch, encoder, **options)

@@ -42,11 +42,13 @@ class TrainedModel(NamedTuple):
 def build_network(config: ModelConfig, weights: str = "none") -> torch.nn.Module:
     """Build the network: (N, C, H, W) float32 to logits (N, K, H, W) of K classes.
 
+    With `presence` to these and the logits (N, K) of an image's having the classes.
+
     `weights`: "none" (for inference always), "imagenet" and the like (from the Hub or its cache),
     or a file for the encoder. Raises UserError for unknown names and weights that cannot be had.
     """
     count = len(config.class_names)
-    options = config.decoder_channels, config.channels
+    options = config.decoder_channels, config.channels, config.presence > 0
     network = encoders.build(config.arch, config.encoder, count, *options)
     encoders.load_weights(network, config.arch, config.encoder, weights)
     return network

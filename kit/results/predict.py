@@ -128,14 +128,19 @@ def describe_masks(config: ModelConfig) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def to_probabilities(logits: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """(N, K, H, W) logits to probabilities (N, K, H, W) float32.
+def to_probabilities(output: Any, config: ModelConfig) -> torch.Tensor:
+    """What `model.build_network`'s network gives to probabilities (N, K, H, W) float32.
 
-    The temperature softens them, so that 8 bits still tell nearly sure from sure. A threshold of
+    Where it also tells whether an image has a class, this probability times a pixel's. The
+    temperature softens them, so that 8 bits still tell nearly sure from sure. A threshold of
     0.5 gives the same mask with any temperature.
     """
+    logits, *presence = output if config.presence else (output,)
     logits = logits.float() / config.temperature
-    return logits.softmax(1) if config.exclusive else logits.sigmoid()
+    probabilities = logits.softmax(1) if config.exclusive else logits.sigmoid()
+    for of_image in presence:
+        probabilities *= of_image.float().sigmoid()[..., None, None]
+    return probabilities
 
 
 def to_prediction(probabilities: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -180,8 +185,8 @@ def predict_inputs(
         with autocast(resolve_precision(config.precision, device.type), device.type):
             result = to_probabilities(model.network(inputs), config)
             for symmetry in symmetries:
-                logits = model.network(turned(inputs, symmetry))
-                result.add_(to_probabilities(turned(logits, symmetry, back=True), config))
+                output = model.network(turned(inputs, symmetry))
+                result.add_(turned(to_probabilities(output, config), symmetry, back=True))
         return result.div_(1 + len(symmetries)) if symmetries else result
     except torch.OutOfMemoryError:
         if len(images) == 1:

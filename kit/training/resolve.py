@@ -57,6 +57,9 @@ def resolve(
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
     precision = resolve_precision(config.precision, device, training=True)
+    if config.presence and classes.exclusive:
+        problem = "its head tells which masks are empty; these classes share all pixels of an image"
+        raise UserError("--presence", problem, "leave it out")
     if config.init:
         config = replace(config, encoder_weights=weights_file(config.init))
     pretrained = config.encoder_weights != "none"
@@ -460,13 +463,14 @@ def trial_pass(
     training = network.training
     try:
         with torch.set_grad_enabled(backward):
-            logits = functional_call(network.train(), copies, images)
+            output = functional_call(network.train(), copies, images)
     finally:
         network.train(training)
+    logits, *presence = output if isinstance(output, tuple) else (output,)
     if logits.shape[2:] != size:
         raise RuntimeError("its output is {}x{}".format(*logits.shape[2:]))
     if backward:
-        logits.sum().backward()
+        sum(part.sum() for part in (logits, *presence)).backward()
     return [name for name in weights if backward and copies[name].grad is None]
 
 
