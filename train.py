@@ -61,7 +61,7 @@ class Config:
     lr: float | Literal["auto"] = 0  # [0..10] 0: 5e-4, pretrained (BatchNorm) 2e-3; auto: a finder
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
-    dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE or cross-entropy
+    loss: str = "bce=1,dice=1"  # terms with their weights; there are also focal, lovasz, tversky
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
@@ -115,7 +115,7 @@ from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
 from kit.results import metrics, oof, predict, submissions, tuning, visualize
-from kit.training import callbacks, loaders
+from kit.training import callbacks, loaders, losses
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
 
@@ -220,40 +220,35 @@ def make_loaders(
 
 
 def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
-    """BCE plus Dice; of exclusive classes cross-entropy plus Dice. Ignored pixels do not count.
+    """The terms of --loss: BCE, of exclusive classes cross-entropy, Dice and what `losses` has.
 
     `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), with --soft of
     shares too, of exclusive classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the
-    classes, or None. Returns a float32 scalar. Dice (Milletari et al., 3DV 2016) is taken over the
-    whole batch, and is the mean over the classes that occur in it; without foreground it has none.
+    classes, or None. Returns a float32 scalar. Ignored pixels do not count. Dice (Milletari et al.,
+    3DV 2016) and Tversky, where misses weigh more than false alarms (Salehi et al., 2017), are
+    taken over the whole batch, and are the means over the classes that occur in it, or 0.
     """
     logits = logits.float()  # Dice overflows in 16 bits
     counted, each = (mask != IGNORE).float(), (0, 2, 3)
     target = (images.decode_shares(mask) if config.soft else mask) * counted
     if mask.shape[1] < logits.shape[1]:
-        pixels, p, hits, size = label_terms(logits, target, counted, weights)
+        pixels, p, hits, size = losses.label_terms(logits, target, counted, weights)
     else:
         bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         pixels = (bce * counted).sum(each) / counted.sum(each).clamp(min=1)
         pixels = (pixels if weights is None else pixels * weights).mean()
         p = logits.sigmoid() * counted
         hits, size = (p * target).sum(each), target.sum(each)
-    dice, occurs = (2 * hits + 1) / (p.sum(each) + size + 1), size > 0
-    return pixels + config.dice * (1 - dice)[occurs].sum() / occurs.sum().clamp(min=1)
-
-
-def label_terms(
-    logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits and pixels (K,)."""
-    number = target.long()  # not one-hot, a copy of the mask for each class
-    pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
-    pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
-    p = logits.softmax(1) * counted
-    right, number = p.gather(1, number).flatten(), number.flatten()
-    hits = p.new_zeros(p.shape[1]).index_add(0, number, right)
-    size = p.new_zeros(p.shape[1]).index_add(0, number, counted.flatten())
-    return pixels, p, hits, size
+    found, occurs = p.sum(each), size > 0
+    dice = (2 * hits + 1) / (found + size + 1)
+    tversky = (hits + 1) / (hits + 0.3 * (found - hits) + 0.7 * (size - hits) + 1)
+    terms = {"bce": pixels}
+    for name, overlap in (("dice", dice), ("tversky", tversky)):
+        terms[name] = (1 - overlap)[occurs].sum() / occurs.sum().clamp(min=1)
+    chosen = losses.parse(config.loss, config.soft)
+    for name in chosen.keys() & losses.FURTHER.keys():
+        terms[name] = losses.FURTHER[name](logits, target, counted, weights)
+    return sum(weight * terms[name] for name, weight in chosen.items())
 
 
 def schedule(progress: float) -> float:
@@ -413,6 +408,7 @@ def train(config: Config, started: float | None = None) -> Path:
     started = time.monotonic() if started is None else started  # of this process
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
+    losses.parse(config.loss, config.soft)  # a mistake is refused before the data is read
     reading = {name: getattr(config, name) for name in samples.LOADED}
     collection, opener = samples.load(config.data, **reading)
     chosen = folds.chosen_folds(collection.samples, config.fold)

@@ -156,7 +156,7 @@ def test_every_setting_says_what_it_is_for(built):
     assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in own)
     promised = (
         "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH TRAIN EPOCHS MAX_MINUTES "
-        "SESSION_MINUTES BATCH_SIZE LR DICE AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME "
+        "SESSION_MINUTES BATCH_SIZE LR LOSS AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME "
         "PREDICT MODELS THRESHOLD TTA"
     )
     assert [line.split(" = ")[0] for line in own] == promised.split()
