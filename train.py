@@ -62,6 +62,7 @@ class Config:
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
     loss: str = "bce=1,dice=1"  # terms with their weights; there are also focal, lovasz, tversky
+    positives: float = 0  # [0..1] share of items with foreground at first, later theirs; 0: theirs
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
@@ -209,11 +210,12 @@ def make_loaders(
         augment = augmentation(config)
     training = SegmentationDataset(table[trains], model_config, config.seed, augment)
     validation = SegmentationDataset(table[validates], model_config, config.seed, None)
-    size = resolving.images_per_step(config.batch_size, len(training), config.devices, parts)
+    plan = loaders.plan_epochs(training, config.positives)
+    size = resolving.images_per_step(config.batch_size, plan.count, config.devices, parts)
     options = {"workers": config.workers, "processes": config.devices, "seed": config.seed}
     cached = loaders.Cached(validation, CACHE // 8)
-    shuffled = loaders.make_loader(training, True, size, **options)
-    return shuffled, loaders.make_loader(cached, False, size, **options)
+    shuffled = loaders.make_loader(training, plan, size, **options)
+    return shuffled, loaders.make_loader(cached, None, size, **options)
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -378,6 +380,7 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
         if parts > 1:
             resolving.check_batch(module.network, model_config, training.batch_size)
         training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
+        training.sampler.progress = run.epoch_progress()
         trainer = make_trainer(
             config,
             max_epochs=config.epochs or -1,

@@ -1,14 +1,17 @@
 """The moves of a training: losses, sampling, pseudo-labels, stages."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run
+from commands import Command
+from conftest import KIT, TINY, run, succeed
+from PIL import Image
 
 import train
 from kit.errors import UserError
-from kit.training import losses
+from kit.training import callbacks, loaders, losses
 
 IGNORE = 255
 
@@ -139,3 +142,170 @@ def test_a_mistake_in_the_loss_is_refused_before_the_data_is_read(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: --loss bse=1: there is no 'bse'; ")
+
+
+# --------------------------------------------------------------------------------------------------
+#  --positives and --stages: which items an epoch has
+# --------------------------------------------------------------------------------------------------
+
+
+def flags(count, *places):
+    chosen = np.zeros(count, bool)
+    chosen[list(places)] = True
+    return chosen
+
+
+def draw(plan, progress, seed=0):
+    return plan.draw(progress, np.random.default_rng(seed))
+
+
+def test_the_share_of_positives_falls_to_the_natural_one():
+    filled = flags(200, *range(0, 200, 10))  # 10 %
+    plan = loaders.Plan(filled, flags(200), positives=0.5)
+    shares = [filled[draw(plan, progress)].mean() for progress in (0, 0.25, 0.5, 0.75, 1, 1.01)]
+    assert shares == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    for progress in (0, 0.5):
+        drawn = draw(plan, progress)
+        assert len(drawn) == 200
+        counts = np.bincount(drawn, minlength=200)
+        assert np.ptp(counts[filled]) <= 1, "none is drawn again before the others were"
+        assert counts[~filled].max() == 1
+        assert len({*draw(plan, progress, 1)} - {*drawn}) > 0, "other epochs have others"
+        assert drawn.tolist() == draw(plan, progress).tolist()
+    assert np.abs(np.diff(filled[draw(plan, 0)].astype(int))).sum() > 50, "they are mixed"
+
+
+def test_fewer_positives_than_there_are_can_be_asked_for():
+    filled = flags(100, *range(60))
+    plan = loaders.Plan(filled, flags(100), positives=0.2)
+    assert filled[draw(plan, 0)].mean() == 0.2
+    assert filled[draw(plan, 1)].mean() == 0.6
+
+
+@pytest.mark.parametrize("filled", [0, 3, 10])
+def test_without_the_move_an_epoch_is_every_item_once(filled):
+    for positives in (0, 0.5)[: 1 + (filled in (0, 10))]:
+        plan = loaders.Plan(flags(10, *range(filled)), flags(10), positives)
+        expected = np.random.default_rng(0).permutation(np.arange(10))
+        assert draw(plan, 0.3).tolist() == expected.tolist()
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that are their own numbers."""
+
+    def __init__(self, count):
+        self.count, self.epoch = count, torch.zeros((), dtype=torch.int64)
+
+    def __len__(self):
+        return self.count
+
+
+def test_several_processes_share_what_one_would_draw(monkeypatch):
+    plan = loaders.Plan(flags(41, *range(4)), flags(41), 0.5)
+    samplers = [loaders.ShardedSampler(Numbers(41), count, 3, plan) for count in (1, 2, 2)]
+    for sampler in samplers:
+        sampler.set_epoch(5)
+        sampler.progress = 0.25
+    shares = []
+    for rank, sampler in enumerate(samplers[1:]):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(sampler.items())
+    assert [len(share) for share in shares] == [20, 20]
+    assert np.stack(shares, 1).ravel().tolist() == samplers[0].items()[:40]
+
+
+def write_pairs(root, empty, count=12, size=(48, 64)):
+    """Pairs whose first masks are empty; a bright square is foreground."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        mask, image = np.zeros(size, np.uint8), rng.integers(0, 90, (*size, 3), np.uint8)
+        if number >= empty:
+            mask[10:30, 8 + 2 * number : 30 + 2 * number] = 255
+        image[mask > 0] += 120
+        for folder, pixels in (("images", image), ("masks", mask)):
+            (root / folder).mkdir(exist_ok=True, parents=True)
+            Image.fromarray(pixels).save(root / folder / f"p{number:02}.png")
+    return root
+
+
+def configure(data, **settings):
+    """The settings and the table of the first fold, as train.py makes them."""
+    names = dict(zip(("encoder", "encoder_weights"), TINY[1:4:2], strict=True))
+    config = train.Config(data=str(data), height=32, width=96, batch_size=2, **names, **settings)
+    reading = {name: getattr(config, name) for name in train.samples.LOADED}
+    collection, opener = train.samples.load(config.data, **reading)
+    resolved, model_config = train.resolving.resolve(config, collection, 0, train.RESOLUTIONS)
+    return resolved, model_config, collection.samples, opener
+
+
+def test_the_items_of_a_training_follow_the_move(tmp_path):
+    config, model_config, table, _ = configure(write_pairs(tmp_path, 9), positives=0.5)
+    loader, _ = train.make_loaders(config, model_config, table)
+    filled = loader.sampler.plan.filled
+    assert filled.tolist() == (table.share > 0)[table.fold != 0].tolist()
+    shares = []
+    for progress in (0, 1):
+        loader.sampler.progress = progress
+        shares.append(filled[loader.sampler.items()].mean())
+    assert shares[0] == pytest.approx(0.5, abs=0.1)
+    assert shares[1] == pytest.approx(filled.mean())
+    assert shares[0] > shares[1]
+
+
+def test_progress_at_the_start_of_an_epoch_is_the_same_in_a_resumed_run(tmp_path):
+    progress = []
+    for made in range(4):
+        clock = callbacks.Clock(4, 0, 0)
+        run = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 1}, None)
+        run.rows = [{"seconds": 10.0 * number} for number in range(1, made + 1)]
+        progress.append(run.epoch_progress())
+        clock.epochs, clock.limit, clock.begun = 0, 60, 2
+        clock.reserve = 8
+        assert run.epoch_progress() == max(0, (10 * made - 2) / 50)
+    assert progress == [0, 1 / 3, 2 / 3, 1]
+
+
+def test_where_positives_change_nothing_it_is_said(tmp_path, capsys):
+    configure(write_pairs(tmp_path / "a", 0), positives=0.5)
+    assert "--positives: changes nothing, all images have foreground" in capsys.readouterr().out
+    configure(write_pairs(tmp_path / "b", 5), positives=0.5)
+    assert "--positives" not in capsys.readouterr().out
+
+
+def test_positives_of_exclusive_classes_are_refused(tmp_path):
+    write_pairs(tmp_path, 0)
+    (tmp_path / "classes.csv").write_text("id,name\n0,sky\n255,road\n")
+    with pytest.raises(UserError, match="take --class_weights inverse"):
+        configure(tmp_path, positives=0.5, classes="sky,road")
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {kit!r})
+import train
+from kit.cli import parse
+step = train.SegmentationModule.training_step
+def training_step(self, batch, index):
+    if self.current_epoch == 1 and index == 1:
+        os.kill(os.getpid(), 9)
+    return step(self, batch, index)
+train.SegmentationModule.training_step = training_step
+train.train(parse(train.Config, ""))
+"""
+
+
+def test_a_killed_run_with_positives_ends_as_the_whole_one(tmp_path):
+    data = write_pairs(tmp_path / "data", 9)
+    flags = ("--data", data, *TINY, "--batch_size", 2, "--positives", 0.8, "--epochs", 3)
+    succeed("train.py", *flags, "--out", tmp_path / "whole")
+    (tmp_path / "killed.py").write_text(KILLED.format(kit=str(KIT)))
+    cut = (*flags, "--workers", 2, "--out", tmp_path / "cut")
+    process = Command(tmp_path / "killed.py", cut, merge=True)
+    process.process.join(120)
+    process.kill()  # its workers
+    assert "after epoch 1" in succeed("train.py", *cut)
+    tables = [pd.read_csv(tmp_path / out / "metrics.csv") for out in ("whole", "cut")]
+    assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
+    plain = succeed("train.py", *flags[:-4], "--epochs", 3, "--out", tmp_path / "plain")
+    assert "model.pt" in plain
+    assert not tables[0].train_loss.equals(pd.read_csv(tmp_path / "plain/metrics.csv").train_loss)

@@ -56,6 +56,7 @@ def resolve(
     """
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
+    check_sampling(config, collection, fold)
     precision = resolve_precision(config.precision, device, training=True)
     if config.init:
         config = replace(config, encoder_weights=weights_file(config.init))
@@ -90,6 +91,17 @@ def resolve(
     free = config.height == 0, config.width == 0
     scales = [scale for _, scale in resolutions]
     return try_network(resolved, model_config, samples[samples.fold != fold], free, scales)
+
+
+def check_sampling(config: Any, collection: Collection, fold: int) -> None:
+    """Say where --positives changes nothing. Raises UserError for classes that exclude others."""
+    if config.positives and collection.classes.exclusive:
+        problem, remedy = "each image has some of the classes", "take --class_weights inverse"
+        raise UserError(f"--positives {config.positives}", problem, remedy)
+    filled = collection.samples.share[collection.samples.fold != fold] > 0
+    if config.positives and filled.nunique() == 1:
+        which = "all images have" if filled.all() else "no image has"
+        print(f"--positives: changes nothing, {which} foreground", flush=True)
 
 
 def resolve_input(

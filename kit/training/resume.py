@@ -39,6 +39,7 @@ WEIGHTS_FOLLOW_FROM = (
     f"{CALLBACKS}: Clock",
     f"{CALLBACKS}: find_lr",
     f"{CALLBACKS}: TrainingCallback.on_train_batch_start",
+    f"{CALLBACKS}: TrainingCallback.epoch_progress",
     f"{CALLBACKS}: BatchNormReestimation",
     "kit/network/model.py: build_network",
     "kit/network/encoders.py: normalisation",
