@@ -32,6 +32,7 @@ class Config:
     missing: Literal["error", "empty", "leave_out"] = "error"  # images without a mask
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
     channels: str = "auto"  # a number, 1 is grey; or files: {stem}_B02.tif,{stem}_B03.tif
+    extra: str = ""  # --out of infer.py --save_probs true: confident pixels train; folds: DIR/fold0
     soft: bool = False  # several masks of an image are annotators: train on their mean
     neighbours: str = ""  # slices before and after as channels: 1, 2, or steps such as 1,3
     scale: float = 1.0  # [0.01..1] of the images, whose resolution is that: 0.5, 0.33, 0.25, ...
@@ -62,6 +63,7 @@ class Config:
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
     loss: str = "bce=1,dice=1"  # terms with their weights; there are also focal, lovasz, tversky
+    stages: Literal["mixed", "extra,own", "mixed,own"] = "mixed"  # each trains as long as the other
     positives: float = 0  # [0..1] share of items with foreground at first, later theirs; 0: theirs
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
@@ -111,7 +113,7 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data import folds, images, samples
+from kit.data import extras, folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
@@ -210,7 +212,7 @@ def make_loaders(
         augment = augmentation(config)
     training = SegmentationDataset(table[trains], model_config, config.seed, augment)
     validation = SegmentationDataset(table[validates], model_config, config.seed, None)
-    plan = loaders.plan_epochs(training, config.positives)
+    plan = loaders.plan_epochs(training, config.positives, config.stages)
     size = resolving.images_per_step(config.batch_size, plan.count, config.devices, parts)
     options = {"workers": config.workers, "processes": config.devices, "seed": config.seed}
     cached = loaders.Cached(validation, CACHE // 8)
@@ -226,9 +228,8 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
 
     `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), with --soft of
     shares too, of exclusive classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the
-    classes, or None. Returns a float32 scalar. Ignored pixels do not count. Dice (Milletari et al.,
-    3DV 2016) and Tversky, where misses weigh more than false alarms (Salehi et al., 2017), are
-    taken over the whole batch, and are the means over the classes that occur in it, or 0.
+    classes, or None. Returns a float32 scalar. Dice (Milletari et al., 3DV 2016) and Tversky, where
+    misses weigh more (Salehi et al., 2017): over the batch, the means over classes that occur.
     """
     logits = logits.float()  # Dice overflows in 16 bits
     counted, each = (mask != IGNORE).float(), (0, 2, 3)
@@ -242,11 +243,10 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
         p = logits.sigmoid() * counted
         hits, size = (p * target).sum(each), target.sum(each)
     found, occurs = p.sum(each), size > 0
-    dice = (2 * hits + 1) / (found + size + 1)
-    tversky = (hits + 1) / (hits + 0.3 * (found - hits) + 0.7 * (size - hits) + 1)
-    terms = {"bce": pixels}
-    for name, overlap in (("dice", dice), ("tversky", tversky)):
-        terms[name] = (1 - overlap)[occurs].sum() / occurs.sum().clamp(min=1)
+    dice = 1 - (2 * hits + 1) / (found + size + 1)
+    tversky = 1 - (hits + 1) / (hits + 0.3 * (found - hits) + 0.7 * (size - hits) + 1)
+    terms = {"bce": pixels, "dice": losses.mean_over(dice, occurs)}
+    terms["tversky"] = losses.mean_over(tversky, occurs)
     chosen = losses.parse(config.loss, config.soft)
     for name in chosen.keys() & losses.FURTHER.keys():
         terms[name] = losses.FURTHER[name](logits, target, counted, weights)
@@ -417,17 +417,18 @@ def train(config: Config, started: float | None = None) -> Path:
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
+    tables = extras.add(collection, chosen, config.extra, config.scale, opener)
     out, predictions = Path(config.out), []
     for fold in chosen:
         resolved, model_config = resolving.resolve(config, collection, fold, RESOLUTIONS)
         if config.check:
-            table = samples.decode_pairs(collection.samples, model_config, 0, opener)
+            table = samples.decode_pairs(tables[fold], model_config, 0, opener)
             show_data(resolved, model_config, table, out)
             samples.write_understood(table, model_config.classes, out, opener)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
         settings = asdict(resolved) | {"resume": config.resume}
-        run = TrainingCallback(Path(resolved.out), out, clock, settings, collection.samples)
+        run = TrainingCallback(Path(resolved.out), out, clock, settings, tables[fold])
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()

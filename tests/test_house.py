@@ -25,7 +25,7 @@ HOUSE = {  # each wing with its files, from top to bottom: a file imports only f
     "training": "callbacks.py resume.py resolve.py loaders.py losses.py",
     "results": "oof.py tuning.py metrics.py submissions.py mosaics.py visualize.py predict.py",
     "network": "model.py encoders.py",
-    "data": "samples.py volumes.py blocks.py cache.py folds.py kitti.py bands.py csvs.py "
+    "data": "extras.py samples.py volumes.py blocks.py cache.py folds.py kitti.py bands.py csvs.py "
     "folders.py names.py rle.py values.py masks.py classes.py images.py readers.py slides.py "
     "tiffs.py arrays.py photos.py rasters.py",
     "ground": "config.py cli.py kaggle.py files.py errors.py",

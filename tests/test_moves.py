@@ -1,5 +1,9 @@
 """The moves of a training: losses, sampling, pseudo-labels, stages."""
 
+import dataclasses
+import json
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +14,10 @@ from conftest import KIT, TINY, run, succeed
 from PIL import Image
 
 import train
+from kit.config import Classes, ModelConfig, plane_settings
+from kit.data import extras
+from kit.data.classes import mask_folders, palette
+from kit.data.rasters import Layer
 from kit.errors import UserError
 from kit.training import callbacks, loaders, losses
 
@@ -309,3 +317,210 @@ def test_a_killed_run_with_positives_ends_as_the_whole_one(tmp_path):
     plain = succeed("train.py", *flags[:-4], "--epochs", 3, "--out", tmp_path / "plain")
     assert "model.pt" in plain
     assert not tables[0].train_loss.equals(pd.read_csv(tmp_path / "plain/metrics.csv").train_loss)
+
+
+def test_stages_are_equal_parts_of_the_training():
+    extra = flags(30, *range(10, 30))
+    own = {*range(10)}
+    for stages, first in (("extra,own", {*range(10, 30)}), ("mixed,own", {*range(30)})):
+        plan = loaders.Plan(flags(30), extra, stages=stages)
+        assert plan.count == 10, "an epoch is as long as without extras"
+        for progress in (0, 0.49):
+            drawn = draw(plan, progress)
+            assert len({*drawn}) == 10 and {*drawn} <= first
+            assert {*plan.pool(progress)} == first
+        for progress in (0.5, 1, 1.2):
+            assert sorted(draw(plan, progress)) == sorted(own)
+    together = loaders.Plan(flags(30), extra)
+    assert sorted(draw(together, 0.2)) == [*range(30)]
+    few = loaders.Plan(flags(30), ~extra, stages="extra,own")
+    assert np.bincount(draw(few, 0)).tolist() == [2] * 10, "all are drawn as often"
+
+
+# --------------------------------------------------------------------------------------------------
+#  --extra: pseudo-labels
+# --------------------------------------------------------------------------------------------------
+
+LABELS = ("sky", "road", "car")
+ONE = Classes()
+
+
+def predicted(folder, classes=ONE, names=("a", "b"), seen=(("0" * 8,),), **settings):
+    """The --out of infer.py for images of noise; returns the probabilities of each image."""
+    rng, rows, levels = np.random.default_rng(1), [], {}
+    count, values = len(classes.names), palette(classes)[0]
+    for name in names:
+        image = folder / "images" / f"{name}.png"
+        shape = (20, 24) if classes.exclusive else (count, 20, 24)
+        levels[name] = rng.integers(0, 256, shape, np.uint8)
+        for place, plane in zip(
+            mask_folders(classes), levels[name].reshape(-1, 20, 24), strict=True
+        ):
+            write(folder / "probs" / place / f"{name}.png", plane)
+        numbers = np.arange(480).reshape(20, 24) % count
+        write(folder / "masks" / f"{name}.png", values[numbers])
+        write(image, rng.integers(0, 255, (20, 24, 3), np.uint8))
+        rows.append({"id": name, "layers": (Layer(image),)})
+    config = ModelConfig(
+        class_names=classes.names, class_values=classes.values, exclusive=classes.exclusive,
+        **plane_settings(classes),
+    )  # fmt: skip
+    config = dataclasses.replace(config, **settings)
+    extras.write_list(folder / "probs", pd.DataFrame(rows), config, seen)
+    return levels
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def collected(root, **settings):
+    """The collection of pairs without and with foreground, as train.py loads it."""
+    options = {name: getattr(train.Config(**settings), name) for name in train.samples.LOADED}
+    return train.samples.load(str(root), **options)
+
+
+def probability(level, threshold, temperature):
+    """At temperature 1, with the threshold at 0.5."""
+    logits = [torch.logit(torch.tensor(p, dtype=torch.float64)) for p in (level / 255, threshold)]
+    return torch.sigmoid(temperature * (logits[0] - logits[1])).item()
+
+
+@pytest.mark.parametrize(("threshold", "temperature"), [(0.5, 3), (0.5, 1), (0.3, 3), (0.8, 2)])
+def test_pixels_are_confident_at_temperature_1_and_the_models_threshold(threshold, temperature):
+    low, high = extras.confident_levels(threshold, temperature)
+    sure = [probability(level, threshold, temperature) for level in range(256)]
+    assert low == max(level for level in range(256) if sure[level] <= 0.1)
+    assert high == min(level for level in range(256) if sure[level] >= 0.9)
+
+
+def test_the_probability_of_a_label_is_never_overestimated():
+    logits = torch.randn(2000, 4, dtype=torch.float64) * 4
+    softened = (logits / 3).softmax(1).amax(1)
+    _, high = extras.confident_levels(0.5, 3)
+    assert (logits.softmax(1).amax(1)[255 * softened >= high] >= 0.9).all()
+
+
+@pytest.mark.parametrize("kind", ["one", "planes", "labels"])
+def test_confident_pixels_are_labels_and_others_are_ignored(tmp_path, kind, capsys):
+    names = ("foreground",) if kind == "one" else LABELS
+    classes = Classes(names, tuple("1" if kind == "one" else "246"[: len(names)]), kind == "labels")
+    levels = predicted(tmp_path / "p", classes)
+    collection, opener = collected(write_pairs(tmp_path / "data", 2))
+    collection = collection._replace(classes=classes)
+    table = extras.add(collection, [0], str(tmp_path / "p"), 1.0, opener)[0]
+    added = table[table.fold < 0]
+    assert added.id.tolist() == ["extra_a", "extra_b"]
+    assert table.iloc[: len(collection.samples)].equals(collection.samples)
+    for row, name in zip(added.itertuples(), "ab", strict=True):
+        mask = row.mask.read((20, 24))
+        sure = levels[name] / 255 >= 0.675
+        if kind == "labels":
+            numbers = np.arange(480).reshape(20, 24) % 3
+            assert (mask == np.where(sure, numbers, IGNORE)).all()
+        else:
+            unsure = np.where(levels[name] / 255 <= 0.325, 0, IGNORE)
+            assert (mask == np.where(sure, 1, unsure)).all()
+        assert mask.dtype == np.uint8
+    assert f"extra: {tmp_path / 'p'} · 2 images, " in capsys.readouterr().out
+
+
+def test_each_fold_has_its_own_extras(tmp_path):
+    for name, images in (("fold0", "a"), ("fold2", "b"), (".", "abc")):
+        predicted(tmp_path / "p" / name, names=tuple(images))
+    collection, opener = collected(write_pairs(tmp_path / "data", 2), folds=3)
+    tables = extras.add(collection, [0, 1, 2], str(tmp_path / "p"), 1.0, opener)
+    names = {fold: "".join(t.id[t.fold < 0].str[-1]) for fold, t in tables.items()}
+    assert names == {0: "a", 1: "abc", 2: "b"}
+    seen = extras.seen_images(tables[0], 0, str(tmp_path / "p"))
+    own = collection.samples[collection.samples.fold != 0]
+    assert {*seen} == {*extras.image_digests(own), "0" * 8}, "also what the model behind them saw"
+
+
+def test_images_that_the_data_has_are_left_out(tmp_path, capsys):
+    data = write_pairs(tmp_path / "data", 2)
+    predicted(tmp_path / "p")
+    shutil.copy(data / "images" / "p00.png", tmp_path / "p" / "images" / "a.png")
+    collection, opener = collected(data)
+    table = extras.add(collection, [0], str(tmp_path / "p"), 1.0, opener)[0]
+    assert table.id[table.fold < 0].tolist() == ["extra_b"]
+    assert "extra: 1 of 2 images are in --data, left out" in capsys.readouterr().out
+    shutil.copy(data / "images" / "p01.png", tmp_path / "p" / "images" / "b.png")
+    with pytest.raises(UserError, match="all its images are in --data"):
+        extras.add(collection, [0], str(tmp_path / "p"), 1.0, opener)
+
+
+def several(folder):
+    content = json.loads((folder / "probs" / "images.json").read_text())
+    content["images"]["a"] = ""
+    (folder / "probs" / "images.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda p: shutil.rmtree(p / "images"), "2 of 2 images are gone: .*a.png.*; predict again"),
+        (lambda p: shutil.rmtree(p / "probs"), "has no probs/images.json"),
+        (lambda p: (p / "probs" / "images.json").write_text("{}"), "has no probs/images.json"),
+        (lambda p: (p / "probs" / "b.png").unlink(), "b.png is missing; predict again"),
+        (lambda p: predicted(p, Classes(("x", "y"), ("1", "2"))), r"classes that may overlap \(x"),
+        (lambda p: predicted(p, names=()), "0 of 0 images are gone"),
+        (lambda p: predicted(p, seen=((), ("1" * 8,))), "does not know what it was trained on"),
+        (several, "is of several files or pages"),
+    ],
+)
+def test_extras_that_cannot_train_are_refused_in_one_line(tmp_path, damage, expected):
+    predicted(tmp_path / "p")
+    damage(tmp_path / "p")
+    collection, opener = collected(write_pairs(tmp_path / "data", 2))
+    with pytest.raises(UserError, match=expected) as error:
+        extras.add(collection, [0, 1], str(tmp_path / "p"), 1.0, opener)
+    assert str(error.value).startswith(f"--extra {tmp_path / 'p'}: ")
+
+
+def test_stages_without_extras_are_refused(tmp_path):
+    data = write_pairs(tmp_path, 0)
+    with pytest.raises(UserError, match="there are no extras; name some with --extra"):
+        configure(data, stages="extra,own")
+    with pytest.raises(UserError, match="there is one epoch; give --epochs 2 or more"):
+        configure(data, stages="mixed,own", extra="somewhere", epochs=1)
+
+
+def test_class_weights_follow_from_the_datas_own_masks():
+    table = pd.DataFrame({"fold": [0, 1, -1], "shares": [(0, 1), (0.75, 0.25), (1, 0)]})
+    weights = train.resolving.class_weights(table, 0, "inverse")
+    assert torch.allclose(weights, train.resolving.class_weights(table[:2], 0, "inverse"))
+
+
+def test_pseudo_labels_train_and_never_validate(tmp_path):
+    """The whole way: train, predict, train with what is sure, in stages; and what is refused."""
+    data, more = write_pairs(tmp_path / "data", 3, 24), tmp_path / "more" / "images"
+    shutil.copytree(write_pairs(tmp_path / "other", 0, 9, (60, 80)) / "images", more)
+    flags = ("--data", data, *TINY)
+    first, second, pseudo = (tmp_path / name for name in ("first", "second", "pseudo"))
+    succeed("train.py", *flags, "--epochs", 4, "--out", first)
+    command = ("--model", first, "--data", more, "--out", pseudo, "--save_probs", "true")
+    succeed("infer.py", *command)
+    content = json.loads((pseudo / "probs" / "images.json").read_text())
+    assert content["images"] == {path.stem: str(path) for path in sorted(more.iterdir())}
+    assert len(content["seen"]) == len(torch.load(first / "model.pt", weights_only=True)["seen"])
+    moves = ("--epochs", 2, "--extra", pseudo, "--stages", "mixed,own", "--positives", 0.9)
+    printed = succeed("train.py", *flags, *moves, "--out", second)
+    assert "(and 9 of --extra)" in printed
+    assert "NOT REACHED" not in printed
+    scored = [json.loads((out / "metrics.json").read_text()) for out in (first, second)]
+    assert {report["image"]["all"]["images"] for report in scored} == {4}
+    seen = [torch.load(out / "model.pt", weights_only=True)["seen"] for out in (first, second)]
+    assert seen[0] == seen[1]
+    succeed("train.py", *flags, *moves, "--check", "true", "--out", tmp_path / "check")
+    table = pd.read_csv(tmp_path / "check" / "samples.csv")
+    assert (table.why == "--extra").sum() == (table.fold == -1).sum() == 9
+    ignored = np.array(Image.open(tmp_path / "check" / "masks" / "extra_p00.png")) == 127
+    assert 0 < ignored.mean() < 1
+    done = run("train.py", *flags, *moves, "--fold", "all", "--out", tmp_path / "all")
+    assert done.returncode == 2
+    assert not (tmp_path / "all").exists(), "it is refused before the first fold trains"
+    (line,) = done.stderr.strip().splitlines()
+    assert "images that validate in fold 1" in line
+    assert line.endswith("for --fold all into {DIR}/fold1")

@@ -27,6 +27,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from kit.config import symmetries_to_try
 from kit.data.cache import remove_files
+from kit.data.extras import seen_images
 from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
 from kit.network.model import (
@@ -121,6 +122,11 @@ class TrainingCallback(pl.Callback):
     def identity(self) -> resume.Identity:
         """What makes this run's weights."""
         return resume.identify(self.settings, self.samples)
+
+    @functools.cached_property
+    def seen(self) -> list[str]:
+        """What tells the images that the weights follow from, see `extras.py`."""
+        return seen_images(self.samples, self.settings.get("fold"), self.settings.get("extra"))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -226,7 +232,7 @@ class TrainingCallback(pl.Callback):
         if main_score(score) > self.best - FALL_BACK and trainer.is_global_zero:
             self.best = max(self.best, main_score(score))
             network, config = module.ema.module, module.current_config()
-            trained = TrainedModel(network, config, self.settings, {"epoch": score})
+            trained = TrainedModel(network, config, self.settings, {"epoch": score}, self.seen)
             save_model(self.out / "model.pt", trained)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -244,7 +250,10 @@ class TrainingCallback(pl.Callback):
                 print(epoch_line(row, self.clock.epochs), flush=True)
         due = module.is_last_epoch() or time.monotonic() - self.saved > CHECKPOINT_SECONDS
         due, progress = trainer.strategy.broadcast((due, self.epoch_progress()))
-        trainer.train_dataloader.sampler.progress = progress  # of the next epoch
+        sampler = trainer.train_dataloader.sampler
+        if module.is_last_epoch() and sampler.plan.stage(sampler.progress) != sampler.plan.stage(1):
+            print("--stages: THE LAST STAGE WAS NOT REACHED; give more --epochs or --max_minutes")
+        sampler.progress = progress  # of the next epoch
         if due:
             self.save_checkpoint(trainer)
 

@@ -97,12 +97,15 @@ class Plan(NamedTuple):
         """The items of an epoch: all, with several stages as many as there are own ones."""
         return int((~self.extra).sum()) if "," in self.stages else len(self.extra)
 
+    def stage(self, progress: float) -> str:
+        """What trains at 0..1 of the training."""
+        stages = self.stages.split(",")
+        return stages[min(int(progress * len(stages)), len(stages) - 1)]
+
     def pool(self, progress: float) -> np.ndarray:
         """The items that may train at 0..1 of the training, int (m,)."""
-        stages = self.stages.split(",")
-        stage = stages[min(int(progress * len(stages)), len(stages) - 1)]
         chosen = {"mixed": self.extra | True, "extra": self.extra, "own": ~self.extra}
-        return np.flatnonzero(chosen[stage])
+        return np.flatnonzero(chosen[self.stage(progress)])
 
     def draw(self, progress: float, random: np.random.Generator) -> np.ndarray:
         """The items of an epoch that starts at this progress, in its order, int (count,)."""
@@ -117,7 +120,7 @@ class Plan(NamedTuple):
         return random.permutation(np.concatenate(drawn))
 
 
-def plan_epochs(dataset: Any, positives: float, stages: str = "mixed") -> Plan:
+def plan_epochs(dataset: Any, positives: float, stages: str) -> Plan:
     """The plan for a dataset of train.py; tiles count as their image does."""
     rows = [dataset.rows[index] for index, _ in dataset.places]
     filled, extra = [row.share > 0 for row in rows], [row.fold < 0 for row in rows]

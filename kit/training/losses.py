@@ -66,6 +66,11 @@ def label_terms(
     return pixels, p, hits, size
 
 
+def mean_over(values: Tensor, occurs: Tensor) -> Tensor:
+    """The mean of values (K,) over the classes that occur, bool (K,); 0 where none does."""
+    return values[occurs].sum() / occurs.sum().clamp(min=1)
+
+
 def focal(logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
     """Lin et al., ICCV 2017, with gamma 2 and no alpha: BCE or cross-entropy, easy pixels less.
 

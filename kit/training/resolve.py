@@ -94,7 +94,11 @@ def resolve(
 
 
 def check_sampling(config: Any, collection: Collection, fold: int) -> None:
-    """Say where --positives changes nothing. Raises UserError for classes that exclude others."""
+    """Say where --positives changes nothing. Raises UserError for what cannot be sampled."""
+    if "," in config.stages and (not config.extra or config.epochs == 1):
+        problem = "there is one epoch" if config.extra else "there are no extras"
+        remedy = "give --epochs 2 or more" if config.extra else "name some with --extra"
+        raise UserError(f"--stages {config.stages}", problem, f"{remedy}, or take mixed")
     if config.positives and collection.classes.exclusive:
         problem, remedy = "each image has some of the classes", "take --class_weights inverse"
         raise UserError(f"--positives {config.positives}", problem, remedy)
@@ -268,7 +272,8 @@ def class_weights(table: pd.DataFrame, fold: int, kind: str) -> torch.Tensor | N
     """
     if kind == "none":
         return None
-    share = np.array(table.shares[table.fold != fold].tolist()).mean(0)
+    own = table[(table.fold != fold) & (table.fold >= 0)]  # extras lack their uncertain pixels
+    share = np.array(own.shares.tolist()).mean(0)
     weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
     mean = (weight * share).sum() / share.sum()
     return torch.tensor(weight / mean, dtype=torch.float32)
