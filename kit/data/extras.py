@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def write_list(
 
 
 def image_digests(samples: pd.DataFrame) -> dict[str, str]:
-    """{digest: id} of samples of `scan`, 8 hexadecimal digits of id and mask."""
-    rows = samples.itertuples()
-    return {f"{zlib.crc32(f'{row.id} {row.digest}'.encode()):08x}": row.id for row in rows}
+    """{digest of id and mask: id} of samples of `scan`; 12 hexadecimal digits."""
+    texts = {f"{row.id} {row.digest}": row.id for row in samples.itertuples()}
+    return {sha256(text.encode()).hexdigest()[:12]: name for text, name in texts.items()}
 
 
 def seen_images(samples: pd.DataFrame, fold: Any, extra: str) -> list[str]:
