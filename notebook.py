@@ -88,6 +88,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/data/samples.py _kg_hide-input=true
 
+# %% kit/data/extras.py _kg_hide-input=true
+
 # %% kit/data/cache.py _kg_hide-input=true
 
 # %% kit/data/blocks.py _kg_hide-input=true
@@ -141,6 +143,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/training/resolve.py _kg_hide-input=true
 
 # %% kit/training/loaders.py _kg_hide-input=true
+
+# %% kit/training/losses.py _kg_hide-input=true
 
 # %% kit/training/callbacks.py _kg_hide-input=true
 
