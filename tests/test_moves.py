@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -271,6 +272,28 @@ def test_progress_at_the_start_of_an_epoch_is_the_same_in_a_resumed_run(tmp_path
         clock.reserve = 8
         assert run.epoch_progress() == max(0, (10 * made - 2) / 50)
     assert progress == [0, 1 / 3, 2 / 3, 1]
+
+
+@pytest.mark.parametrize(("made", "said"), [(0, True), (1, False)])
+def test_a_training_that_ends_before_its_last_stage_says_so(tmp_path, capsys, made, said):
+    run = callbacks.TrainingCallback(tmp_path, tmp_path, callbacks.Clock(2, 0, 0), {"lr": 1}, None)
+    run.rows = [{"seconds": 1.0}] * made
+    plan = loaders.Plan(flags(4), flags(4, 0, 1), stages="extra,own")
+    sampler = loaders.ShardedSampler(Numbers(4), 1, 0, plan)
+    sampler.progress = run.epoch_progress()
+    trainer = SimpleNamespace(
+        current_epoch=made,
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 1}])],
+        callback_metrics={"train_loss": 1, "val_loss": 1},
+        is_global_zero=False,
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+        train_dataloader=SimpleNamespace(sampler=sampler),
+        save_checkpoint=lambda path: None,
+    )
+    last = SimpleNamespace(evaluation=SimpleNamespace(logged=()), is_last_epoch=lambda: True)
+    run.on_train_epoch_end(trainer, last)
+    assert ("THE LAST STAGE WAS NOT REACHED" in capsys.readouterr().out) == said
+    assert sampler.progress == made + 1
 
 
 def test_where_positives_change_nothing_it_is_said(tmp_path, capsys):

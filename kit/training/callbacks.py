@@ -252,7 +252,7 @@ class TrainingCallback(pl.Callback):
         due, progress = trainer.strategy.broadcast((due, self.epoch_progress()))
         sampler = trainer.train_dataloader.sampler
         if module.is_last_epoch() and sampler.plan.stage(sampler.progress) != sampler.plan.stage(1):
-            print("--stages: THE LAST STAGE WAS NOT REACHED; give more --epochs or --max_minutes")
+            print("--stages: THE LAST STAGE WAS NOT REACHED; resume, or give more --max_minutes")
         sampler.progress = progress  # of the next epoch
         if due:
             self.save_checkpoint(trainer)
