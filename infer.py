@@ -39,7 +39,7 @@ class Options:
     comparisons: bool = True  # write comparisons/ID.jpg
     show: str = ""  # the channels seen as red, green, blue, such as 4,3,2; "": as trained
     bev: bool = False  # write bev/ID.jpg, the bird's-eye view, where there is a calibration (KITTI)
-    save_probs: bool = False  # write probs/ID.png, 8-bit probabilities
+    save_probs: bool = False  # write probs/ID.png, 8-bit probabilities, also for train.py --extra
     # submission.csv, submission_kitti.zip, or png: label maps in submission.zip
     submission: Literal["none", "rle", "kitti", "png"] = "none"
     empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
@@ -71,7 +71,7 @@ import torch
 from tqdm import tqdm
 
 from kit.config import IGNORE, ModelConfig
-from kit.data import kitti, volumes
+from kit.data import extras, kitti, volumes
 from kit.data.blocks import is_part
 from kit.data.classes import mask_files, mask_folders, write_mask
 from kit.data.images import each_plane, shown_channels, to_picture, write_image
@@ -380,6 +380,9 @@ def infer(options: Options) -> Path:
     number = samples.image_id.factorize()[0]  # an image's blocks are all of one process
     started, share = time.monotonic(), samples[number % plan.processes == plan.rank]
     results = gather(plan, predict_and_write(plan, share, submission))
+    if results and options.save_probs:
+        done = whole[~whole.id.isin([name for name, _ in results.failed])]
+        extras.write_list(plan.out / "probs", done, plan.config, [m.seen for m in plan.models])
     if results:
         volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(whole), time.monotonic() - started, submission)

@@ -40,7 +40,7 @@ MAX_MINUTES = 0  # of the whole training, over all sessions; 0: no limit
 SESSION_MINUTES = 660  # of this session, which Kaggle stops after 12 hours (some competitions: 9)
 BATCH_SIZE = 0  # images per step; 0: the kit chooses, and splits a batch where memory runs out
 LR = 0  # learning rate; 0: 2e-3 if pretrained with BatchNorm, else 5e-4; "auto": a finder
-DICE = 1.0  # weight of Dice next to BCE; another loss: the function loss in the cell of train.py
+LOSS = "bce=1,dice=1"  # terms with their weights; also focal, lovasz, tversky, or your own: loss
 AUGMENT = 1.0  # strength of the augmentation; 0: none
 MASKS = "auto"  # folder or csv of the training masks; auto: next to the images
 CLASSES = "auto"  # auto: as found; one: all merged; a file of id,name; or names: "car,road"
@@ -87,6 +87,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # ### kit/data: from folders to samples
 
 # %% kit/data/samples.py _kg_hide-input=true
+
+# %% kit/data/extras.py _kg_hide-input=true
 
 # %% kit/data/cache.py _kg_hide-input=true
 
@@ -141,6 +143,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/training/resolve.py _kg_hide-input=true
 
 # %% kit/training/loaders.py _kg_hide-input=true
+
+# %% kit/training/losses.py _kg_hide-input=true
 
 # %% kit/training/callbacks.py _kg_hide-input=true
 

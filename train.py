@@ -32,6 +32,7 @@ class Config:
     missing: Literal["error", "empty", "leave_out"] = "error"  # images without a mask
     window: str = "0.5,99.5"  # percentiles that turn black and white in images over 8 bits
     channels: str = "auto"  # a number, 1 is grey; or files: {stem}_B02.tif,{stem}_B03.tif
+    extra: str = ""  # --out of infer.py --save_probs true: confident pixels train; folds: DIR/fold0
     soft: bool = False  # several masks of an image are annotators: train on their mean
     neighbours: str = ""  # slices before and after as channels: 1, 2, or steps such as 1,3
     scale: float = 1.0  # [0.01..1] of the images, whose resolution is that: 0.5, 0.33, 0.25, ...
@@ -61,7 +62,9 @@ class Config:
     lr: float | Literal["auto"] = 0  # [0..10] 0: 5e-4, pretrained (BatchNorm) 2e-3; auto: a finder
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
-    dice: float = 1.0  # [0..1000] weight of the Dice loss next to BCE or cross-entropy
+    loss: str = "bce=1,dice=1"  # terms with their weights; there are also focal, lovasz, tversky
+    stages: Literal["mixed", "extra,own", "mixed,own"] = "mixed"  # each trains as long as the other
+    positives: float = 0  # [0..1] share of items with foreground at first, later theirs; 0: theirs
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
@@ -110,12 +113,12 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data import folds, images, samples
+from kit.data import extras, folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
 from kit.results import metrics, oof, predict, submissions, tuning, visualize
-from kit.training import callbacks, loaders
+from kit.training import callbacks, loaders, losses
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
 
@@ -209,51 +212,45 @@ def make_loaders(
         augment = augmentation(config)
     training = SegmentationDataset(table[trains], model_config, config.seed, augment)
     validation = SegmentationDataset(table[validates], model_config, config.seed, None)
-    size = resolving.images_per_step(config.batch_size, len(training), config.devices, parts)
+    plan = loaders.plan_epochs(training, config.positives, config.stages)
+    size = resolving.images_per_step(config.batch_size, plan.count, config.devices, parts)
     options = {"workers": config.workers, "processes": config.devices, "seed": config.seed}
     cached = loaders.Cached(validation, CACHE // 8)
-    shuffled = loaders.make_loader(training, True, size, **options)
-    return shuffled, loaders.make_loader(cached, False, size, **options)
+    shuffled = loaders.make_loader(training, plan, size, **options)
+    return shuffled, loaders.make_loader(cached, None, size, **options)
 
 
 # --- Model ----------------------------------------------------------------------------------------
 
 
 def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
-    """BCE plus Dice; of exclusive classes cross-entropy plus Dice. Ignored pixels do not count.
+    """The terms of --loss: BCE, of exclusive classes cross-entropy, Dice and what `losses` has.
 
     `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), with --soft of
     shares too, of exclusive classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the
-    classes, or None. Returns a float32 scalar. Dice (Milletari et al., 3DV 2016) is taken over the
-    whole batch, and is the mean over the classes that occur in it; without foreground it has none.
+    classes, or None. Returns a float32 scalar. Dice (Milletari et al., 3DV 2016) and Tversky, where
+    misses weigh more (Salehi et al., 2017): over the batch, the means over classes that occur.
     """
     logits = logits.float()  # Dice overflows in 16 bits
     counted, each = (mask != IGNORE).float(), (0, 2, 3)
     target = (images.decode_shares(mask) if config.soft else mask) * counted
     if mask.shape[1] < logits.shape[1]:
-        pixels, p, hits, size = label_terms(logits, target, counted, weights)
+        pixels, p, hits, size = losses.label_terms(logits, target, counted, weights)
     else:
         bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         pixels = (bce * counted).sum(each) / counted.sum(each).clamp(min=1)
         pixels = (pixels if weights is None else pixels * weights).mean()
         p = logits.sigmoid() * counted
         hits, size = (p * target).sum(each), target.sum(each)
-    dice, occurs = (2 * hits + 1) / (p.sum(each) + size + 1), size > 0
-    return pixels + config.dice * (1 - dice)[occurs].sum() / occurs.sum().clamp(min=1)
-
-
-def label_terms(
-    logits: Tensor, target: Tensor, counted: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of exclusive classes: cross-entropy, probabilities (N, K, H, W), hits and pixels (K,)."""
-    number = target.long()  # not one-hot, a copy of the mask for each class
-    pixels = F.cross_entropy(logits, number[:, 0], weights, reduction="none")[:, None]
-    pixels = (pixels * counted).sum() / counted.sum().clamp(min=1)
-    p = logits.softmax(1) * counted
-    right, number = p.gather(1, number).flatten(), number.flatten()
-    hits = p.new_zeros(p.shape[1]).index_add(0, number, right)
-    size = p.new_zeros(p.shape[1]).index_add(0, number, counted.flatten())
-    return pixels, p, hits, size
+    found, occurs = p.sum(each), size > 0
+    dice = 1 - (2 * hits + 1) / (found + size + 1)
+    tversky = 1 - (hits + 1) / (hits + 0.3 * (found - hits) + 0.7 * (size - hits) + 1)
+    terms = {"bce": pixels, "dice": losses.mean_over(dice, occurs)}
+    terms["tversky"] = losses.mean_over(tversky, occurs)
+    chosen = losses.parse(config.loss, config.soft)
+    for name in chosen.keys() & losses.FURTHER.keys():
+        terms[name] = losses.FURTHER[name](logits, target, counted, weights)
+    return sum(weight * terms[name] for name, weight in chosen.items())
 
 
 def schedule(progress: float) -> float:
@@ -383,6 +380,7 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
         if parts > 1:
             resolving.check_batch(module.network, model_config, training.batch_size)
         training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
+        training.sampler.progress = run.epoch_progress()
         trainer = make_trainer(
             config,
             max_epochs=config.epochs or -1,
@@ -413,22 +411,24 @@ def train(config: Config, started: float | None = None) -> Path:
     started = time.monotonic() if started is None else started  # of this process
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
+    losses.parse(config.loss, config.soft)  # a mistake is refused before the data is read
     reading = {name: getattr(config, name) for name in samples.LOADED}
     collection, opener = samples.load(config.data, **reading)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
+    tables = extras.add(collection, chosen, config.extra, config.scale, opener)
     out, predictions = Path(config.out), []
     for fold in chosen:
         resolved, model_config = resolving.resolve(config, collection, fold, RESOLUTIONS)
         if config.check:
-            table = samples.decode_pairs(collection.samples, model_config, 0, opener)
+            table = samples.decode_pairs(tables[fold], model_config, 0, opener)
             show_data(resolved, model_config, table, out)
             samples.write_understood(table, model_config.classes, out, opener)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
         settings = asdict(resolved) | {"resume": config.resume}
-        run = TrainingCallback(Path(resolved.out), out, clock, settings, collection.samples)
+        run = TrainingCallback(Path(resolved.out), out, clock, settings, tables[fold])
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)
         started = time.monotonic()

@@ -420,7 +420,7 @@ def test_the_loss_of_exclusive_classes_is_its_definition():
         one, target = p[:, k][known], (mask[:, 0] == k)[known].float()
         dice.append((2 * (one * target).sum() + 1) / (one.sum() + target.sum() + 1))
     expected = pixels + 0.5 * (1 - torch.stack(dice)).mean()
-    config = train.Config(dice=0.5)
+    config = train.Config(loss="bce=1,dice=0.5")
     value = train.loss(logits, mask, config)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     value.backward()
@@ -428,7 +428,7 @@ def test_the_loss_of_exclusive_classes_is_its_definition():
     assert torch.isfinite(train.loss(logits, torch.full_like(mask, 255), config))
     weights = torch.tensor([1.0, 2.0, 0.0, 5.0])
     each = F.cross_entropy(logits, mask[:, 0].long().clamp(max=3), weights, reduction="none")
-    heavier = train.loss(logits, mask, train.Config(dice=0), weights)
+    heavier = train.loss(logits, mask, train.Config(loss="bce=1"), weights)
     assert heavier.item() == pytest.approx(each[known].mean().item(), rel=1e-5)
 
 
@@ -441,7 +441,8 @@ def test_the_loss_of_overlapping_classes_is_the_mean_of_each():
     assert train.loss(logits, mask, config).item() == pytest.approx(np.mean(each), rel=1e-5)
     mask[:, 2] = 0  # a class that does not occur counts in BCE alone
     pixels = [
-        train.loss(logits[:, k, None], mask[:, k, None], train.Config(dice=0)) for k in (0, 1, 2)
+        train.loss(logits[:, k, None], mask[:, k, None], train.Config(loss="bce=1"))
+        for k in (0, 1, 2)
     ]
     both = [train.loss(logits[:, k, None], mask[:, k, None], config) for k in (0, 1)]
     dice = sum(a - b for a, b in zip(both, pixels, strict=False)) / 2

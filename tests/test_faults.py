@@ -762,7 +762,7 @@ def test_a_dataset_reaches_workers_that_are_spawned(roads):
         sampler=[0, len(datasets[0])],
         num_workers=1,
         multiprocessing_context="spawn",
-        collate_fn=loaders.make_loader(datasets[0], False, 1, 1, 1, 0).collate_fn,
+        collate_fn=loaders.make_loader(datasets[0], None, 1, 1, 1, 0).collate_fn,
     )
     for image, batch in zip(expected, loader, strict=True):
         assert torch.equal(batch["image"][0], image)

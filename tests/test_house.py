@@ -22,10 +22,10 @@ from kit.network import model
 HOUSE = {  # each wing with its files, from top to bottom: a file imports only files after it
     "scripts": "train.py infer.py utils.py",
     "extra": "runs.py",
-    "training": "callbacks.py resume.py resolve.py loaders.py",
+    "training": "callbacks.py resume.py resolve.py loaders.py losses.py",
     "results": "oof.py tuning.py metrics.py submissions.py mosaics.py visualize.py predict.py",
     "network": "model.py encoders.py",
-    "data": "samples.py volumes.py blocks.py cache.py folds.py kitti.py bands.py csvs.py "
+    "data": "extras.py samples.py volumes.py blocks.py cache.py folds.py kitti.py bands.py csvs.py "
     "folders.py names.py rle.py values.py masks.py classes.py images.py readers.py slides.py "
     "tiffs.py arrays.py photos.py rasters.py",
     "ground": "config.py cli.py kaggle.py files.py errors.py",
@@ -283,7 +283,7 @@ def fork(tmp_path_factory):
     file = kit / "train.py"
     code = file.read_text()
     for place, addition in (
-        (r"    dice: float = .*\n", "{}    pos_weight: float = 1.0\n"),
+        (r"    loss: str = .*\n", "{}    pos_weight: float = 1.0\n"),
         (
             r"binary_cross_entropy_with_logits\(.*(?=\))",
             "{}, pos_weight=torch.tensor(config.pos_weight)",

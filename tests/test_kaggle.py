@@ -101,7 +101,7 @@ def write_scripts(folder, body="print(sys.argv[1:])", field=""):
 def test_a_script_gets_each_setting_that_it_has_a_field_for(place):
     names = "metric arch encoder encoder_weights height width max_minutes session_minutes seed lr"
     names += (
-        " batch_size dice augment masks classes folds fold devices threshold submission pos_weight"
+        " batch_size loss augment masks classes folds fold devices threshold submission pos_weight"
     )
     write_scripts(place.working, field="".join(f"    {name}: str\n" for name in names.split()))
     own = settings(POS_WEIGHT=2.0, TTA=False)
@@ -119,7 +119,7 @@ def test_a_script_gets_each_setting_that_it_has_a_field_for(place):
     with pytest.raises(kaggle.StepFailed, match=r"^POS_WEIHGT: .*did you mean POS_WEIGHT\?$"):
         kaggle.flags("train.py", settings(POS_WEIHGT=2.0))
     with pytest.raises(kaggle.StepFailed, match="function loss"):
-        kaggle.flags("train.py", settings(LOSS="focal"))
+        kaggle.flags("train.py", settings(FOCAL_LOSS=1))
     with pytest.raises(kaggle.StepFailed, match="^OUT: "):
         kaggle.flags("train.py", settings(OUT="elsewhere"))
 
@@ -144,8 +144,10 @@ def test_what_equals_the_default_of_a_script_is_left_out(monkeypatch):
         ("FOLD", "all", "--fold all", ""),
         ("LR", 0, "", ""),
         ("LR", "auto", "--lr auto", ""),
-        ("DICE", 1.0, "", ""),
-        ("DICE", 1, "--dice 1", ""),
+        ("LOSS", "bce=1,dice=1", "", ""),
+        ("LOSS", "bce=1", "--loss bce=1", ""),
+        ("AUGMENT", 1.0, "", ""),
+        ("AUGMENT", 1, "--augment 1", ""),
         ("GROW", True, "--grow true", ""),
         ("MIN_PIXELS", -1, "", "--min_pixels -1"),
         ("DATA", "auto", "", ""),

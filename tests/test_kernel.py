@@ -28,15 +28,15 @@ from kit import kaggle
 
 FILES = (  # in the order of their cells
     "train.py", "kit/results/predict.py", "infer.py", "utils.py",
-    "kit/data/samples.py", "kit/data/cache.py", "kit/data/blocks.py", "kit/data/folds.py",
-    "kit/data/folders.py",
+    "kit/data/samples.py", "kit/data/extras.py", "kit/data/cache.py", "kit/data/blocks.py",
+    "kit/data/folds.py", "kit/data/folders.py",
     "kit/data/names.py", "kit/data/bands.py", "kit/data/csvs.py", "kit/data/volumes.py",
     "kit/data/kitti.py", "kit/data/masks.py", "kit/data/values.py", "kit/data/classes.py",
     "kit/data/rle.py", "kit/data/images.py", "kit/data/readers.py", "kit/data/photos.py",
     "kit/data/slides.py", "kit/data/tiffs.py", "kit/data/arrays.py", "kit/data/rasters.py",
     "kit/network/model.py", "kit/network/encoders.py",
-    "kit/training/resolve.py", "kit/training/loaders.py", "kit/training/callbacks.py",
-    "kit/training/resume.py",
+    "kit/training/resolve.py", "kit/training/loaders.py", "kit/training/losses.py",
+    "kit/training/callbacks.py", "kit/training/resume.py",
     "kit/results/oof.py", "kit/results/tuning.py", "kit/results/metrics.py",
     "kit/results/visualize.py", "kit/results/submissions.py",
     "kit/results/mosaics.py", "kit/extra/runs.py",
@@ -156,7 +156,7 @@ def test_every_setting_says_what_it_is_for(built):
     assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in own)
     promised = (
         "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH TRAIN EPOCHS MAX_MINUTES "
-        "SESSION_MINUTES BATCH_SIZE LR DICE AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME "
+        "SESSION_MINUTES BATCH_SIZE LR LOSS AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME "
         "PREDICT MODELS THRESHOLD TTA"
     )
     assert [line.split(" = ")[0] for line in own] == promised.split()

@@ -140,7 +140,8 @@ def test_model_pt_holds_the_last_epoch_unless_it_went_wrong(tmp_path, monkeypatc
         evaluation=evaluation, ema=SimpleNamespace(module=None), current_config=ModelConfig
     )
     clock = callbacks.Clock(6, 0, time.monotonic())
-    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 5e-4}, None)
+    samples = pd.DataFrame(columns=["id", "digest", "fold"])
+    callback = callbacks.TrainingCallback(tmp_path, tmp_path, clock, {"lr": 5e-4}, samples)
     for score in (80.0, 92.0, 90.5, 86.9, 40.0, 88.0):
         scores.append(score)
         callback.on_validation_start()
@@ -290,7 +291,7 @@ def test_masks_that_are_nowhere_are_refused(roads, training):
 
 def test_the_model_file_holds_built_in_types_alone(trained):
     content = torch.load(trained / "model.pt", weights_only=True)
-    assert set(content) == {"format", "model", "config", "state_dict", "metrics"}
+    assert set(content) == {"format", "model", "config", "state_dict", "metrics", "seen"}
     assert content["format"] == 3
     report = read_json(trained / "metrics.json")
     assert content["metrics"] == {view: report[view] for view in ("image", "bev")}

@@ -175,7 +175,7 @@ def test_an_edit_is_trained_and_nothing_is_overwritten(fork, pairs, trained, tmp
     assert again.strip().splitlines()[-1].startswith("NOTHING WAS TRAINED")
     assert not (tmp_path / "out-1").exists()
 
-    edit(fork / "train.py", "return pixels + ", "return 2 * pixels + ")
+    edit(fork / "train.py", "dice = 1 - (2 * hits", "dice = 1 - (3 * hits")
     edited = succeed("train.py", *flags, kit=fork)
     assert "STARTING OVER: train.py differs: loss." in edited
     assert f"kept in {tmp_path / 'out-1'}" in edited
@@ -270,7 +270,7 @@ def test_code_is_what_a_training_step_reaches(same):
     readers = ("readers", "photos", "slides", "tiffs", "arrays", "rasters")
     names |= {f"kit/data/{name}" for name in ("cache", "blocks", *readers)}
     names |= {f"kit/network/{name}" for name in ("model", "encoders")}
-    names |= {f"kit/training/{name}" for name in ("callbacks", "loaders", "resolve")}
+    names |= {f"kit/training/{name}" for name in ("callbacks", "loaders", "losses", "resolve")}
     assert {key.split(": ")[0] for key in same.code} == {f"{name}.py" for name in names}
     assert not any("Config" in key for key in same.code)
 
@@ -282,7 +282,7 @@ WORDS = [  # printed lines, messages of errors, docstrings, pictures, scores
     ("kit/network/encoders.py", '"no such file"', '"is not there"'),
     ("kit/network/encoders.py", "(much weaker)", "(weaker)"),
     ("kit/errors.py", 'f"; {self.remedy}"', 'f". {self.remedy}"'),
-    ("train.py", '"""BCE plus Dice; of', '"""Dice plus BCE; of'),
+    ("train.py", '"""The terms of --loss: BCE', '"""The parts of --loss: BCE'),
     ("kit/training/callbacks.py", " · validation loss", " · loss of validation"),
     ("kit/results/visualize.py", "BAR_WIDTH = 310", "BAR_WIDTH = 300"),
     ("kit/results/visualize.py", "def stack(", "def stacked("),
@@ -298,7 +298,9 @@ def test_an_edit_of_what_is_said_or_shown_is_no_edit_of_the_code(same, fork):
 
 
 STEPS = {
-    "train.py: loss": ("return pixels + ", "return 2 * pixels + "),
+    "train.py: loss": ("dice = 1 - (2 * hits", "dice = 1 - (3 * hits"),
+    "kit/training/losses.py: focal": ("torch.exp(-entropy)) ** 2", "torch.exp(-entropy)) ** 3"),
+    "kit/training/loaders.py: Plan": ("self.positives + (natural", "self.positives + 2 * (natural"),
     "train.py: augmentation": ("A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.4)"),
     "train.py: schedule": ("0.1 + progress / 0.05", "0.1 + progress / 0.06"),
     "kit/training/resolve.py: class_weights": ("(share, 1e-3)", "(share, 1e-2)"),

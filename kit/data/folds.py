@@ -252,6 +252,8 @@ def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
 
 def describe_folds(samples: pd.DataFrame, fold: int) -> str:
     """How many pairs train and validate, in one line."""
-    count = int((samples.fold == fold).sum())
-    few = ": few to train on, see the groups" if 2 * count > len(samples) else ""
-    return f"fold {fold}: {len(samples) - count} pairs to train and {count} to validate on{few}"
+    count, extra = int((samples.fold == fold).sum()), int((samples.fold < 0).sum())
+    own = len(samples) - extra
+    few = ": few to train on, see the groups" if 2 * count > own else ""
+    more = f" (and {extra} of --extra)" if extra else ""
+    return f"fold {fold}: {own - count} pairs to train{more} and {count} to validate on{few}"

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import io
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class TrainedModel(NamedTuple):
     config: ModelConfig
     settings: dict[str, Any]  # of the training, for people
     metrics: dict[str, Any]
+    seen: Sequence[str] = ()  # the images that it was trained on, see `extras.py`; (): unknown
 
     @property
     def device(self) -> torch.device:
@@ -266,6 +267,7 @@ def save_model(path: Path, trained: TrainedModel) -> None:
         "config": trained.settings,
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in tensors},
         "metrics": trained.metrics,
+        "seen": list(trained.seen),
     }
     buffer = io.BytesIO()  # on a full disk torch's own writing ends in an unclear error
     torch.save(content, buffer)
@@ -305,10 +307,10 @@ def load_model(path: Path, device: str) -> TrainedModel:
         config = ModelConfig(**content["model"])
         network = build_network(config)
         network.load_state_dict(content["state_dict"])
-        metrics = dict(content["metrics"])
+        metrics, seen = dict(content["metrics"]), list(content.get("seen", ()))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(
             where, f"damaged or from another version ({reason_of(error)})", "train again"
         ) from None
     network = set_memory_format(network.eval().requires_grad_(False), device).to(device)
-    return TrainedModel(network, config, content.get("config", {}), metrics)
+    return TrainedModel(network, config, content.get("config", {}), metrics, seen)

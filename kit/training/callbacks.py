@@ -27,6 +27,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from kit.config import symmetries_to_try
 from kit.data.cache import remove_files
+from kit.data.extras import seen_images
 from kit.errors import UserError, reason_of
 from kit.files import writable_folder, write_file
 from kit.network.model import (
@@ -69,12 +70,13 @@ class Clock:
         """Since the start, in all parts."""
         return self.earlier + time.monotonic() - self.started
 
-    def progress(self, step: int, steps_per_epoch: int) -> float:
-        """0 at the first step, 1 at the last step that epochs or minutes allow."""
+    def progress(self, step: int, steps_per_epoch: int, seconds: float | None = None) -> float:
+        """0 at the first step, 1 at the last step that epochs or minutes allow; `seconds`: now."""
+        seconds = self.seconds() if seconds is None else seconds
         last_step = self.epochs * steps_per_epoch - 1
         by_steps = step / max(1, last_step) if self.epochs else 0.0
         length = max(self.limit - self.reserve - self.begun, 1e-9)
-        by_time = (self.seconds() - self.begun) / length if self.limit else 0.0
+        by_time = (seconds - self.begun) / length if self.limit else 0.0
         return max(by_steps, by_time)
 
     def session_over(self) -> bool:
@@ -121,6 +123,11 @@ class TrainingCallback(pl.Callback):
         """What makes this run's weights."""
         return resume.identify(self.settings, self.samples)
 
+    @functools.cached_property
+    def seen(self) -> list[str]:
+        """What tells the images that the weights follow from, see `extras.py`."""
+        return seen_images(self.samples, self.settings.get("fold"), self.settings.get("extra"))
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "lr": self.lr,
@@ -133,6 +140,11 @@ class TrainingCallback(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lr, self.rows = state["lr"], state["rows"]  # `best` follows from model.pt too
         self.clock.earlier, self.clock.begun, self.clock.reserve = state["clock"]
+
+    def epoch_progress(self) -> float:
+        """0 at the start of the first epoch, 1 at that of the last; of a resumed run the same."""
+        seconds = self.rows[-1]["seconds"] if self.rows else 0.0
+        return self.clock.progress(len(self.rows), 1, seconds)
 
     def reserve_for(self, validation: float) -> None:
         """Keep time for the end, in seconds: a step, two validations with TTA, drawing, export.
@@ -220,7 +232,7 @@ class TrainingCallback(pl.Callback):
         if main_score(score) > self.best - FALL_BACK and trainer.is_global_zero:
             self.best = max(self.best, main_score(score))
             network, config = module.ema.module, module.current_config()
-            trained = TrainedModel(network, config, self.settings, {"epoch": score})
+            trained = TrainedModel(network, config, self.settings, {"epoch": score}, self.seen)
             save_model(self.out / "model.pt", trained)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -237,7 +249,12 @@ class TrainingCallback(pl.Callback):
             if not on_terminal():
                 print(epoch_line(row, self.clock.epochs), flush=True)
         due = module.is_last_epoch() or time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        if trainer.strategy.broadcast(due):
+        due, progress = trainer.strategy.broadcast((due, self.epoch_progress()))
+        sampler = trainer.train_dataloader.sampler
+        if module.is_last_epoch() and sampler.plan.stage(sampler.progress) != sampler.plan.stage(1):
+            print("--stages: THE LAST STAGE WAS NOT REACHED; resume, or give more --max_minutes")
+        sampler.progress = progress  # of the next epoch
+        if due:
             self.save_checkpoint(trainer)
 
     def save_checkpoint(self, trainer: pl.Trainer) -> None:
@@ -340,7 +357,8 @@ class BatchNormReestimation(pl.Callback):
         """Images (N, 3, H, W) as the network gets them in training."""
         loader = trainer.train_dataloader
         count = 128 if module.is_last_epoch() else 32
-        order = np.random.default_rng(self.seed).permutation(len(loader.dataset))
+        pool = loader.sampler.plan.pool(loader.sampler.progress)
+        order = np.random.default_rng(self.seed).permutation(pool)
         chosen = order[:count].tolist()
         batches = -(-len(chosen) * trainer.accumulate_grad_batches // 32)
         for indices in np.array_split(chosen, max(1, min(len(chosen) // 2, batches))):

@@ -56,6 +56,7 @@ def resolve(
     """
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
+    check_sampling(config, collection, fold)
     precision = resolve_precision(config.precision, device, training=True)
     if config.presence and classes.exclusive:
         problem = "its head tells which masks are empty; these classes share all pixels of an image"
@@ -93,6 +94,21 @@ def resolve(
     free = config.height == 0, config.width == 0
     scales = [scale for _, scale in resolutions]
     return try_network(resolved, model_config, samples[samples.fold != fold], free, scales)
+
+
+def check_sampling(config: Any, collection: Collection, fold: int) -> None:
+    """Say where --positives changes nothing. Raises UserError for what cannot be sampled."""
+    if "," in config.stages and (not config.extra or config.epochs == 1):
+        problem = "there is one epoch" if config.extra else "there are no extras"
+        remedy = "give --epochs 2 or more" if config.extra else "name some with --extra"
+        raise UserError(f"--stages {config.stages}", problem, f"{remedy}, or take mixed")
+    if config.positives and collection.classes.exclusive:
+        problem, remedy = "each image has some of the classes", "take --class_weights inverse"
+        raise UserError(f"--positives {config.positives}", problem, remedy)
+    filled = collection.samples.share[collection.samples.fold != fold] > 0
+    if config.positives and filled.nunique() == 1:
+        which = "all images have" if filled.all() else "no image has"
+        print(f"--positives: changes nothing, {which} foreground", flush=True)
 
 
 def resolve_input(
@@ -259,7 +275,8 @@ def class_weights(table: pd.DataFrame, fold: int, kind: str) -> torch.Tensor | N
     """
     if kind == "none":
         return None
-    share = np.array(table.shares[table.fold != fold].tolist()).mean(0)
+    own = table[(table.fold != fold) & (table.fold >= 0)]  # extras lack their uncertain pixels
+    share = np.array(own.shares.tolist()).mean(0)
     weight = np.where(share > 0, 1 / np.maximum(share, 1e-3), 0)
     mean = (weight * share).sum() / share.sum()
     return torch.tensor(weight / mean, dtype=torch.float32)

@@ -22,7 +22,7 @@ except ImportError:  # Windows: folders are not locked
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
     "devices", "workers", "resume", "tta", "check", "classes", "empty_score", "metric",
-    "min_pixels", "show", "compare", "config", "cache",
+    "min_pixels", "show", "compare", "config", "cache", "extra",
 }  # fmt: skip
 
 # The weights follow from these definitions, and from all that they reach.
@@ -39,6 +39,7 @@ WEIGHTS_FOLLOW_FROM = (
     f"{CALLBACKS}: Clock",
     f"{CALLBACKS}: find_lr",
     f"{CALLBACKS}: TrainingCallback.on_train_batch_start",
+    f"{CALLBACKS}: TrainingCallback.epoch_progress",
     f"{CALLBACKS}: BatchNormReestimation",
     "kit/network/model.py: build_network",
     "kit/network/encoders.py: normalisation",
