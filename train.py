@@ -64,6 +64,7 @@ class Config:
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch
     loss: str = "bce=1,dice=1"  # terms with their weights; there are also focal, lovasz, tversky
     stages: Literal["mixed", "extra,own", "mixed,own"] = "mixed"  # each trains as long as the other
+    presence: float = 0  # [0..1000] weight of a head that tells which masks are empty; 0: no head
     positives: float = 0  # [0..1] share of items with foreground at first, later theirs; 0: theirs
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
@@ -223,14 +224,15 @@ def make_loaders(
 # --- Model ----------------------------------------------------------------------------------------
 
 
-def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
-    """The terms of --loss: BCE, of exclusive classes cross-entropy, Dice and what `losses` has.
+def loss(output: Any, mask: Tensor, config: Config, weights: Tensor | None = None) -> Tensor:
+    """BCE (of exclusive classes cross-entropy), Dice, what `losses` has: the sum of --loss.
 
-    `logits` (N, K, H, W); `mask` (N, K, H, W) float32 of 0, 1 and 255 (ignored), with --soft of
-    shares too, of exclusive classes (N, 1, H, W) of their numbers and 255; `weights` (K,): of the
-    classes, or None. Returns a float32 scalar. Dice (Milletari et al., 3DV 2016) and Tversky, where
-    misses weigh more (Salehi et al., 2017): over the batch, the means over classes that occur.
+    `output`: logits (N, K, H, W), with --presence and (N, K) of its head; `mask` (N, K, H, W)
+    float32 of 0, 1 and 255 (ignored), with --soft of shares too, of exclusive classes (N, 1, H, W)
+    of their numbers and 255; `weights` (K,): of the classes, or None. Returns a float32 scalar.
+    Dice (Milletari et al., 3DV 2016): over the batch, the mean over the classes that occur.
     """
+    logits, presence = output if config.presence else (output, None)
     logits = logits.float()  # Dice overflows in 16 bits
     counted, each = (mask != IGNORE).float(), (0, 2, 3)
     target = (images.decode_shares(mask) if config.soft else mask) * counted
@@ -242,15 +244,13 @@ def loss(logits: Tensor, mask: Tensor, config: Config, weights: Tensor | None = 
         pixels = (pixels if weights is None else pixels * weights).mean()
         p = logits.sigmoid() * counted
         hits, size = (p * target).sum(each), target.sum(each)
-    found, occurs = p.sum(each), size > 0
-    dice = 1 - (2 * hits + 1) / (found + size + 1)
-    tversky = 1 - (hits + 1) / (hits + 0.3 * (found - hits) + 0.7 * (size - hits) + 1)
-    terms = {"bce": pixels, "dice": losses.mean_over(dice, occurs)}
-    terms["tversky"] = losses.mean_over(tversky, occurs)
+    dice = 1 - (2 * hits + 1) / (p.sum(each) + size + 1)
+    terms = {"bce": pixels, "dice": losses.mean_over(dice, size > 0)}
     chosen = losses.parse(config.loss, config.soft)
     for name in chosen.keys() & losses.FURTHER.keys():
         terms[name] = losses.FURTHER[name](logits, target, counted, weights)
-    return sum(weight * terms[name] for name, weight in chosen.items())
+    value = sum(weight * terms[name] for name, weight in chosen.items())
+    return value + losses.presence(presence, target, config.presence) if config.presence else value
 
 
 def schedule(progress: float) -> float:
@@ -329,10 +329,10 @@ class SegmentationModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         image, mask = self.resized(batch)
-        logits, config = self.ema(image), self.current_config()
-        value = loss(logits, mask, self.config, self.class_weights)
-        self.log("val_loss", value, batch_size=len(logits), sync_dist=True)
-        probabilities = predict.to_probabilities(logits, config)
+        output, config = self.ema(image), self.current_config()
+        value = loss(output, mask, self.config, self.class_weights)
+        self.log("val_loss", value, batch_size=len(image), sync_dist=True)
+        probabilities = predict.to_probabilities(output, config)
         for planes, target in zip(probabilities, batch["ground_truth"], strict=True):
             restored = images.restore(planes, target.shape[-2:], config)
             target = torch.as_tensor(target).to(self.device)

@@ -20,7 +20,9 @@ from kit.data import extras
 from kit.data.classes import mask_folders, palette
 from kit.data.rasters import Layer
 from kit.errors import UserError
-from kit.training import callbacks, loaders, losses
+from kit.network import model
+from kit.results import predict
+from kit.training import callbacks, loaders, losses, resolve
 
 IGNORE = 255
 
@@ -126,7 +128,7 @@ def test_terms_of_shares_are_smallest_at_the_share():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("bce=1,hinge=2", ["'hinge'", "bce, dice, tversky, focal, lovasz"]),
+        ("bce=1,hinge=2", ["'hinge'", "bce, dice, focal, lovasz, tversky"]),
         ("bce=-1", ["bce cannot weigh -1"]),
         ("bce=1,dice=inf", ["dice cannot weigh inf"]),
         ("bce=0,dice=0", ["no term has a weight above 0"]),
@@ -306,7 +308,7 @@ def test_where_positives_change_nothing_it_is_said(tmp_path, capsys):
 def test_positives_of_exclusive_classes_are_refused(tmp_path):
     write_pairs(tmp_path, 0)
     (tmp_path / "classes.csv").write_text("id,name\n0,sky\n255,road\n")
-    with pytest.raises(UserError, match="take --class_weights inverse"):
+    with pytest.raises(UserError, match="each has some of the classes"):
         configure(tmp_path, positives=0.5, classes="sky,road")
 
 
@@ -547,3 +549,64 @@ def test_pseudo_labels_train_and_never_validate(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "images that validate in fold 1" in line
     assert line.endswith("for --fold all into {DIR}/fold1")
+
+
+# --------------------------------------------------------------------------------------------------
+#  --presence
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_head_for_presence_decides_how_probable_a_pixel_can_be():
+    two = {"class_names": ("a", "b"), "class_values": ("1", "2")}
+    planes = plane_settings(Classes(("a", "b"), ("1", "2")))
+    config = ModelConfig(encoder="resnet18", presence=0.5, precision="32", **two, **planes)
+    network = model.build_network(config).eval()
+    with torch.no_grad():
+        logits, presence = network(torch.rand(1, 3, 64, 64))
+    assert (logits.shape, presence.shape) == ((1, 2, 64, 64), (1, 2))
+    sure = torch.tensor([[20.0, -20.0]])
+    probabilities = predict.to_probabilities((logits, sure), config)
+    alone = predict.to_probabilities(logits, dataclasses.replace(config, presence=0.0))
+    assert torch.allclose(probabilities[:, 0], alone[:, 0])
+    assert probabilities[:, 1].max() < 1e-6
+    assert "a head for presence" in config.describe()
+
+
+def test_the_loss_of_presence_knows_which_classes_an_image_has():
+    logits, mask = problem("planes")
+    mask[0, 1, 4:] = 0  # the first image lacks the second class; what is ignored does not count
+    config = train.Config(presence=2.0)
+    there = torch.tensor([[1.0, 0, 1], [1, 1, 1]])
+    right, wrong = 20 * (2 * there - 1), 20 * (1 - 2 * there)
+    alone = train.loss(logits, mask, train.Config())
+    assert torch.allclose(train.loss((logits, right), mask, config), alone)
+    assert train.loss((logits, wrong), mask, config) > alone + 39
+
+
+def test_a_training_with_presence_predicts_and_resumes(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        image = rng.integers(0, 60, (32, 32, 3)).astype(np.uint8)
+        mask = np.zeros((32, 32), np.uint8)
+        if number % 3:
+            mask[8:20, 8:20] = 255
+            image[8:20, 8:20] += 180
+        for folder, pixels in (("images", image), ("masks", mask)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "data" / folder / f"{number}.png")
+    flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--presence", 0.5, *TINY)
+    flags = (*flags, "--height", 32, "--width", 32)
+    assert "a head for presence" in succeed("train.py", *flags, "--epochs", 1)
+    assert "resume: from" in succeed("train.py", *flags, "--epochs", 2)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["presence"] == 0.5
+    predicted = ("--model", tmp_path / "out", "--data", tmp_path / "data/images")
+    succeed("infer.py", *predicted, "--out", tmp_path / "predictions")
+    assert len(list((tmp_path / "predictions/masks").glob("*.png"))) == 12
+
+
+def test_presence_of_classes_that_share_all_pixels_is_refused():
+    labels = Classes(("a", "b"), ("0", "1"), exclusive=True)
+    collection = SimpleNamespace(classes=labels, samples=pd.DataFrame({"fold": [0, 1]}))
+    with pytest.raises(UserError, match="--presence 1.0.*leave it out"):
+        resolve.check_moves(train.Config(presence=1.0), collection, 0)

@@ -25,7 +25,7 @@ def parse(text: str, soft: bool = False) -> dict[str, float]:
 
     `soft`: pixels have shares.
     """
-    where, names = f"--loss {text}", ("bce", "dice", "tversky", *FURTHER)
+    where, names = f"--loss {text}", ("bce", "dice", *FURTHER)
     remedy = f"name terms with weights, such as bce=1,dice=1; there are {', '.join(names)}"
     weights: dict[str, float] = {}
     for part in text.split(","):
@@ -102,6 +102,23 @@ def lovasz(logits: Tensor, target: Tensor, counted: Tensor, _: Tensor | None) ->
     return torch.stack([hinge(*plane) for plane in planes]).mean()
 
 
+def tversky(logits: Tensor, target: Tensor, counted: Tensor, _: Tensor | None) -> Tensor:
+    """Salehi et al., 2017: Dice with misses of weight 0.7 and false alarms of 0.3."""
+    each = (0, 2, 3)
+    if target.shape[1] < logits.shape[1]:
+        _, p, hits, size = label_terms(logits, target, counted, None)
+    else:
+        p = logits.sigmoid() * counted
+        hits, size = (p * target).sum(each), target.sum(each)
+    score = (hits + 1) / (hits + 0.3 * (p.sum(each) - hits) + 0.7 * (size - hits) + 1)
+    return mean_over(1 - score, size > 0)
+
+
+def presence(logits: Tensor, target: Tensor, weight: float) -> Tensor:
+    """The weighted BCE of a head's logits (N, K) for the classes that an image has."""
+    return weight * F.binary_cross_entropy_with_logits(logits.float(), target.flatten(2).amax(2))
+
+
 # {name: f(logits, target, counted, weights)}: (N, K, H, W) float32; the target of exclusive classes
 # (N, 1, H, W), 0 where it is ignored; 1 where a pixel counts, else 0; of the classes (K,), or None
-FURTHER = {"focal": focal, "lovasz": lovasz}
+FURTHER = {"focal": focal, "lovasz": lovasz, "tversky": tversky}

@@ -56,11 +56,8 @@ def resolve(
     """
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
     device, count = best_device(), int((collection.samples.fold != fold).sum())
-    check_sampling(config, collection, fold)
+    check_moves(config, collection, fold)
     precision = resolve_precision(config.precision, device, training=True)
-    if config.presence and classes.exclusive:
-        problem = "its head tells which masks are empty; these classes share all pixels of an image"
-        raise UserError("--presence", problem, "leave it out")
     if config.init:
         config = replace(config, encoder_weights=weights_file(config.init))
     pretrained = config.encoder_weights != "none"
@@ -96,15 +93,16 @@ def resolve(
     return try_network(resolved, model_config, samples[samples.fold != fold], free, scales)
 
 
-def check_sampling(config: Any, collection: Collection, fold: int) -> None:
-    """Say where --positives changes nothing. Raises UserError for what cannot be sampled."""
+def check_moves(config: Any, collection: Collection, fold: int) -> None:
+    """Say where --positives changes nothing. Raises UserError for what the data does not allow."""
     if "," in config.stages and (not config.extra or config.epochs == 1):
         problem = "there is one epoch" if config.extra else "there are no extras"
         remedy = "give --epochs 2 or more" if config.extra else "name some with --extra"
         raise UserError(f"--stages {config.stages}", problem, f"{remedy}, or take mixed")
-    if config.positives and collection.classes.exclusive:
-        problem, remedy = "each image has some of the classes", "take --class_weights inverse"
-        raise UserError(f"--positives {config.positives}", problem, remedy)
+    for name in ("positives", "presence"):
+        if getattr(config, name) and collection.classes.exclusive:
+            problem, remedy = "no image is empty, each has some of the classes", "leave it out"
+            raise UserError(f"--{name} {getattr(config, name)}", problem, remedy)
     filled = collection.samples.share[collection.samples.fold != fold] > 0
     if config.positives and filled.nunique() == 1:
         which = "all images have" if filled.all() else "no image has"
