@@ -382,7 +382,7 @@ def infer(options: Options) -> Path:
     results = gather(plan, predict_and_write(plan, share, submission))
     if results and options.save_probs:
         done = whole[~whole.id.isin([name for name, _ in results.failed])]
-        extras.write_list(plan.out / "probs", done, plan.config, [m.seen for m in plan.models])
+        extras.write_list(plan.out, done, plan.config, [m.seen for m in plan.models])
     if results:
         volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(whole), time.monotonic() - started, submission)

@@ -340,7 +340,7 @@ def test_new_defaults_change_no_prediction(trained, roads, tmp_path):
     for kit, out in ((KIT, "before"), (tmp_path, "after")):
         succeed("infer.py", *flags, "--out", tmp_path / out, kit=kit)
     before, after = (read_files(tmp_path / out) for out in ("before", "after"))
-    assert len(before) == 3 * 3
+    assert len(before) == 3 * 3 + 1, "of each image, and probs.json"
     assert before == after
 
 

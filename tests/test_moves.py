@@ -391,7 +391,7 @@ def predicted(folder, classes=ONE, names=("a", "b"), seen=(("0" * 8,),), **setti
         **plane_settings(classes),
     )  # fmt: skip
     config = dataclasses.replace(config, **settings)
-    extras.write_list(folder / "probs", pd.DataFrame(rows), config, seen)
+    extras.write_list(folder, pd.DataFrame(rows), config, seen)
     return levels
 
 
@@ -477,17 +477,17 @@ def test_images_that_the_data_has_are_left_out(tmp_path, capsys):
 
 
 def several(folder):
-    content = json.loads((folder / "probs" / "images.json").read_text())
+    content = json.loads((folder / "probs.json").read_text())
     content["images"]["a"] = ""
-    (folder / "probs" / "images.json").write_text(json.dumps(content))
+    (folder / "probs.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (lambda p: shutil.rmtree(p / "images"), "2 of 2 images are gone: .*a.png.*; predict again"),
-        (lambda p: shutil.rmtree(p / "probs"), "has no probs/images.json"),
-        (lambda p: (p / "probs" / "images.json").write_text("{}"), "has no probs/images.json"),
+        (lambda p: (p / "probs.json").unlink(), "has no probs.json"),
+        (lambda p: (p / "probs.json").write_text("{}"), "has no probs.json"),
         (lambda p: (p / "probs" / "b.png").unlink(), "b.png is missing; predict again"),
         (lambda p: predicted(p, Classes(("x", "y"), ("1", "2"))), r"classes that may overlap \(x"),
         (lambda p: predicted(p, names=()), "0 of 0 images are gone"),
@@ -527,7 +527,7 @@ def test_pseudo_labels_train_and_never_validate(tmp_path):
     succeed("train.py", *flags, "--epochs", 4, "--out", first)
     command = ("--model", first, "--data", more, "--out", pseudo, "--save_probs", "true")
     succeed("infer.py", *command)
-    content = json.loads((pseudo / "probs" / "images.json").read_text())
+    content = json.loads((pseudo / "probs.json").read_text())
     assert content["images"] == {path.stem: str(path) for path in sorted(more.iterdir())}
     assert len(content["seen"]) == len(torch.load(first / "model.pt", weights_only=True)["seen"])
     moves = ("--epochs", 2, "--extra", pseudo, "--stages", "mixed,own", "--positives", 0.9)

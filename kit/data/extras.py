@@ -28,7 +28,7 @@ from kit.data.samples import complete, scan
 from kit.errors import UserError, first_five, reason_of
 from kit.files import write_file
 
-LIST = "images.json"  # below probs/: what was predicted, and by what
+LIST = "probs.json"  # next to probs/: what was predicted, and by what
 CONFIDENT = 0.9  # a pixel is labelled from this probability on, at temperature 1
 AGAIN = "predict again with infer.py --save_probs true"
 FOLD = -1  # of extras
@@ -39,7 +39,7 @@ FOLD = -1  # of extras
 
 
 def write_list(
-    probs: Path, samples: pd.DataFrame, config: ModelConfig, seen: Iterable[Iterable[str]]
+    out: Path, samples: pd.DataFrame, config: ModelConfig, seen: Iterable[Iterable[str]]
 ) -> None:
     """Write the list of predicted images; `seen`: by each model, see `seen_images`."""
     images = {}
@@ -54,7 +54,7 @@ def write_list(
         "seen": sorted(set().union(*seen)) if all(seen) else None,  # of old models none knows
         "images": images,
     }
-    write_file(probs / LIST, json.dumps(content, indent=1))
+    write_file(out / LIST, json.dumps(content, indent=1))
 
 
 def image_digests(samples: pd.DataFrame) -> dict[str, str]:
@@ -133,11 +133,11 @@ def read_list(extra: str, fold: Any) -> dict[str, Any]:
     own = Path(extra) / f"fold{fold}"
     place = own if own.is_dir() else Path(extra)
     try:
-        content = json.loads((place / "probs" / LIST).read_text(encoding="utf-8"))
+        content = json.loads((place / LIST).read_text(encoding="utf-8"))
         content["classes"] = Classes(*map(tuple, content["classes"][:2]), content["classes"][2])
         assert {"seen", "images", "temperature", "thresholds"} <= {*content}
     except (OSError, ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
-        problem = f"has no probs/{LIST} ({reason_of(error)})"
+        problem = f"has no {LIST} ({reason_of(error)})"
         raise UserError(f"--extra {place}", problem, AGAIN) from None
     return content | {"place": place}
 
