@@ -45,6 +45,67 @@ def test_a_difference_is_told_from_chance(tmp_path, capsys):
     assert "no difference" in capsys.readouterr().out
 
 
+def seed_noise(count, images=60, chance=0.01, seed=0):
+    """Dice of so many trainings that differ in the seed alone: a shift of each, and of each image."""
+    rng = np.random.default_rng(seed)
+    dice = rng.uniform(0.6, 0.9, images)
+    return [dice + rng.normal(0, chance) + rng.normal(0, 0.01, images) for _ in range(count)]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_never_better_or_worse(tmp_path):
+    for pair, dice in enumerate(zip(*[iter(seed_noise(40))] * 2, strict=True)):
+        folder = tmp_path / str(pair)
+        tops = {"why": {"top": "down to the highest mask"}}  # of another split
+        for seed, values in enumerate(dice):
+            write_run(folder / f"seed{seed}", values, seed=seed, top=0.4 + seed / 10, **tops)
+        table = runs.compare([str(folder / "*")], str(tmp_path / "table"))
+        told = table["to the best"].tolist()
+        assert told[0] == "best"
+        assert told[1].startswith("other seed (-")
+    write_run(tmp_path / "again", dice[1], seed=1, top=0.5, **tops)
+    again = [str(tmp_path / "19" / "seed1"), str(tmp_path / "again")]
+    table = runs.compare(again, str(tmp_path / "table"))
+    assert table["to the best"][1] == "same settings (+0.00 ± 0.00)"
+
+
+def test_the_chance_of_a_training_is_part_of_each_difference(tmp_path, capsys):
+    gain = 0.015
+    for seed, values in enumerate(seed_noise(8, seed=1)):
+        kind = "ab"[seed % 2]  # b is as good as a, c is worse
+        write_run(tmp_path / f"{kind}{seed}", values, seed=seed, augment="ab".index(kind))
+        write_run(tmp_path / f"c{seed}", values - 5 * gain, seed=seed, augment=2)
+    table = runs.compare([str(tmp_path / "??")], str(tmp_path / "table"))
+    best = table.run[0][-2]
+    alike = table[table.run.str.contains(rf"/[ab]\d$")]["to the best"][1:]
+    own = table.run[alike.index].str[-2] == best
+    assert alike[own].str.startswith("other seed").all()
+    assert alike[~own].str.startswith("no difference").all()
+    worse = table[table.run.str.contains(r"/c\d$")]["to the best"]
+    assert worse.str.match(r"-\d").all()
+    assert "from 13 repetitions with another seed" in capsys.readouterr().out
+    chance, freedom = runs.training_chance(
+        [runs.read_run(path) for path in sorted(tmp_path.glob("[ab]?"))], "Dice"
+    )
+    assert freedom == 6
+    assert 0.7 < chance < 3  # drawn with one point, of eight runs
+    pair = [str(tmp_path / "a0"), str(tmp_path / "c0")]
+    runs.compare(pair, str(tmp_path / "pair"))
+    assert "one seed each: repeat the best with --seed 1" in capsys.readouterr().out
+
+
+def test_few_repetitions_and_many_runs_make_the_chance_larger(tmp_path):
+    for seed, shift in enumerate((0.0, 0.02)):
+        write_run(tmp_path / f"a{seed}", np.linspace(0.6, 0.9, 30) + shift, seed=seed)
+        write_run(tmp_path / f"b{seed}", np.linspace(0.6, 0.9, 30) + shift, seed=seed, lr=1)
+    read = [runs.read_run(path) for path in sorted(tmp_path.glob("??"))]
+    spread = 2 / 2**0.5
+    chance, freedom = runs.training_chance(read[:2], "Dice")
+    assert (freedom, chance > 6 * spread) == (1, True)
+    chance, freedom = runs.training_chance(read, "Dice")
+    assert (freedom, 3 * spread < chance < 5 * spread) == (2, True)
+    assert runs.training_chance([read[0], read[0], read[2]], "Dice") == (0.0, 0)  # the same seed
+
+
 def test_runs_on_other_images_or_masks_are_marked_and_not_compared(tmp_path):
     write_run(tmp_path / "a", [0.9, 0.8, 0.85])
     write_run(tmp_path / "b", [0.9, 0.8])

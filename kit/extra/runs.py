@@ -3,17 +3,20 @@
     python train.py --compare out1 out2 "tries/*"
 
 `scores.csv` of a run holds the pixels of each validation image, so that two runs on the same images
-are compared image by image.
+are compared image by image. That tells the chance of the images; the chance of a training, another
+for each seed, is measured where runs differ in nothing but the seed, and added.
 """
 
 import glob
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.stats import studentized_range
 
 from kit.errors import UserError
 from kit.files import writable_folder, write_file
@@ -22,7 +25,9 @@ from kit.files import writable_folder, write_file
 NOT_COMPARED = {
     "data", "out", "compare", "masks", "resume", "check", "workers", "devices", "precision",
     "thresholds", "areas", "mean", "std", "class_names", "class_values", "value_range", "metric",
+    "config", "session_minutes", "cache", "show", "why",
 }  # fmt: skip
+FOLLOW_FROM_SPLIT = {"top", "batch_size"}  # where they were automatic: another seed, another split
 SURE = 2  # standard errors
 METRICS = {"dice": "Dice", "iou": "IoU", "miou": "IoU", "maxf": "F1"}
 
@@ -78,11 +83,18 @@ def standard_error(values: pd.Series) -> float:
 def differing(runs: list[Run]) -> list[str]:
     """The settings whose values are not the same in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
+    automatic = FOLLOW_FROM_SPLIT.intersection(*(run.settings.get("why", {}) for run in runs))
     return [
         name
         for name in names
-        if name not in NOT_COMPARED and len({str(run.settings.get(name)) for run in runs}) > 1
+        if name not in NOT_COMPARED | automatic
+        and len({str(run.settings.get(name)) for run in runs}) > 1
     ]
+
+
+def same_settings(run: Run, other: Run) -> bool:
+    """Whether two runs differ in nothing but the seed."""
+    return set(differing([run, other])) <= {"seed"}
 
 
 def same_images(run: Run, other: Run) -> bool:
@@ -93,35 +105,78 @@ def same_images(run: Run, other: Run) -> bool:
     return bool((own == others).all())
 
 
-def table_of(runs: list[Run], notes: dict[str, Any]) -> pd.DataFrame:
-    """One row for each run, the best first. `notes`: {run: its score on the leaderboard}."""
-    chosen = runs[0].settings.get("metric", "dice")
-    metric = METRICS.get(chosen, "Dice")
-    values = [image_values(run.pixels, metric) for run in runs]
-    order = sorted(range(len(runs)), key=lambda index: -values[index].mean())
-    best, best_values = runs[order[0]], values[order[0]]
-    rows = []
-    for index in order:
-        run, value = runs[index], values[index]
+def training_chance(runs: list[Run], metric: str) -> tuple[float, int]:
+    """The standard deviation of a run's mean score over seeds, and its degrees of freedom.
+
+    Pooled over the groups of runs on the same images that differ in nothing but the seed; without
+    any 0 and 0. Few degrees of freedom make it larger, and many runs, of which the best was lucky:
+    by Tukey's studentized range, for two runs Student's t.
+    """
+    groups: dict[int, dict[Any, float]] = {}  # {first run: {seed: mean score}}
+    for run in runs:
+        alike = (i for i, r in enumerate(runs) if same_settings(run, r) and same_images(run, r))
+        means = groups.setdefault(next(alike), {})
+        means.setdefault(run.settings.get("seed"), image_values(run.pixels, metric).mean())
+    freedom = sum(len(means) - 1 for means in groups.values())
+    squares = sum(len(means) * np.var(list(means.values())) for means in groups.values())
+    if not freedom:
+        return 0.0, 0
+    sure = studentized_range.ppf(0.954, len(runs), freedom) / math.sqrt(2)
+    return math.sqrt(squares / freedom) * float(sure) / SURE, freedom
+
+
+def metric_of(runs: list[Run]) -> str:
+    """The score of the table: the first run's metric."""
+    return METRICS.get(runs[0].settings.get("metric", "dice"), "Dice")
+
+
+def table_of(runs: list[Run], notes: dict[str, Any], chance: float = 0.0) -> pd.DataFrame:
+    """One row for each run, the best first.
+
+    `notes`: {run: its score on the leaderboard}; `chance`: see `training_chance`.
+    """
+    metric, rows = metric_of(runs), []
+    values = {run.name: image_values(run.pixels, metric) for run in runs}
+    ordered = sorted(runs, key=lambda run: -values[run.name].mean())
+    for run in ordered:
+        value = values[run.name]
         row = {"run": run.name} | {name: run.settings.get(name) for name in differing(runs)}
         row |= {"epochs": run.epochs, "minutes": round(run.minutes, 1), "images": len(value)}
         row |= {metric: round(value.mean(), 2), "error": round(standard_error(value), 2)}
-        row["to the best"] = describe_difference(value, best_values, same_images(run, best))
+        row["to the best"] = describe_difference(run, ordered[0], values, chance)
         rows.append(row | {"leaderboard": notes.get(run.name, "")})
     return pd.DataFrame(rows)
 
 
-def describe_difference(values: pd.Series, best: pd.Series, comparable: bool) -> str:
-    """The mean difference with its standard error, or why there is none."""
-    if values is best:
+def describe_difference(run: Run, best: Run, values: dict[str, pd.Series], chance: float) -> str:
+    """The mean difference with its standard error, or why it tells nothing.
+
+    `values`: of each run by name, see `image_values`. The error is that over the images, and
+    `chance`, see `training_chance`, of both runs.
+    """
+    if run is best:
         return "best"
-    if not comparable:
+    if not same_images(run, best):
         return "other images"
-    difference = values - best.loc[values.index]
-    error = standard_error(difference)
+    difference = values[run.name] - values[best.name].loc[values[run.name].index]
+    error = math.hypot(standard_error(difference), math.sqrt(2) * chance)
+    text = f"{difference.mean():+.2f} ± {error:.2f}"
+    if same_settings(run, best):
+        same_seed = run.settings.get("seed") == best.settings.get("seed")
+        return f"{'same settings' if same_seed else 'other seed'} ({text})"
     if not abs(difference.mean()) > SURE * error:  # also of one image
-        return f"no difference ({difference.mean():+.2f} ± {error:.2f})"
-    return f"{difference.mean():+.2f} ± {error:.2f}"
+        return f"no difference ({text})"
+    return text
+
+
+def describe_chance(chance: float, freedom: int, table: pd.DataFrame) -> str:
+    """How far the differences can be trusted, in a line; "" where there is none to trust."""
+    if freedom:
+        seeds = f"{freedom} repetition{'s' if freedom > 1 else ''} with another seed"
+        return f"chance of a training: ± {chance:.2f}, from {seeds}, is part of each difference"
+    told = table["to the best"].str.match(r"[-+]").any()
+    again = "repeat the best with --seed 1 (and --fold all: on the same images)"
+    return f"one seed each: {again} to tell a gain from chance" if told else ""
 
 
 def read_notes(path: Path, runs: list[Run]) -> dict[str, Any]:
@@ -164,9 +219,13 @@ def compare(patterns: list[str], out: str) -> pd.DataFrame:
     if len(runs) < 2:
         raise UserError("--compare", f"{len(runs)} runs", "name two folders or more")
     folder = writable_folder(out)
-    table = table_of(runs, read_notes(folder / "notes.csv", runs))
+    chance, freedom = training_chance(runs, metric_of(runs))
+    table = table_of(runs, read_notes(folder / "notes.csv", runs), chance)
     write_file(folder / "runs.csv", table.to_csv(index=False))
     write_file(folder / "runs.png", lambda path: draw(table, path))
     print(table.to_string(index=False))
+    note = describe_chance(chance, freedom, table)
+    if note:
+        print(note)
     print(f"wrote {folder / 'runs.csv'} and {folder / 'runs.png'}; leaderboard: notes.csv there")
     return table
