@@ -46,7 +46,7 @@ def test_a_difference_is_told_from_chance(tmp_path, capsys):
 
 
 def seed_noise(count, images=60, chance=0.01, seed=0):
-    """Dice of so many trainings that differ in the seed alone: a shift of each, and of each image."""
+    """Dice of so many trainings that differ in the seed alone: chance of each, and of each image."""
     rng = np.random.default_rng(seed)
     dice = rng.uniform(0.6, 0.9, images)
     return [dice + rng.normal(0, chance) + rng.normal(0, 0.01, images) for _ in range(count)]
@@ -76,7 +76,7 @@ def test_the_chance_of_a_training_is_part_of_each_difference(tmp_path, capsys):
         write_run(tmp_path / f"c{seed}", values - 5 * gain, seed=seed, augment=2)
     table = runs.compare([str(tmp_path / "??")], str(tmp_path / "table"))
     best = table.run[0][-2]
-    alike = table[table.run.str.contains(rf"/[ab]\d$")]["to the best"][1:]
+    alike = table[table.run.str.contains(r"/[ab]\d$")]["to the best"][1:]
     own = table.run[alike.index].str[-2] == best
     assert alike[own].str.startswith("other seed").all()
     assert alike[~own].str.startswith("no difference").all()
