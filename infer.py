@@ -73,7 +73,7 @@ from tqdm import tqdm
 from kit.config import IGNORE, ModelConfig
 from kit.data import extras, kitti, volumes
 from kit.data.blocks import is_part
-from kit.data.classes import mask_files, mask_folders, write_mask
+from kit.data.classes import mask_files, mask_folders, write_mask, write_probabilities
 from kit.data.images import each_plane, shown_channels, to_picture, write_image
 from kit.data.names import MARKER, list_files
 from kit.data.samples import find_samples
@@ -221,8 +221,9 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     options = plan.options
     chosen = {"masks": True, "comparisons": options.comparisons, "bev": options.bev}
     chosen["probs"] = options.save_probs
-    folders = [plan.out / "masks" / name for name in mask_folders(plan.config.classes)]
-    folders += [plan.out / name for name, is_chosen in chosen.items() if is_chosen]
+    folders = [plan.out / name for name, is_chosen in chosen.items() if is_chosen]
+    kinds = [folder for folder in folders if folder.name in ("masks", "probs")]
+    folders += [kind / name for kind in kinds for name in mask_folders(plan.config.classes)]
     files = [*samples.image, *(mask.path for mask in samples["mask"].dropna())]
     sources = {path.resolve().parent for path in files}
     near = sources | {path.parent for path in sources}  # masks/ there would be read as ground truth
@@ -253,10 +254,8 @@ def write_outputs(
     for folder, values in mask_files(mask, classes).items() if tags else ():
         tiles = (tile for *_, tile in pack_tiles(values))
         write_tiff(out / "masks" / folder / f"{sample.id}.tif", tiles, values.shape, tags)
-    probabilities = prediction[1:] if classes.exclusive else prediction  # of the most probable
-    for folder, plane in zip(mask_folders(classes), probabilities, strict=True):
-        if options.save_probs:
-            write_image(writable_folder(out / "probs" / folder) / f"{sample.id}.png", plane)
+    if options.save_probs:
+        write_probabilities(out / "probs", sample.id, prediction, classes)
     if options.comparisons:
         path = out / "comparisons" / f"{sample.id}.jpg"
         picture = to_picture(image, plan.config)

@@ -46,7 +46,7 @@ def test_a_difference_is_told_from_chance(tmp_path, capsys):
 
 
 def seed_noise(count, images=60, chance=0.01, seed=0):
-    """Dice of so many trainings that differ in the seed alone: chance of each, and of each image."""
+    """Dice of so many trainings that differ in the seed alone: chance of each and its images."""
     rng = np.random.default_rng(seed)
     dice = rng.uniform(0.6, 0.9, images)
     return [dice + rng.normal(0, chance) + rng.normal(0, 0.01, images) for _ in range(count)]

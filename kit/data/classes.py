@@ -436,6 +436,16 @@ def write_mask(folder: Path, name: str, mask: np.ndarray, classes: Classes) -> N
             write_image(folder / place / f"{name}.png", values)
 
 
+def write_probabilities(folder: Path, name: str, prediction: np.ndarray, classes: Classes) -> None:
+    """Write a prediction, see `predict.to_prediction`, below a folder whose `mask_folders` exist.
+
+    As 8-bit probabilities, of exclusive classes that of the most probable one.
+    """
+    planes = prediction[1:] if classes.exclusive else prediction
+    for place, plane in zip(mask_folders(classes), planes, strict=True):
+        write_image(folder / place / f"{name}.png", plane)
+
+
 def mask_files(mask: np.ndarray, classes: Classes) -> dict[str, np.ndarray]:
     """{folder: values (h, w) uint8} of the files of planes (K, h, w) or of a label map (h, w).
 

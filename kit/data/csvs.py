@@ -295,7 +295,7 @@ def csv_of_masks(
 
 def holds_masks(path: Path) -> bool:
     """Whether a csv that nobody named is one of masks; one that cannot be read is none."""
-    if "submission" in path.name.lower():
+    if "submission" in path.name.lower() or path.name == "oof.csv":  # predictions
         return False
     try:
         header, *rows = [fields for _, fields in itertools.islice(read_rows(path, "replace"), HEAD)]

@@ -1,5 +1,7 @@
 """The end of a training: the validation images predicted; scores, pictures, model.pt."""
 
+import contextlib
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,12 +11,22 @@ import numpy as np
 import pandas as pd
 
 from kit.config import ModelConfig
+from kit.data.blocks import is_part
+from kit.data.classes import mask_folders, write_probabilities
 from kit.data.images import write_image
-from kit.files import write_file
+from kit.data.names import MARKER
+from kit.data.readers import in_parallel
+from kit.files import writable_folder, write_file
 from kit.network.model import TrainedModel, best_device, load_model, save_model
 from kit.results import visualize
 from kit.results.metrics import Evaluation
-from kit.results.predict import describe_masks, postprocess
+from kit.results.predict import (
+    describe_masks,
+    enlarge_prediction,
+    ensemble_config,
+    postprocess,
+)
+from kit.results.submissions import RleSubmission
 from kit.results.tuning import (
     TRIED_ON,
     Goal,
@@ -45,7 +57,9 @@ def evaluate_and_export(
     predictions = predict_validation(trained._replace(config=config), validation)
     config = tune(predictions, config, goal)
     report = write_validation(out, predictions, config, goal)
-    export(trained._replace(config=config, metrics=report), out)
+    trained = trained._replace(config=config, metrics=report)
+    export(trained, out)
+    write_predictions(out, predictions, trained)
     write_file(out / "curves.png", lambda p: visualize.draw_training_curves(rows, epoch, p))
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
     return predictions
@@ -94,6 +108,34 @@ def export(trained: TrainedModel, out: Path) -> None:
     write_file(out / "config.json", f"{content}\n")
 
 
+def write_predictions(out: Path, predictions: list[Prediction], trained: TrainedModel) -> None:
+    """Write oof/ID.png, 8-bit probabilities, and oof.csv, the masks, as infer.py writes them.
+
+    `trained`: a model with the thresholds and areas to use. Of images that are read in blocks there
+    is neither.
+    """
+    if any(is_part(prediction.sample.block) for prediction in predictions):
+        print("oof.csv and oof/: not written of images that are read in blocks")
+        return
+    config = ensemble_config([trained])  # areas in the images' own pixels
+    classes = config.classes
+    for folder in ("", *mask_folders(classes)):
+        (writable_folder(out / "oof" / folder) / MARKER).touch()  # what is there is no data
+    samples = pd.DataFrame({"id": [prediction.sample.id for prediction in predictions]})
+    with contextlib.redirect_stdout(io.StringIO()):  # what it says of submissions
+        submission = RleSubmission(samples, classes, order=config.rle)
+
+    def write(prediction: Prediction) -> None:
+        planes, sample = prediction.planes, prediction.sample
+        if sample.block:
+            planes = enlarge_prediction(planes, sample.block, config)
+        write_probabilities(out / "oof", sample.id, planes, classes)
+        submission.add(sample, planes, postprocess(planes, config))
+
+    in_parallel(write, predictions, "oof")
+    submission.write(out, "oof.csv")
+
+
 TUNED = ("thresholds", "areas", "presence_levels", "presence_areas", "plans")  # by `tune`
 
 
@@ -109,4 +151,6 @@ def evaluate_folds(
     for folder in (out / f"fold{fold}" for fold in folds):
         trained = load_model(folder / "model.pt", "cpu")
         same = replace(trained.config, **{name: getattr(tuned, name) for name in TUNED})
-        export(trained._replace(config=same), folder)
+        trained = trained._replace(config=same)
+        export(trained, folder)
+    write_predictions(out, predictions, trained)

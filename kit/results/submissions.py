@@ -285,8 +285,8 @@ class RleSubmission:
         """Keep the RLE of an image's classes, {value of the class: RLE}, of one mask each."""
         self.answers |= {(name, value): texts for value, texts in runs.items()}
 
-    def write(self, out: Path) -> None:
-        """Write submission.csv whole. An image without an answer gets empty masks."""
+    def write(self, out: Path, name: str = "submission.csv") -> None:
+        """Write the csv whole. An image without an answer gets empty masks."""
         answers = [list(filter(None, self.answers.get(key, []))) for key in self.keys]
         rows = [
             [*fields[: self.column], answer, *fields[self.column + 1 :]]
@@ -295,10 +295,10 @@ class RleSubmission:
         ]
         content = io.StringIO()
         csv.writer(content, lineterminator="\n").writerows([self.header, *rows])
-        write_file(out / "submission.csv", content.getvalue())
+        write_file(out / name, content.getvalue())
         filled = sum(map(bool, answers))
         of = "" if len(rows) == len(answers) else f" of {len(answers)} images"
-        print(f"wrote {out / 'submission.csv'}: {len(rows)} rows, {filled}{of} not empty")
+        print(f"wrote {out / name}: {len(rows)} rows, {filled}{of} not empty")
 
     def fields_of(self, masks: list[str]) -> list[str]:
         """The answers of an image and class, a row each; masks as lists are all in one."""
