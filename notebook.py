@@ -275,7 +275,7 @@ if TRAIN:
     show_images(sorted(Path("out").glob("**/validation.jpg")))
     earlier = {kaggle.run_of(path) for path in session.saved_runs("model.pt")}
     runs = [folder for folder in sorted(earlier) if (folder / "scores.csv").exists()]
-    if runs:  # versions of this notebook that are attached
+    if runs and Path("out", "scores.csv").exists():  # versions of this notebook that are attached
         kaggle.run("train.py", "--compare", "out", *runs, "--out", "runs")
         show_images([Path("runs/runs.png")])
 

@@ -40,7 +40,8 @@ class Config:
     check: bool = False  # only check the data: samples.csv, masks/, examples.jpg, augmented.jpg
     target: Literal["road", "lane"] = "road"  # KITTI: the whole road, or the car's own lane
     folds: int = 10  # [2..1000] parts of the data; one validates, consecutive frames stay together
-    fold: int | Literal["all"] = 0  # [0..999] the part that validates; all: one model for each part
+    # [0..999] the part that validates; all: a model for each; none: all images train, see --config
+    fold: int | Literal["all", "none"] = 0
     group: str = ""  # csv's column whose equal values (a patient) stay in one fold; none: no groups
     seed: int = 0  # [0..2000000000] random numbers of folds, first weights and augmentations
     # --- model ---
@@ -427,7 +428,8 @@ def train(config: Config, started: float | None = None) -> Path:
             samples.write_understood(table, model_config.classes, out, opener)
             return out
         clock = Clock(resolved.epochs, resolved.max_minutes, started, deadline)
-        settings = asdict(resolved) | {"resume": config.resume}
+        why = resolving.reasons(config, resolved, collection)
+        settings = asdict(resolved) | {"resume": config.resume, "why": why}
         run = TrainingCallback(Path(resolved.out), out, clock, settings, tables[fold])
         run.find_checkpoint(resolved.resume, asdict(Config()))
         predictions += train_fold(resolved, model_config, run, opener)

@@ -115,7 +115,8 @@ def read_settings(settings: type, path: str, ignored: set[str]) -> dict[str, Any
         with open(path, encoding="utf-8") as file:
             content = dict(json.load(file))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(where, reason_of(error), "name the config.json of a run") from None
+        remedy = "name the config.json of a run, of --fold all that in fold0"
+        raise UserError(where, reason_of(error), remedy) from None
     hints, comments = typing.get_type_hints(settings), field_help(settings)
     unknown = [name for name in content if name not in hints and name not in ignored]
     if unknown:

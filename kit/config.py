@@ -9,8 +9,9 @@ from kit.errors import UserError, first_five
 # Settings of train.py that --config does not replay: where a run is written, and its machine
 NOT_REPLAYED = (
     "out", "resume", "check", "compare", "config", "workers", "devices", "precision",
-    "session_minutes",
+    "session_minutes", "why", "epochs_done",
 )  # fmt: skip
+TUNED = ("thresholds", "areas")  # of ModelConfig: what the end of a training finds
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 
 

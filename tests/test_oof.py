@@ -1,14 +1,17 @@
 """Out-of-fold predictions: oof.csv and oof/ of a training and of all folds, and their blends."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY, succeed
+import torch
+from conftest import TINY, run, succeed
 from PIL import Image
 
-from kit.config import ModelConfig
+from kit.config import Classes, ModelConfig, plane_settings
 from kit.data.csvs import holds_masks
 from kit.data.names import list_files
 from kit.data.rasters import Window
@@ -20,14 +23,9 @@ from kit.results import oof, tuning
 def model_of(names=("foreground",), exclusive=False, **settings):
     """The settings of a model with these classes."""
     values = tuple(str(index + 1) for index in range(len(names)))
-    config = ModelConfig(
-        class_names=names,
-        class_values=values,
-        exclusive=exclusive,
-        thresholds=(0.5,) * len(names) * (not exclusive),
-        areas=(0,) * len(names) * (not exclusive),
-    )
-    return TrainedModel(None, config.__class__(**{**vars(config), **settings}), {}, {})
+    classes = {"class_names": names, "class_values": values, "exclusive": exclusive}
+    planes = plane_settings(Classes(names, values, exclusive))
+    return TrainedModel(None, ModelConfig(**classes | planes | settings), {}, {})
 
 
 def predicted(name, planes, trained, block=None):
@@ -111,3 +109,86 @@ def test_predictions_of_all_folds_are_those_of_infer(two_folds, roads, tmp_path)
 def test_what_is_written_is_never_read_as_data(two_folds):
     assert not [file for file in list_files(two_folds) if "oof" in file.name]
     assert not holds_masks(two_folds / "oof.csv")
+
+
+# --------------------------------------------------------------------------------------------------
+#  --fold none, and the reasons in config.json
+# --------------------------------------------------------------------------------------------------
+
+
+def test_all_images_train_with_what_the_folds_found(two_folds, tmp_path):
+    """As after a run by minutes, which has no epochs in its settings."""
+    settings = json.loads((two_folds / "fold1" / "config.json").read_text())
+    assert (settings["fold"], settings["epochs_done"]) == (1, 1)
+    changes = {"epochs": 0, "epochs_done": 2, "max_minutes": 9, "thresholds": [0.3], "areas": [7]}
+    path, out = tmp_path / "tuned.json", tmp_path / "out"
+    path.write_text(json.dumps(settings | changes))
+    printed = succeed("train.py", "--config", path, "--fold", "none", "--out", out)
+    assert f"--fold none: epochs 2, thresholds, areas of {path}; no scores" in printed
+    assert "fold none: 24 pairs to train and 0 to validate on" in printed
+    assert "threshold 0.300, minimum component area 7 pixels" in printed
+    assert {file.name for file in out.iterdir()} == {
+        "model.pt", "last.ckpt", "config.json", "metrics.csv", "examples.jpg", "augmented.jpg",
+    }  # fmt: skip
+    assert list(pd.read_csv(out / "metrics.csv")) == ["epoch", "seconds", "lr", "train_loss"]
+    found = json.loads((out / "config.json").read_text())
+    assert (found["fold"], found["epochs_done"], found["max_minutes"]) == ("none", 2, 0)
+    assert (found["thresholds"], found["areas"]) == ([0.3], [7])
+    again = succeed("train.py", "--config", path, "--fold", "none", "--out", out)
+    assert "NOTHING WAS TRAINED" in again
+    more = ("--config", path, "--fold", "none", "--out", out, "--epochs", 3, "--min_pixels", 5)
+    assert "resume: from" in succeed("train.py", *more)
+    found = json.loads((out / "config.json").read_text())
+    assert (found["epochs_done"], found["thresholds"], found["areas"]) == (3, [0.3], [5])
+    predicted = tmp_path / "predicted"
+    flags = ("--model", out, "--data", Path(settings["data"]) / "testing", "--out", predicted)
+    assert "threshold 0.300" in succeed("infer.py", *flags)
+
+
+def test_the_last_epoch_without_validation_is_that_with_it(roads, tmp_path):
+    """On the same images: those of the first fold, which for the other are all."""
+    images = sorted((roads / "training" / "image_2").glob("um_*.png"))[:8]
+    folder = roads / "training" / "gt_image_2"
+    rows = [f"{file},{folder / file.name.replace('_', '_road_', 1)}" for file in images]
+    flags = ("--epochs", 2, "--top", 0.4, "--batch_size", 2, *TINY)
+    states = []
+    for name, chosen, fold in (("half", 8, 1), ("all", 4, "none")):
+        table = tmp_path / f"{name}.csv"
+        lines = [f"{row},{index // 4}" for index, row in enumerate(rows[:chosen])]
+        lines = ["image,mask,fold", *lines]
+        if fold == "none":
+            lines = ["image,mask", *(line.rpartition(",")[0] for line in lines[1:])]
+        table.write_text("\n".join(lines))
+        out = tmp_path / name
+        succeed("train.py", "--data", table, "--fold", fold, "--out", out, *flags)
+        states.append(torch.load(out / "model.pt", weights_only=True)["state_dict"])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_without_config_the_threshold_is_half_and_other_classes_are_refused(roads, tmp_path):
+    flags = ("--data", roads, "--epochs", 1, "--fold", "none", *TINY)
+    printed = succeed("train.py", *flags, "--out", tmp_path / "out")
+    assert "--fold none: epochs 1, threshold 0.5, nothing tells a better one" in printed
+    path = tmp_path / "out" / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings["thresholds"] == [0.5]
+    path.write_text(json.dumps(settings | {"class_names": ["lane"]}))
+    refused = run("train.py", "--config", path, "--out", tmp_path / "other")
+    assert refused.returncode == 2
+    assert "what its run found is of another class_names: ['lane']" in refused.stderr
+    assert "name the config.json of a run like this one" in refused.stderr
+    refused = run("train.py", "--config", tmp_path / "config.json", "--fold", "none")
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+
+
+def test_config_json_says_why(two_folds, roads, tmp_path):
+    why = json.loads((two_folds / "fold0" / "config.json").read_text())["why"]
+    assert "pixels" in why["tiles"]
+    assert why["metric"] == "what KITTI Road is scored by"
+    assert why["lr"] == "usual for AdamW"
+    assert "12 validation images" in why["thresholds"]
+    assert not {"height", "width", "epochs", "batch_size"} & set(why)  # given
+    flags = ("--config", two_folds / "fold0" / "config.json", "--fold", 1, "--out", tmp_path)
+    succeed("train.py", *flags)
+    replayed = json.loads((tmp_path / "config.json").read_text())["why"]
+    assert set(replayed) == {"thresholds", "precision"}

@@ -240,18 +240,18 @@ def columns_of(samples: pd.DataFrame, column: str) -> list[str]:
     return [fields[column] if fields else name for fields, name in pairs]
 
 
-def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int]:
-    """The folds to train: one, or all. Raises UserError for one that there is not."""
+def chosen_folds(samples: pd.DataFrame, fold: int | str) -> list[int | str]:
+    """The folds to train: one, all, or "none". Raises UserError for one that there is not."""
     numbers = sorted(set(samples.fold))
-    if fold != "all" and fold not in numbers:
+    if fold not in ("all", "none", *numbers):
         raise UserError(
             f"--fold {fold}", f"{len(samples)} pairs have folds {first_five(numbers)}, or all"
         )
     return numbers if fold == "all" else [fold]
 
 
-def describe_folds(samples: pd.DataFrame, fold: int) -> str:
-    """How many pairs train and validate, in one line."""
+def describe_folds(samples: pd.DataFrame, fold: int | str) -> str:
+    """How many pairs train and validate, in one line; of `fold` "none" none validates."""
     count, extra = int((samples.fold == fold).sum()), int((samples.fold < 0).sum())
     own = len(samples) - extra
     few = ": few to train on, see the groups" if 2 * count > own else ""

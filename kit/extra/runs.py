@@ -18,14 +18,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import studentized_range
 
+from kit.config import TUNED
 from kit.errors import UserError
 from kit.files import writable_folder, write_file
 
 # settings that say where files are or how the machine is used
 NOT_COMPARED = {
     "data", "out", "compare", "masks", "resume", "check", "workers", "devices", "precision",
-    "thresholds", "areas", "mean", "std", "class_names", "class_values", "value_range", "metric",
-    "config", "session_minutes", "cache", "show", "why",
+    "mean", "std", "class_names", "class_values", "value_range", "metric",
+    "config", "session_minutes", "cache", "show", "why", "epochs_done", *TUNED,
 }  # fmt: skip
 FOLLOW_FROM_SPLIT = {"top", "batch_size"}  # where they were automatic: another seed, another split
 SURE = 2  # standard errors

@@ -46,9 +46,15 @@ def evaluate_and_export(
 ) -> list[Prediction]:
     """Predict the validation images, tune what makes masks, write scores, images and model.pt.
 
-    `rows`: of metrics.csv; `epoch`: the one that is in model.pt.
+    `rows`: of metrics.csv; `epoch`: the one that is in model.pt. Without validation images model.pt
+    stays as it is.
     """
     trained = load_model(out / "model.pt", best_device())
+    trained = trained._replace(settings=trained.settings | {"epochs_done": rows[-1]["epoch"]})
+    if validation.empty:
+        export(trained, out)
+        print(f"wrote {out / 'model.pt'}, trained on all images: {describe_masks(trained.config)}")
+        return []
     config = trained.config
     if goal.symmetries:
         config, table = choose_symmetries(trained, validation, goal)

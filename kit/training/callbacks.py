@@ -167,7 +167,7 @@ class TrainingCallback(pl.Callback):
             self.step = min(self.step, now - earlier)
         if index > 1 and not self.rows:  # the first step alone may be slow
             batches = min(128 / batch_size, trainer.num_training_batches) / 4
-            batches += trainer.num_val_batches[0]
+            batches += sum(trainer.num_val_batches)
             self.reserve_for(self.step / 3 * batches)
 
     def on_train_batch_start(
@@ -228,7 +228,12 @@ class TrainingCallback(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.reserve_for(time.monotonic() - self.validation_started)
-        score = module.evaluation.report()["image"]["all"]
+        self.keep_model(trainer, module, module.evaluation.report()["image"]["all"])
+
+    def keep_model(
+        self, trainer: pl.Trainer, module: pl.LightningModule, score: dict[str, float]
+    ) -> None:
+        """Write model.pt, by the rule of `FALL_BACK`. `score`: of this epoch, {} without images."""
         if main_score(score) > self.best - FALL_BACK and trainer.is_global_zero:
             self.best = max(self.best, main_score(score))
             network, config = module.ema.module, module.current_config()
@@ -241,7 +246,11 @@ class TrainingCallback(pl.Callback):
             "seconds": round(self.clock.seconds(), 1),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        for name in ("train_loss", "val_loss", *module.evaluation.logged):
+        validates = sum(trainer.num_val_batches) > 0
+        if not validates:
+            self.keep_model(trainer, module, {})
+        scores = ("val_loss", *module.evaluation.logged) if validates else ()
+        for name in ("train_loss", *scores):
             row[name] = round(float(trainer.callback_metrics[name]), 4)
         self.rows.append(row)
         if trainer.is_global_zero:
@@ -335,16 +344,18 @@ def exported_epoch(rows: list[dict[str, float]]) -> int:
 def epoch_line(row: dict[str, float], epochs: int) -> str:
     """One epoch in a line, for output into a file."""
     total = f" of {epochs}" if epochs else ""
-    losses = f"loss {row['train_loss']:.4f} · validation loss {row['val_loss']:.4f}"
+    names = {"train_loss": "loss", "val_loss": "validation loss"}
+    losses = [f"{names[key]} {row[key]:.4f}" for key in names if key in row]
     names = {"MaxF": "MaxF", "IoU50": "IoU", "mIoU": "mIoU", "accuracy": "pixel accuracy"}
-    scores = " · ".join(f"{names[key]} {row[key]:.2f} %" for key in names if key in row)
-    return f"epoch {row['epoch']}{total} · {row['seconds']:.0f} s · {losses} · {scores}"
+    scores = [f"{names[key]} {row[key]:.2f} %" for key in names if key in row]
+    return " · ".join([f"epoch {row['epoch']}{total}", f"{row['seconds']:.0f} s", *losses, *scores])
 
 
 class BatchNormReestimation(pl.Callback):
     """Before each validation: BatchNorm of the EMA weights from 32 training images at once.
 
-    Four times 32 in the last epoch; see `model.reestimate_batch_norm`.
+    After each epoch, where nothing validates. Four times 32 in the last epoch; see
+    `model.reestimate_batch_norm`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -352,6 +363,12 @@ class BatchNormReestimation(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         reestimate_batch_norm(module.ema, self.batches(trainer, module))
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not sum(trainer.num_val_batches):
+            module.ema.eval()
+            self.on_validation_epoch_start(trainer, module)
 
     def batches(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[torch.Tensor]:
         """Images (N, 3, H, W) as the network gets them in training."""
@@ -381,9 +398,9 @@ def on_terminal() -> bool:
 
 
 def around_training(run: TrainingCallback, seed: int) -> list[pl.Callback]:
-    """All callbacks of a training; on a terminal with a bar."""
+    """All callbacks of a training; on a terminal with a bar. `run` keeps what the first makes."""
     bar = [EpochBar(leave=True)] if on_terminal() else []
-    return [run, BatchNormReestimation(seed), *bar]
+    return [BatchNormReestimation(seed), run, *bar]
 
 
 # --------------------------------------------------------------------------------------------------

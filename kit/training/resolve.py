@@ -4,9 +4,11 @@ The trial step finds out what a network takes, before any image is decoded.
 """
 
 import itertools
+import json
 import math
 import os
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch.func import functional_call
 
-from kit.config import ModelConfig, plane_settings
+from kit.config import TUNED, Classes, ModelConfig, plane_settings
 from kit.data.blocks import is_part
 from kit.data.folders import Collection
 from kit.data.images import item_places, shown_channels
@@ -48,7 +50,10 @@ Size = tuple[int, int]  # height, width
 
 
 def resolve(
-    config: Any, collection: Collection, fold: int, resolutions: tuple[tuple[float, float], ...]
+    config: Any,
+    collection: Collection,
+    fold: int | str,
+    resolutions: tuple[tuple[float, float], ...],
 ) -> tuple[Any, ModelConfig]:
     """Make all decisions for one fold; only the learning rate may stay "auto". Raises UserError.
 
@@ -58,6 +63,8 @@ def resolve(
     device, count = best_device(), int((collection.samples.fold != fold).sum())
     check_moves(config, collection, fold)
     precision = resolve_precision(config.precision, device, training=True)
+    if fold == "none":
+        config = follow_run(config)
     if config.init:
         config = replace(config, encoder_weights=weights_file(config.init))
     pretrained = config.encoder_weights != "none"
@@ -143,6 +150,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         "class_values": classes.values,
         "exclusive": classes.exclusive,
         **plane_settings(classes, area=max(0, resolved.min_pixels)),
+        **(tuned_settings(resolved, classes) if resolved.fold == "none" else {}),
         **normalisation(resolved.arch, resolved.encoder, weights),
     }
     if not is_rgb(collection):
@@ -150,6 +158,44 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         count, limits = collection.channels, collection.value_range
         settings |= measure_statistics(training.layers.tolist(), count, limits)
     return ModelConfig(**settings)
+
+
+def read_run(path: str) -> dict[str, Any]:
+    """The config.json of a run; without a path nothing."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+
+def follow_run(config: Any) -> Any:
+    """For --fold none as many epochs as the run of --config made, whose minutes they took."""
+    run = read_run(config.config)
+    epochs = config.epochs or run.get("epochs_done", 0)
+    if not epochs:
+        return config
+    minutes = 0 if config.max_minutes == run.get("max_minutes") else config.max_minutes
+    return replace(config, epochs=epochs, max_minutes=minutes)
+
+
+def tuned_settings(resolved: Any, classes: Classes) -> dict[str, tuple]:
+    """For --fold none what the run of --config found, see `TUNED`. Raises UserError.
+
+    The user's --min_pixels counts more. Says what is taken over, or that there is nothing.
+    """
+    run = read_run(resolved.config)
+    found = {name: tuple(run[name]) for name in TUNED if name in run}
+    if resolved.min_pixels >= 0:
+        found.pop("areas", None)
+    where = f"--config {resolved.config}"
+    own = {"class_names": list(classes.names), "scale": resolved.scale}
+    other = [name for name, value in own.items() if found and run.get(name, value) != value]
+    if other:
+        problem = f"what its run found is of another {other[0]}: {run[other[0]]}"
+        raise UserError(where, problem, "name the config.json of a run like this one")
+    source = f"{', '.join(found)} of {resolved.config}"
+    if not found:
+        source = "threshold 0.5, nothing tells a better one (--config out/config.json of a run)"
+    epochs = f"epochs {resolved.epochs}" if resolved.epochs else f"minutes {resolved.max_minutes:g}"
+    print(f"--fold none: {epochs}, {source}; no scores, no validation.jpg: nothing is held out")
+    return found
 
 
 def named_channels(collection: Collection) -> str:
@@ -211,6 +257,43 @@ def fit_size(height: float, width: float, pixels: float) -> Size:
     """The size in steps of 32 that keeps the shape within so many pixels; not enlarged."""
     scale = min(1.0, math.sqrt(pixels / (height * width)))
     return tuple(max(32, 32 * round(length * scale / 32)) for length in (height, width))
+
+
+# --------------------------------------------------------------------------------------------------
+#  Reasons, for config.json
+# --------------------------------------------------------------------------------------------------
+
+
+def reasons(config: Any, resolved: Any, collection: Collection) -> dict[str, str]:
+    """{setting: why it has its value}, of those that `resolve` chose and of what the end tunes."""
+    samples, device = collection.samples, best_device()
+    thin = samples.thickness[samples.thickness > 0].median()
+    image = f"images of {samples.height.median():.0f}x{samples.width.median():.0f}"
+    lr = "pretrained weights and BatchNorm" if resolved.lr == PRETRAINED_LR else "usual for AdamW"
+    images = f"of {(samples.fold == resolved.fold).sum()} validation images"
+    tuned = f"best {resolved.metric} {images}"
+    if resolved.fold == "none":
+        tuned = f"as in {resolved.config}" if resolved.config else "no image validates"
+    texts = {
+        "height": f"{image}, what this {device} and the minutes allow, the steps of the network",
+        "width": "see height",
+        "top": f"masks begin at {samples.above.min():.2f} of the height",
+        "tiles": f"{image}, thinnest parts of masks {thin:.1f} pixels",
+        "decoder_channels": "fewer next to a light encoder, else 1: smp's own",
+        "epochs": tuned if resolved.fold == "none" else "40 where there are no minutes either",
+        "batch_size": f"this {device}, the size of the input, the number of images",
+        "lr": lr,
+        "grow": "trained from scratch" if resolved.grow else "pretrained, or the network refuses",
+        "class_weights": f"classes that {collection.classes.kind}",
+        "metric": f"what {collection.name} is scored by",
+        "precision": f"the fastest that this {device} computes",
+    }
+    texts = {k: text for k, text in texts.items() if getattr(config, k) != getattr(resolved, k)}
+    if not collection.classes.exclusive:
+        texts["thresholds"] = f"{tuned}, the nearest to 0.5 that is as good within two errors"
+        if resolved.min_pixels < 0 and resolved.metric not in ("maxf", "miou"):
+            texts["areas"] = tuned
+    return texts
 
 
 # --------------------------------------------------------------------------------------------------
