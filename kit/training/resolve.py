@@ -50,10 +50,7 @@ Size = tuple[int, int]  # height, width
 
 
 def resolve(
-    config: Any,
-    collection: Collection,
-    fold: int | str,
-    resolutions: tuple[tuple[float, float], ...],
+    config: Any, collection: Collection, fold: int | str, resolutions: tuple[tuple, ...]
 ) -> tuple[Any, ModelConfig]:
     """Make all decisions for one fold; only the learning rate may stay "auto". Raises UserError.
 
@@ -63,8 +60,7 @@ def resolve(
     device, count = best_device(), int((collection.samples.fold != fold).sum())
     check_moves(config, collection, fold)
     precision = resolve_precision(config.precision, device, training=True)
-    if fold == "none":
-        config = follow_run(config)
+    config = follow_run(config) if fold == "none" else config
     if config.init:
         config = replace(config, encoder_weights=weights_file(config.init))
     pretrained = config.encoder_weights != "none"
