@@ -170,6 +170,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/extra/runs.py _kg_hide-input=true
 
+# %% kit/extra/blends.py _kg_hide-input=true
+
 # %% title-ground [markdown]
 # ### kit: what all of it stands on
 

@@ -21,7 +21,7 @@ from kit.network import model
 
 HOUSE = {  # each wing with its files, from top to bottom: a file imports only files after it
     "scripts": "train.py infer.py utils.py",
-    "extra": "runs.py",
+    "extra": "runs.py blends.py",
     "training": "callbacks.py resume.py resolve.py loaders.py losses.py",
     "results": "oof.py tuning.py metrics.py submissions.py mosaics.py visualize.py predict.py",
     "network": "model.py encoders.py",

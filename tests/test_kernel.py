@@ -40,6 +40,7 @@ FILES = (  # in the order of their cells
     "kit/results/oof.py", "kit/results/tuning.py", "kit/results/metrics.py",
     "kit/results/visualize.py", "kit/results/submissions.py",
     "kit/results/mosaics.py", "kit/extra/runs.py",
+    "kit/extra/blends.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
 OPEN = ("train.py", "kit/results/predict.py")

@@ -16,8 +16,12 @@ from kit.data.csvs import holds_masks
 from kit.data.names import list_files
 from kit.data.rasters import Window
 from kit.data.rle import rle_decode
+from kit.errors import UserError
+from kit.extra import blends, runs
 from kit.network.model import TrainedModel
-from kit.results import oof, tuning
+from kit.results import oof, predict, tuning
+from kit.results.metrics import count_image
+from kit.results.tuning import scores_by_threshold
 
 
 def model_of(names=("foreground",), exclusive=False, **settings):
@@ -51,8 +55,8 @@ def test_several_planes_have_a_folder_each_and_label_maps_their_probability(tmp_
     table = pd.read_csv(tmp_path / "oof.csv", dtype=str)
     assert table.columns.tolist() == ["ImageId", "ClassId", "EncodedPixels"]
     assert table.ClassId.tolist() == ["1", "2"]
-    for runs, plane in zip(table.EncodedPixels, planes, strict=True):
-        assert (rle_decode(runs, (20, 30)) == (plane >= 128)).all()
+    for encoded, plane in zip(table.EncodedPixels, planes, strict=True):
+        assert (rle_decode(encoded, (20, 30)) == (plane >= 128)).all()
 
     trained = model_of(("sky", "road"), exclusive=True)
     planes = np.stack([rng.integers(0, 2, (20, 30)), rng.integers(0, 256, (20, 30))])
@@ -192,3 +196,125 @@ def test_config_json_says_why(two_folds, roads, tmp_path):
     succeed("train.py", *flags)
     replayed = json.loads((tmp_path / "config.json").read_text())["why"]
     assert set(replayed) == {"thresholds", "precision"}
+
+
+# --------------------------------------------------------------------------------------------------
+#  Blends
+# --------------------------------------------------------------------------------------------------
+
+
+def drawn_values(noises, images=60, seed=0):
+    """`score_weightings` of models with independent errors of these strengths."""
+    rng = np.random.default_rng(seed)
+    targets = rng.random((images, 1, 24, 24)) < 0.3
+    logits = np.stack([3.0 * targets - 1.5 + rng.normal(0, s, targets.shape) for s in noises])
+    planes = 255 / (1 + np.exp(-logits))
+    values = {}
+    for weights in blends.weightings(len(noises)):
+        mixed = np.rint(np.tensordot(weights, planes, 1)).astype(np.uint8)
+        pairs = zip(mixed, targets.astype(np.uint8), strict=True)
+        counts = np.stack([count_image(*pair, Classes()).counts.numpy() for pair in pairs])
+        values[weights] = scores_by_threshold(counts[:, 0], "dice")[None]
+    return values
+
+
+def test_weights_are_taken_where_they_help_beyond_chance():
+    parts = np.arange(60) % blends.FOLDS
+    for seed in range(5):
+        weights, text = blends.choose(drawn_values((1.5, 1.5, 1.5), seed=seed), parts)
+        assert weights == (1 / 3, 1 / 3, 1 / 3), text
+        assert text.endswith("equal ones")
+    weights, text = blends.choose(drawn_values((1.0, 1.0, 30.0)), parts)
+    assert weights[2] == 0
+    assert 0.25 <= weights[0] <= 0.75
+    assert text.endswith("taken")
+    weights, _ = blends.choose(drawn_values((1.0, 30.0)), parts)
+    assert weights == (1.0, 0.0)
+
+
+def test_the_score_of_a_blend_is_not_chosen_on_its_own_images():
+    """Of weights and thresholds that mean nothing the nested score gains nothing."""
+    rng = np.random.default_rng(0)
+    values = {w: rng.normal(0.5, 0.1, (1, 40, 256)) for w in blends.weightings(3)}
+    nested = blends.nested(values, np.arange(40) % blends.FOLDS)
+    assert abs(nested.mean() - 0.5) < 0.05
+    chosen = max(v[0].mean(0).max() for v in values.values())
+    assert chosen > 0.54
+
+
+@pytest.fixture(scope="module")
+def two_runs(roads, tmp_path_factory):
+    """A folder with two runs on the same images, and the table of them, which is printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, lr in (("a", 2e-3), ("b", 1e-3)):
+        flags = ("--data", roads, "--epochs", 3, "--folds", 2, "--lr", lr, *TINY)
+        succeed("train.py", *flags, "--out", folder / name)
+    flags = ("--compare", folder / "a", folder / "b", "--out", folder / "table")
+    return folder, succeed("train.py", *flags)
+
+
+def test_compare_blends_the_best_runs_and_infer_predicts_with_it(two_runs, roads, tmp_path):
+    folder, printed = two_runs
+    assert "blend: maxf on 12 images: " in printed
+    path = folder / "table" / "blend.json"
+    content = json.loads(path.read_text())
+    files = [(path.parent / name).resolve() for name in content["models"]]
+    assert set(files) <= {(folder / name / "model.pt").resolve() for name in "ab"}
+    assert sum(content["weights"]) == pytest.approx(1)
+    content = {"models": ["../a/model.pt", "../b/model.pt"], "thresholds": [0.4]}
+    images = roads / "testing"
+    probs = {}
+    blended = [f"{name}.json" for name in ("equal", "mostly_a")]
+    for name, weights in zip(blended, ([0.5, 0.5], [0.75, 0.25]), strict=True):
+        (path.parent / name).write_text(json.dumps(content | {"weights": weights}))
+    for name in ("a", "b", "both", *blended):
+        models = {"both": ("a/model.pt", "b/model.pt")}.get(name, (name,))
+        models = [path.parent / name if ".json" in name else folder / name for name in models]
+        flags = ("--data", images, "--save_probs", "true", "--out", tmp_path / name)
+        printed = succeed("infer.py", "--model", *models, *flags)
+        assert ("threshold 0.400" in printed) == (name in blended)
+        files = sorted((tmp_path / name / "probs").glob("*.png"))
+        probs[name] = np.concatenate([read_planes(file).ravel().astype(float) for file in files])
+    assert (probs["equal.json"] == probs["both"]).all()
+    assert np.abs(probs["both"] - (probs["a"] + probs["b"]) / 2).max() <= 1
+    assert np.abs(probs["mostly_a.json"] - (3 * probs["a"] + probs["b"]) / 4).max() <= 1
+    assert np.abs(probs["a"] - probs["b"]).max() > 10
+
+
+def test_the_score_of_a_blend_is_that_of_infer(two_runs, roads):
+    """Equal weights, in a table of Dice at 0.5: on the images that validated, from files."""
+    folder, _ = two_runs
+    read = [runs.read_run(folder / name) for name in "ab"]
+    settings = read[0].settings | {"metric": "dice"}
+    table = blends.read_samples(read)
+    assert len(table) == 12
+    values = blends.score_weightings([folder / name for name in "ab"], table, settings)
+    for weights, name in (((1.0, 0.0), "a"), ((0.0, 1.0), "b")):
+        for value, sample in zip(values[weights][0, :, 128], table.itertuples(), strict=True):
+            positive = read_planes(folder / name / "oof" / f"{sample.id}.png") >= 128
+            target = sample.mask.read(positive.shape)[0]
+            hits = (positive & (target == 1)).sum()
+            both = (positive & (target < 2)).sum() + (target == 1).sum()
+            assert value == pytest.approx(2 * hits / both, abs=1e-5)
+
+
+def test_bad_blends_are_refused_and_missing_data_is_said(two_runs, roads, tmp_path, capsys):
+    folder, _ = two_runs
+    blend = {"models": ["../a/model.pt"], "weights": [1.0], "thresholds": [0.5]}
+    for name, change in (
+        ("weights", {"weights": [-1.0]}), ("short", {"weights": []}), ("text", {"weights": ["x"]}),
+        ("classes", {"thresholds": [0.5, 0.5]}), ("gone", {"models": ["../c/model.pt"]}),
+    ):  # fmt: skip
+        path = folder / "table" / f"{name}.json"
+        path.write_text(json.dumps(blend | change))
+        with pytest.raises(UserError, match="is no blend" if name != "gone" else "no such file"):
+            predict.load_models([str(path)], "cpu")
+    read = [runs.read_run(folder / name) for name in "ab"]
+    gone = [run._replace(settings=run.settings | {"data": str(tmp_path / "x")}) for run in read]
+    blends.blend(gone, tmp_path)
+    exclusive = [run._replace(settings=run.settings | {"exclusive": True}) for run in read]
+    blends.blend(exclusive, tmp_path)
+    printed = capsys.readouterr().out
+    assert "no blend: --data" in printed
+    assert "no blend: classes that exclude each other: oof/ does not tell" in printed
+    assert not (tmp_path / "blend.json").exists()

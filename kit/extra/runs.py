@@ -20,6 +20,7 @@ from scipy.stats import studentized_range
 
 from kit.config import TUNED
 from kit.errors import UserError
+from kit.extra.blends import blend
 from kit.files import writable_folder, write_file
 
 # settings that say where files are or how the machine is used
@@ -228,5 +229,7 @@ def compare(patterns: list[str], out: str) -> pd.DataFrame:
     note = describe_chance(chance, freedom, table)
     if note:
         print(note)
+    ordered = sorted(runs, key=lambda run: list(table.run).index(run.name))
+    blend([run for run in ordered if same_images(run, ordered[0])], folder)
     print(f"wrote {folder / 'runs.csv'} and {folder / 'runs.png'}; leaderboard: notes.csv there")
     return table

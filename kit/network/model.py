@@ -29,6 +29,7 @@ class TrainedModel(NamedTuple):
     settings: dict[str, Any]  # of the training, for people
     metrics: dict[str, Any]
     seen: Sequence[str] = ()  # the images that it was trained on, see `extras.py`; (): unknown
+    weight: float = 1.0  # in an average with other models
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import operator
 import os
 import re
@@ -31,7 +32,7 @@ from kit.data.images import (
 )
 from kit.data.rasters import Window, enlarge, reduce_values
 from kit.data.readers import read_image
-from kit.errors import UserError, first_five
+from kit.errors import UserError, first_five, reason_of
 from kit.network.model import TrainedModel, autocast, load_model, resolve_precision
 
 # --------------------------------------------------------------------------------------------------
@@ -258,14 +259,15 @@ def join(blocks: Iterable[Block]) -> Block:
 
 
 def average(
-    blocks: Iterable[tuple[Block, ...]], size: tuple[int, int], config: ModelConfig
+    blocks: Iterable[tuple[Block, ...]], size: tuple[int, int], models: list[TrainedModel]
 ) -> np.ndarray:
-    """The prediction, see `to_prediction`, of the mean of the same blocks of each model."""
-    result: Any = None
+    """The prediction, see `to_prediction`, of the weighted mean of the models' blocks."""
+    config, result = models[0].config, None
+    shares = [model.weight / models[0].weight for model in models]
     for (channel, row, total), *others in blocks:
-        for *_, other in others:
-            total += other
-        total = total.div_(1 + len(others))
+        for (*_, other), share in zip(others, shares[1:], strict=True):
+            total.add_(other, alpha=share)
+        total = total.div_(sum(shares))
         if result is None:
             count = 2 if config.exclusive else len(config.class_names)
             result = total.new_zeros((count, *size), dtype=torch.uint8)
@@ -306,7 +308,7 @@ def predict_images(
     if len(tilings) > 1:  # their blocks differ
         blocks = [[[join(parts)] for parts in of_images] for of_images in blocks]
     return [
-        average(zip(*parts, strict=True), image.shape[:2], models[0].config)
+        average(zip(*parts, strict=True), image.shape[:2], models)
         for image, *parts in zip(images, *blocks, strict=True)
     ]
 
@@ -338,10 +340,13 @@ def enlarge_prediction(prediction: np.ndarray, window: Window, config: ModelConf
 def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
     """Read and name the model files, and those in the folders named. Raises UserError.
 
-    A folder must hold models of one split, not those of several commands.
+    A folder must hold models of one split, not those of several commands. A blend.json stands
+    alone.
     """
-    models = []
-    for path in map(Path, paths):
+    models, paths = [], [*map(Path, paths)]
+    for path in paths:
+        if path.suffix == ".json" and len(paths) == 1:
+            return load_blend(path, device)
         files = sorted(path.rglob("model.pt")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"--model {path}", "no model.pt in this folder", "train.py writes one")
@@ -356,6 +361,25 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
             )
         models += loaded
         print(f"model: {first_five(files)}")
+    check_agreement([model.config for model in models])
+    return models
+
+
+def load_blend(path: Path, device: str) -> list[TrainedModel]:
+    """The models of a blend.json, with its weights and thresholds. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        thresholds = tuple(content["thresholds"])
+        files = [path.parent / name for name in content["models"]]
+        weights = dict(zip(files, content["weights"], strict=True))
+        if not min(weights.values()) > 0:
+            raise ValueError("a weight is not above 0")
+        models = [load_model(file, device)._replace(weight=w) for file, w in weights.items()]
+        models = [m._replace(config=replace(m.config, thresholds=thresholds)) for m in models]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"is no blend ({reason_of(error)})"
+        raise UserError(f"--model {path}", problem, "train.py --compare writes one") from None
+    print(f"model: blend of {first_five(f'{w:.2f} {file}' for file, w in weights.items())}")
     check_agreement([model.config for model in models])
     return models
 
