@@ -11,7 +11,8 @@ NOT_REPLAYED = (
     "out", "resume", "check", "compare", "config", "workers", "devices", "precision",
     "session_minutes", "why", "epochs_done",
 )  # fmt: skip
-TUNED = ("thresholds", "areas")  # of ModelConfig: what the end of a training finds
+# Settings of a model that the end of a training finds, next to the symmetries of TTA
+TUNED = ("thresholds", "areas", "presence_levels", "presence_areas", "plans")
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 
 

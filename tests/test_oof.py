@@ -125,10 +125,11 @@ def test_all_images_train_with_what_the_folds_found(two_folds, tmp_path):
     settings = json.loads((two_folds / "fold1" / "config.json").read_text())
     assert (settings["fold"], settings["epochs_done"]) == (1, 1)
     changes = {"epochs": 0, "epochs_done": 2, "max_minutes": 9, "thresholds": [0.3], "areas": [7]}
+    changes["symmetries"] = ["v", "180"]
     path, out = tmp_path / "tuned.json", tmp_path / "out"
     path.write_text(json.dumps(settings | changes))
     printed = succeed("train.py", "--config", path, "--fold", "none", "--out", out)
-    assert f"--fold none: epochs 2, thresholds, areas of {path}; no scores" in printed
+    assert f"--fold none: epochs 2, thresholds, areas, symmetries of {path}; no scores" in printed
     assert "fold none: 24 pairs to train and 0 to validate on" in printed
     assert "threshold 0.300, minimum component area 7 pixels" in printed
     assert {file.name for file in out.iterdir()} == {
@@ -138,6 +139,7 @@ def test_all_images_train_with_what_the_folds_found(two_folds, tmp_path):
     found = json.loads((out / "config.json").read_text())
     assert (found["fold"], found["epochs_done"], found["max_minutes"]) == ("none", 2, 0)
     assert (found["thresholds"], found["areas"]) == ([0.3], [7])
+    assert found["symmetries"] == ["v", "180"]
     again = succeed("train.py", "--config", path, "--fold", "none", "--out", out)
     assert "NOTHING WAS TRAINED" in again
     more = ("--config", path, "--fold", "none", "--out", out, "--epochs", 3, "--min_pixels", 5)
@@ -181,6 +183,11 @@ def test_without_config_the_threshold_is_half_and_other_classes_are_refused(road
     assert refused.returncode == 2
     assert "what its run found is of another class_names: ['lane']" in refused.stderr
     assert "name the config.json of a run like this one" in refused.stderr
+    for name, value in (("symmetries", ["x"]), ("areas", 5), ("thresholds", [0.4, 0.5])):
+        path.write_text(json.dumps(settings | {name: value}))
+        refused = run("train.py", "--config", path, "--out", tmp_path / "other")
+        assert "does not fit one class (" in refused.stderr
+        assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
     refused = run("train.py", "--config", tmp_path / "config.json", "--fold", "none")
     assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
 

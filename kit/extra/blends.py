@@ -15,20 +15,23 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kit.config import Classes
+from kit.config import TUNED, Classes, ModelConfig
 from kit.data import samples
 from kit.data.classes import mask_folders
 from kit.data.images import decode_image
 from kit.data.readers import in_parallel
 from kit.errors import UserError
 from kit.files import write_file
+from kit.network.model import load_model
 from kit.results.metrics import count_image
-from kit.results.tuning import choose_threshold, scores_by_threshold
+from kit.results.predict import describe_masks
+from kit.results.tuning import Prediction, choose_threshold, goal_of, scores_by_threshold, tune
 
 MODELS = 4  # runs that are blended at most, the best ones
 STEPS = 4  # weights are multiples of a quarter, or equal
@@ -56,12 +59,12 @@ def blend(runs: list[Any], out: Path) -> None:
         return
     groups = table.group.where(table.group != "", table.id)
     weights, text = choose(values, groups.factorize()[0] % FOLDS)
-    levels = best_levels(values[weights])
-    content = contents(folders, weights, levels, out)
+    tuned = tune_blend(folders, weights, table, settings)
+    content = contents(folders, weights, tuned, out)
     write_file(out / "blend.json", f"{json.dumps(content, indent=2)}\n")
     names = ", ".join(f"{w:.2f} {folder}" for w, folder in zip(weights, folders, strict=True) if w)
     print(f"blend: {settings['metric']} on {len(table)} images: {text}")
-    print(f"wrote {out / 'blend.json'}, for infer.py --model: {names}")
+    print(f"wrote {out / 'blend.json'}, for infer.py --model: {names}; {describe_masks(tuned)}")
 
 
 def models_of(folder: Path) -> list[Path]:
@@ -77,7 +80,10 @@ def read_samples(runs: list[Any]) -> pd.DataFrame:
         problem = "oof/ does not tell how probable each is"
         remedy = "infer.py --model with several models averages them"
         raise UserError("classes that exclude each other", problem, remedy)
-    reading = {name: settings[name] for name in samples.LOADED} | {"scale": 1.0}
+    if settings["scale"] != 1:
+        problem, remedy = "oof/ is enlarged", "infer.py --model with several models averages them"
+        raise UserError(f"--scale {settings['scale']}", problem, remedy)
+    reading = {name: settings[name] for name in samples.LOADED}
     with contextlib.redirect_stdout(io.StringIO()):  # train.py has said it
         table = samples.load(settings["data"], **reading)[0].samples
     table = table[table.id.isin(ids)]
@@ -94,6 +100,33 @@ def weightings(models: int) -> list[Weights]:
     return list(dict.fromkeys([(1 / models,) * models, *steps]))
 
 
+def read_planes(folders: list[Path], name: str, classes: Classes) -> np.ndarray:
+    """The predictions of an image, float32 (runs, K, h, w) of 0..255."""
+    places = [Path("oof", place, f"{name}.png") for place in mask_folders(classes)]
+    files = [folder / place for folder in folders for place in places]
+    planes = np.array([decode_image(file.read_bytes()) for file in files], np.float32)
+    return planes.reshape(len(folders), len(places), *planes.shape[1:])
+
+
+def mix(planes: np.ndarray, weights: Weights) -> np.ndarray:
+    """The weighted mean of `read_planes`, uint8 (K, h, w)."""
+    return np.rint(np.tensordot(weights, planes, 1)).astype(np.uint8)
+
+
+def tune_blend(
+    folders: list[Path], weights: Weights, table: pd.DataFrame, settings: dict[str, Any]
+) -> ModelConfig:
+    """The first model's settings with what makes masks of the blend's predictions."""
+    config = load_model(models_of(folders[0])[0], "cpu").config
+
+    def predict(sample: Any) -> Prediction:
+        planes = mix(read_planes(folders, sample.id, config.classes), weights)
+        return Prediction(sample, planes, config, decoded=False)
+
+    predictions = in_parallel(predict, table.itertuples(), "blend")
+    return tune(predictions, config, goal_of(SimpleNamespace(**settings)))
+
+
 def score_weightings(
     folders: list[Path], table: pd.DataFrame, settings: dict[str, Any]
 ) -> dict[Weights, np.ndarray]:
@@ -103,15 +136,12 @@ def score_weightings(
     tried = weightings(len(folders))
 
     def count(sample: Any) -> np.ndarray:  # (weightings, K, 2, 256) int32
-        places = [Path("oof", place, f"{sample.id}.png") for place in mask_folders(classes)]
-        files = [folder / place for folder in folders for place in places]
-        planes = np.array([decode_image(file.read_bytes()) for file in files], np.float32)
-        planes = planes.reshape(len(folders), len(places), *planes.shape[1:])
+        planes = read_planes(folders, sample.id, classes)
         target = sample.mask.read(planes.shape[2:])
         step = math.ceil(math.sqrt(max(1, target[0].size / PIXELS)))
         planes, target = planes[:, :, ::step, ::step], target[:, ::step, ::step]
-        blends = (np.rint(np.tensordot(w, planes, 1)).astype(np.uint8) for w in tried)
-        return np.stack([count_image(b, target, classes).counts.numpy() for b in blends])
+        blends = (mix(planes, weights) for weights in tried)
+        return np.stack([count_image(each, target, classes).counts.numpy() for each in blends])
 
     counts = np.array(in_parallel(count, table.itertuples(), "blends"), np.int32)
     metric = {"iou": "iou", "maxf": "maxf", "miou": "maxf"}.get(settings["metric"], "dice")
@@ -164,11 +194,12 @@ def choose(values: dict[Weights, np.ndarray], parts: np.ndarray) -> tuple[Weight
 
 
 def contents(
-    folders: list[Path], weights: Weights, thresholds: list[float], out: Path
+    folders: list[Path], weights: Weights, tuned: ModelConfig, out: Path
 ) -> dict[str, Any]:
     """What blend.json holds; paths start from its folder. The folds of a run share its weight."""
     shares = {}
     for folder, weight in zip(folders, weights, strict=True):
         files = models_of(folder)
         shares |= {os.path.relpath(file, out): weight / len(files) for file in files if weight}
-    return {"models": [*shares], "weights": [*shares.values()], "thresholds": thresholds}
+    masks = {name: getattr(tuned, name) for name in TUNED}
+    return {"models": [*shares], "weights": [*shares.values()], **masks}

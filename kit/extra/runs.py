@@ -27,7 +27,7 @@ from kit.files import writable_folder, write_file
 NOT_COMPARED = {
     "data", "out", "compare", "masks", "resume", "check", "workers", "devices", "precision",
     "mean", "std", "class_names", "class_values", "value_range", "metric",
-    "config", "session_minutes", "cache", "show", "why", "epochs_done", *TUNED,
+    "config", "session_minutes", "cache", "show", "why", "epochs_done", "symmetries", *TUNED,
 }  # fmt: skip
 FOLLOW_FROM_SPLIT = {"top", "batch_size"}  # where they were automatic: another seed, another split
 SURE = 2  # standard errors

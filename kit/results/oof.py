@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kit.config import ModelConfig
+from kit.config import TUNED, ModelConfig
 from kit.data.blocks import is_part
 from kit.data.classes import mask_folders, write_probabilities
 from kit.data.images import write_image
@@ -140,9 +140,6 @@ def write_predictions(out: Path, predictions: list[Prediction], trained: Trained
 
     in_parallel(write, predictions, "oof")
     submission.write(out, "oof.csv")
-
-
-TUNED = ("thresholds", "areas", "presence_levels", "presence_areas", "plans")  # by `tune`
 
 
 def evaluate_folds(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kit.config import ModelConfig
+from kit.config import TUNED, ModelConfig
 from kit.data.blocks import shrink_of
 from kit.data.images import (
     cut_tile,
@@ -366,16 +366,16 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
 
 
 def load_blend(path: Path, device: str) -> list[TrainedModel]:
-    """The models of a blend.json, with its weights and thresholds. Raises UserError."""
+    """The models of a blend.json, with its weights and what makes masks. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        thresholds = tuple(content["thresholds"])
+        tuned = {name: tuple(content[name]) for name in TUNED if name in content}
         files = [path.parent / name for name in content["models"]]
         weights = dict(zip(files, content["weights"], strict=True))
         if not min(weights.values()) > 0:
             raise ValueError("a weight is not above 0")
         models = [load_model(file, device)._replace(weight=w) for file, w in weights.items()]
-        models = [m._replace(config=replace(m.config, thresholds=thresholds)) for m in models]
+        models = [model._replace(config=replace(model.config, **tuned)) for model in models]
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is no blend ({reason_of(error)})"
         raise UserError(f"--model {path}", problem, "train.py --compare writes one") from None

@@ -176,17 +176,23 @@ def tuned_settings(resolved: Any, classes: Classes) -> dict[str, tuple]:
 
     The user's --min_pixels counts more. Says what is taken over, or that there is nothing.
     """
-    run = read_run(resolved.config)
-    found = {name: tuple(run[name]) for name in TUNED if name in run}
+    run, where = read_run(resolved.config), f"--config {resolved.config}"
+    kinds = {"class_names": classes.names, "class_values": classes.values}
+    kinds |= {"exclusive": classes.exclusive, **plane_settings(classes)}
+    try:
+        found = {name: tuple(run[name]) for name in (*TUNED, "symmetries") if name in run}
+        ModelConfig(**kinds | found)
+    except (TypeError, ValueError) as error:
+        problem = f"does not fit {classes.describe()} ({reason_of(error)})"
+        raise UserError(where, problem, "name the config.json of a run like this one") from None
     if resolved.min_pixels >= 0:
         found.pop("areas", None)
-    where = f"--config {resolved.config}"
     own = {"class_names": list(classes.names), "scale": resolved.scale}
     other = [name for name, value in own.items() if found and run.get(name, value) != value]
     if other:
         problem = f"what its run found is of another {other[0]}: {run[other[0]]}"
         raise UserError(where, problem, "name the config.json of a run like this one")
-    source = f"{', '.join(found)} of {resolved.config}"
+    source = f"{', '.join(name for name in found if any(found[name]))} of {resolved.config}"
     if not found:
         source = "threshold 0.5, nothing tells a better one (--config out/config.json of a run)"
     epochs = f"epochs {resolved.epochs}" if resolved.epochs else f"minutes {resolved.max_minutes:g}"
