@@ -190,6 +190,8 @@ def choose(values: dict[Weights, np.ndarray], parts: np.ndarray) -> tuple[Weight
         f"{100 * even.mean():.2f} with equal weights, {100 * alone.mean():.2f} of the best alone; "
         f"chosen weights {gain.mean():+.2f} ± {error:.2f}: {'taken' if better else 'equal ones'}"
     )
+    if not better and alone.mean() >= even.mean():
+        text += "; the best alone is no worse, compare it with fewer or better ones"
     return (max(at_all, key=at_all.get) if better else equal), text
 
 
