@@ -69,6 +69,7 @@ class Config:
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
+    flips: Literal["auto", "h", "hv", "all", "none"] = "auto"  # in it; all: turns too; auto: h
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
     # to tune for; auto: KITTI maxf, else dice; miou: pooled over the images
     metric: Literal["auto", "maxf", "dice", "iou", "miou"] = "auto"
@@ -134,7 +135,7 @@ def augmentation(config: Config) -> A.Compose:
     size, edge = (config.height, config.width), cv2.BORDER_REPLICATE
     crop = [A.PadIfNeeded(*size, position="top_left", border_mode=edge), A.RandomCrop(*size)]
     changes = [
-        A.HorizontalFlip(p=0.5),
+        *loaders.flips(config.flips),
         A.Affine(
             scale=(1 - 0.2 * k / (1 + 0.2 * k), 1 + 0.2 * k),
             translate_percent=(-0.08 * k, 0.08 * k),

@@ -307,6 +307,8 @@ def try_network(
     batch = min(2, images_per_step(batch_size, len(item_places(training, config)), processes))
     check_step(network, config, free, batch)
     size = settle_size(network, config, free, batch, batch_size, processes)
+    if resolved.flips == "all":
+        check_square(network, config.encoder, batch, size)
     config = replace(config, height=size[0], width=size[1])
     grow = resolved.grow
     if grow and not config.tiles:
@@ -335,6 +337,16 @@ def check_step(
                 f"{config.arch} with {config.encoder} takes multiples of {step}",
                 f"take {' or '.join(near)}",
             )
+
+
+def check_square(network: torch.nn.Module, encoder: str, batch: int, size: Size) -> None:
+    """Raise UserError for a size that quarter turns would change; it names a square one."""
+    if size[0] != size[1]:
+        side = round(math.sqrt(size[0] * size[1]))
+        nearest = nearest_size(network, encoder, batch, (side, side), (True, True))
+        square = ", or --height {} --width {}".format(*nearest) if nearest else ""
+        problem = "quarter turns need a square input, it is {}x{}".format(*size)
+        raise UserError("--flips all", problem, f"take --flips hv{square}")
 
 
 def takes_scales(
