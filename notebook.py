@@ -165,6 +165,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/results/mosaics.py _kg_hide-input=true
 
+# %% kit/results/pace.py _kg_hide-input=true
+
 # %% title-extra [markdown]
 # ### kit/extra: what is asked for by a flag of its own
 

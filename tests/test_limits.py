@@ -1,12 +1,19 @@
 """Which symmetries the augmentation uses; predictions that are ready in time."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import TINY, run
+import torch
+from conftest import TINY, run, succeed
 
 import train
+from kit.config import ModelConfig
+from kit.network.model import TrainedModel, build_network
+from kit.results import pace
+from kit.results.pace import Level, Pace
 
 
 def views(flips, draws=60, **settings):
@@ -78,3 +85,145 @@ def test_quarter_turns_of_an_input_that_is_not_square_are_refused(roads, tmp_pat
     )
     assert run("train.py", *flags, *TINY, "--height", 48, "--width", 48).returncode == 0
     assert run("train.py", *flags, *TINY, "--flips", "hv").returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------
+#  Predictions that are ready in time
+# --------------------------------------------------------------------------------------------------
+
+LEVELS = [
+    Level("", ["a", "b"], "auto", 1, 4),
+    Level("test-time augmentation", ["a", "b"], "false", 1, 2),
+    Level("all models but 1 of 2", ["a"], "false", 1, 1),
+    Level("half of the height and width", ["a"], "false", 1, 0.25),
+]
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """Predict so many images in a stubbed time: what was used for each, and the seconds at the end.
+
+    An image takes 0.2 s to read and a second for each pass through a network.
+    """
+    now = [0.0]
+
+    def read(batch, config):
+        now[0] += 0.2 * len(batch)
+        return [(row, row) for row in batch], []
+
+    def networks(models, images, size, tta, shrink):
+        used = next(level for level in LEVELS if (level.models, level.tta) == (models, tta))
+        used = LEVELS[3] if shrink == 2 else used
+        now[0] += used.cost * len(images)
+        return [used.cost for _ in images]
+
+    monkeypatch.setattr(pace, "read_batch", read)
+    monkeypatch.setattr(pace, "predict_reduced", networks)
+
+    def predict(end, count=200, first=0.0):
+        levels = [*LEVELS[:3], LEVELS[3]._replace(shrink=2)]
+        models = [SimpleNamespace(config=None)] * 2
+        now[0] = 0.0
+        table = [level._replace(models=Named(level.models, models)) for level in levels]
+        keeper = Pace(table, end / 60, end, count, lambda: now[0])
+        costs, errors = [], []
+        for number in range(count):
+            now[0] += first if number == 0 else 0.0
+            results, failed = keeper.predict_batch([SimpleNamespace(id=f"p{number}")], 1)
+            costs += [cost for *_, cost in results]
+            errors += [str(error) for _, error in failed]
+        return costs, errors, now[0]
+
+    return predict
+
+
+class Named(list):
+    """Names of models that have a configuration."""
+
+    def __init__(self, names, models):
+        super().__init__(names)
+        self.models = models
+
+    def __getitem__(self, index):
+        return self.models[index]
+
+
+FULL = 200 * 4.2
+
+
+@pytest.mark.parametrize(
+    ("share", "lowest"), [(1.01, 4), (0.9, 2), (0.5, 1), (0.25, 0.25), (0.13, 0.25)]
+)
+def test_every_image_is_predicted_in_time(predicted, capsys, share, lowest):
+    costs, errors, seconds = predicted(share * FULL)
+    assert not errors and len(costs) == 200
+    assert seconds <= share * FULL
+    assert min(costs) == lowest
+    assert costs == sorted(costs, reverse=True)
+    printed = capsys.readouterr().out
+    assert (
+        "dropped in this order: test-time augmentation; all models but 1 of 2; half of" in printed
+    )
+    drops = [line for line in printed.splitlines() if ": drops " in line]
+    assert len(drops) == len(set(costs)) - 1
+
+
+def test_what_is_too_slow_even_so_is_an_error_for_the_images_that_are_left(predicted):
+    costs, errors, seconds = predicted(0.05 * FULL)
+    assert len(costs) + len(errors) == 200
+    assert seconds <= 0.05 * FULL
+    assert errors[-1] == "--max_minutes 0.7: no time was left for p199"
+    assert costs.count(0.25) > 50
+    assert predicted(-1.0)[0] == []
+
+
+def test_a_slow_start_drops_nothing(predicted):
+    costs, _, _ = predicted(1.02 * FULL, first=4.0)
+    assert set(costs) == {4}
+
+
+def test_reading_that_takes_the_time_does_not_get_faster_by_fewer_models(predicted, monkeypatch):
+    """It goes down at once to the level that is fast enough with the time that reading takes."""
+    costs, errors, _ = predicted(0.3 * FULL)
+    assert not errors
+    assert set(costs) == {4, 0.25}  # a model alone takes 1.2 of 4.2 s
+
+
+def trained_model(**settings):
+    torch.manual_seed(0)
+    config = ModelConfig(encoder="resnet18", height=64, width=96, **settings)
+    return TrainedModel(build_network(config).eval(), config, {}, {})
+
+
+def test_the_levels_of_models():
+    models = [trained_model(), *[trained_model(tta=False)] * 4]
+    levels = pace.levels_of(models, "auto")
+    assert [level.cost for level in levels] == [6, 5, 2, 1, 0.25]
+    smaller = levels[-1].models[0]
+    assert (smaller.config.height, smaller.config.width) == (32, 48)
+    assert levels[-2].models[0].config.height == 64
+    assert [level.cost for level in pace.levels_of(models[:1], "false")] == [
+        1,
+        pytest.approx(1 / 3),
+    ]
+    tiled = pace.levels_of([trained_model(tiles=True)], "true")
+    assert [(level.cost, level.shrink) for level in tiled] == [(2, 1), (1, 1), (0.25, 2)]
+
+
+def test_a_limit_that_is_wide_changes_nothing_and_one_that_is_over_is_said(
+    roads, trained, tmp_path
+):
+    flags = ("infer.py", "--model", trained, "--data", roads / "testing", "--out")
+    succeed(*flags, tmp_path / "a")
+    printed = succeed(*flags, tmp_path / "b", "--max_minutes", 30)
+    assert "dropped in this order: test-time augmentation; half of the height and width" in printed
+    for path in (tmp_path / "a" / "masks").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "b" / "masks" / path.name).read_bytes()
+    done = run(*flags, tmp_path / "c", "--max_minutes", 0.001)
+    assert done.returncode == 2
+    assert "3 of 3 could not be used" in done.stderr
+    assert "--max_minutes 0.001: no time was left for" in done.stderr
+    over = ("--max_minutes", 0.001, "--submission", "rle")
+    printed = succeed(*flags, tmp_path / "d", *over)
+    assert "3 images failed, their masks are empty in it" in printed
+    assert len(pd.read_csv(tmp_path / "d" / "submission.csv")) == 3
