@@ -272,9 +272,7 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
-        network = model.build_network(model_config, config.encoder_weights)
-        if config.init:
-            print(model.take_over(network, model_config, config.encoder_weights))
+        network = model.start_network(model_config, config.encoder_weights, config.init)
         self.network = model.prepare_training(network)
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -570,4 +571,31 @@ def test_a_training_starts_from_a_model(roads, tmp_path):
         "train.py", *flags, "--init", tmp_path / "a", "--encoder", "resnet18", "--out", tmp_path
     )
     assert wrong.returncode == 2
-    assert "not the weights of resnet18" in wrong.stderr
+    assert f"error: --init {tmp_path / 'a'}: not the weights of resnet18" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.pt", b"no model", "cannot be read"),
+        ("empty.safetensors", b"", "cannot be read"),
+        ("nothing.pt", {}, "not the weights of .*: 0 of"),
+        ("other.pt", {"model": {"layer.weight": torch.ones(2)}}, "not the weights of .*: 0 of"),
+        ("numbers.pt", {"model": [1, 2]}, "not the weights of .*: 0 of"),
+        ("statistics.pt", {"model": {"mean": (9, 9, 9), "std": (1, 1, 1)}}, "its mean and std"),
+    ],
+)
+def test_a_start_of_which_nothing_fits_is_refused_by_the_flag_that_named_it(
+    roads, tmp_path, name, content, message
+):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    flags = ("--data", roads, "--epochs", 1, *TINY, "--out", tmp_path / "out")
+    for flag in ("--init", "--encoder_weights"):
+        done = run("train.py", *flags, flag, tmp_path / name)
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert re.match(f"error: {flag} {re.escape(str(tmp_path / name))}: {message}", last), last
+        assert not (tmp_path / "out" / "model.pt").exists()

@@ -12,6 +12,7 @@ from kit.errors import UserError
 from kit.network.model import TrainedModel, scale_input, size_step
 from kit.results.predict import BatchResult, predict_inputs, predict_reduced, read_batch
 
+PATIENCE = 0.05  # of the time that is left is measured before anything is dropped
 WARM_UP = 5.0  # seconds: a thread's first batch that is shorter says nothing about the others
 CARE = 1.1  # how much longer than expected a level may take that has not been measured
 RESERVE = 0.05, 3.0  # of the minutes, and seconds at least: for the files and the submission
@@ -78,13 +79,14 @@ class Pace:
         self.levels, self.end, self.left, self.clock = levels, end, images, clock
         self.flag, self.lock = f"--max_minutes {minutes:g}", threading.Lock()
         self.ends: dict[int, float | None] = {}  # when a thread's last batch was done
-        self.begin_level(0)
+        self.begin_level(0, clock())
         names = "; ".join(level.name for level in levels[1:]) or "nothing"
         print(f"{self.flag}: where time is short, dropped in this order: {names}", flush=True)
 
-    def begin_level(self, place: int) -> None:
+    def begin_level(self, place: int, now: float) -> None:
         """Measure anew."""
         self.place, self.batches, self.images = place, 0, 0
+        self.enough = now + PATIENCE * (self.end - now)
         self.seconds = self.busy = 0.0  # of all threads; and those in the networks
 
     def predict_batch(self, batch: list, size: int) -> BatchResult:
@@ -103,7 +105,7 @@ class Pace:
         return [(*pair, p) for pair, p in zip(images, predictions, strict=True)], errors
 
     def add(self, thread: int, place: int, begun: float, read: float, count: int) -> None:
-        """Count a batch that is done; from one batch of each thread on, look whether time is left.
+        """Count a batch that is done; with enough of them look whether the time is enough, too.
 
         `begun`, `read`: when, by the clock.
         """
@@ -114,7 +116,7 @@ class Pace:
             return
         self.batches, self.images = self.batches + 1, self.images + count
         self.seconds, self.busy = self.seconds + seconds, self.busy + now - read
-        if self.batches >= len(self.ends):
+        if self.batches >= len(self.ends) and now >= self.enough:
             self.look_ahead(now)
 
     def look_ahead(self, now: float) -> None:
@@ -129,7 +131,7 @@ class Pace:
         dropped = " and ".join(level.name for level in rest[: down + 1])
         times = f"{needed / 60:.1f} minutes at this pace, {(self.end - now) / 60:.1f} are left"
         tqdm.write(f"{self.flag}: {self.left} images would take {times}: drops {dropped}")
-        self.begin_level(self.place + 1 + down)
+        self.begin_level(self.place + 1 + down, now)
 
 
 def make_pace(

@@ -22,7 +22,13 @@ from kit.data.folders import Collection
 from kit.data.images import item_places, shown_channels
 from kit.data.readers import measure_statistics
 from kit.errors import UserError, reason_of
-from kit.network.encoders import automatic_decoder, input_channels, normalisation, timm_name
+from kit.network.encoders import (
+    automatic_decoder,
+    flagged,
+    input_channels,
+    normalisation,
+    timm_name,
+)
 from kit.network.model import (
     BATCH_NORM,
     best_device,
@@ -131,6 +137,8 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
     classes = collection.classes
     shared = {field.name for field in fields(ModelConfig)} & set(asdict(resolved))
     weights = "none" if resolved.check else resolved.encoder_weights
+    with flagged(resolved.init):
+        statistics = normalisation(resolved.arch, resolved.encoder, weights)
     settings = {name: getattr(resolved, name) for name in shared} | {
         "channels": collection.channels,
         "bands": collection.bands,
@@ -143,7 +151,7 @@ def make_model_config(resolved: Any, collection: Collection, precision: str) -> 
         "class_values": classes.values,
         "exclusive": classes.exclusive,
         **plane_settings(classes, area=max(0, resolved.min_pixels)),
-        **normalisation(resolved.arch, resolved.encoder, weights),
+        **statistics,
     }
     if not is_rgb(collection):
         training = collection.samples[collection.samples.fold != resolved.fold]
