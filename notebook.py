@@ -32,16 +32,19 @@ ENCODER = "resnet34"  # any encoder of it; stronger: resnet50, efficientnet-b3; 
 ENCODER_WEIGHTS = "imagenet"  # imagenet (attached, or from the network), none (worse), or a file
 HEIGHT = 0  # of the network's input, such as 384; 0: follows the images and the device
 WIDTH = 0  # as HEIGHT, such as 1248
+INIT = ""  # an own model that is attached, to start from: all that fits; "": ENCODER_WEIGHTS
 
 # Training
 TRAIN = True  # False: predict with the attached models, see MODELS
-EPOCHS = 40  # passes over the training images; 0: as many as MAX_MINUTES allows
+CONFIG = ""  # config.json of an attached run: it counts for all that has its default here
+EPOCHS = 0  # passes over the training images; 0: as many as MAX_MINUTES allows, without it 40
 MAX_MINUTES = 0  # of the whole training, over all sessions; 0: no limit
 SESSION_MINUTES = 660  # of this session, which Kaggle stops after 12 hours (some competitions: 9)
 BATCH_SIZE = 0  # images per step; 0: the kit chooses, and splits a batch where memory runs out
 LR = 0  # learning rate; 0: 2e-3 if pretrained with BatchNorm, else 5e-4; "auto": a finder
 LOSS = "bce=1,dice=1"  # terms with their weights; also focal, lovasz, tversky, or your own: loss
 AUGMENT = 1.0  # strength of the augmentation; 0: none
+FLIPS = "auto"  # symmetries in it: h, hv, all (quarter turns too), none; auto: h
 MASKS = "auto"  # folder or csv of the training masks; auto: next to the images
 CLASSES = "auto"  # auto: as found; one: all merged; a file of id,name; or names: "car,road"
 FOLDS = 10  # parts that the data is split into
@@ -55,6 +58,7 @@ PREDICT = "auto"  # folder of images; auto: the test images next to the training
 MODELS = "auto"  # a model.pt, or a list of them; auto: this training's, without it all attached
 THRESHOLD = "auto"  # a pixel is foreground from this probability on; auto: as tuned in training
 TTA = True  # average with the prediction of the flipped image: a little better, half the speed
+PREDICT_MINUTES = 0  # of the prediction: drops TTA, then models, where time is short; 0: no limit
 
 # %% title-training-script [markdown]
 # ## The training script
@@ -213,6 +217,13 @@ def flags(script, **values):
     return kaggle.flags(script, kaggle.read_settings(namespace["In"], namespace), **values)
 
 
+def training_flags(**values):
+    """The flags of train.py, with the paths of what is attached."""
+    values |= {"data": session.data_folder(DATA, SUBMISSION), "config": session.recipe(CONFIG)}
+    values["init"] = session.file_in("INIT", INIT, "model.pt", "model.safetensors")
+    return flags("train.py", **values)
+
+
 def show_images(paths):
     """Images from files, with their names."""
     for path in paths:
@@ -229,8 +240,7 @@ def show_images(paths):
 
 # %% look-data
 if TRAIN:
-    data = session.data_folder(DATA, SUBMISSION)
-    kaggle.run("train.py", *flags("train.py", data=data, out="data_check", check=True))
+    kaggle.run("train.py", *training_flags(out="data_check", check=True))
     show_images(["data_check/examples.jpg", "data_check/augmented.jpg"])
 
 # %% title-train [markdown]
@@ -243,10 +253,9 @@ session.look()  # again: something may have been attached since
 if TRAIN:
     if RESUME == "auto" and not Path("out").exists():
         session.copy_earlier_version()
-    values = {"data": session.data_folder(DATA, SUBMISSION), "out": "out"}
-    values["encoder_weights"] = session.encoder_weights(ENCODER, ENCODER_WEIGHTS)
-    values["devices"] = session.processes(DEVICES)
-    kaggle.run("train.py", *flags("train.py", **values))
+    weights = session.encoder_weights(ENCODER, ENCODER_WEIGHTS, session.recipe(CONFIG))
+    devices = session.processes(DEVICES)
+    kaggle.run("train.py", *training_flags(out="out", encoder_weights=weights, devices=devices))
 
 # %% title-scores [markdown]
 # ## Curves and scores
@@ -292,7 +301,8 @@ if PREDICT == "auto":
 else:
     images = kaggle.unpacked(session.find("PREDICT", PREDICT))
 values = {"model": session.model_files(MODELS, TRAIN), "data": images, "out": "predictions"}
-values["masks"] = "auto"  # MASKS are those of the training images
+values |= {"masks": "auto", "max_minutes": PREDICT_MINUTES}  # MASKS are the training images'
+values["tta"] = "auto" if TTA else False  # as trained
 kaggle.run(*session.launcher(DEVICES), "infer.py", *flags("infer.py", **values))
 
 # %% look

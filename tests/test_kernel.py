@@ -39,7 +39,7 @@ FILES = (  # in the order of their cells
     "kit/training/callbacks.py", "kit/training/resume.py",
     "kit/results/oof.py", "kit/results/tuning.py", "kit/results/metrics.py",
     "kit/results/visualize.py", "kit/results/submissions.py",
-    "kit/results/mosaics.py", "kit/extra/runs.py",
+    "kit/results/mosaics.py", "kit/results/pace.py", "kit/extra/runs.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
 OPEN = ("train.py", "kit/results/predict.py")
@@ -155,11 +155,12 @@ def test_every_setting_says_what_it_is_for(built):
     own = [line for line in lines if line and not line.startswith("# ")]
     assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in own)
     promised = (
-        "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH TRAIN EPOCHS MAX_MINUTES "
-        "SESSION_MINUTES BATCH_SIZE LR LOSS AUGMENT MASKS CLASSES FOLDS FOLD SEED DEVICES RESUME "
-        "PREDICT MODELS THRESHOLD TTA"
+        "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH INIT TRAIN CONFIG EPOCHS "
+        "MAX_MINUTES SESSION_MINUTES BATCH_SIZE LR LOSS AUGMENT FLIPS MASKS CLASSES FOLDS FOLD "
+        "SEED DEVICES RESUME PREDICT MODELS THRESHOLD TTA PREDICT_MINUTES"
     )
     assert [line.split(" = ")[0] for line in own] == promised.split()
+    assert len(lines) <= 45  # one screen
 
 
 def test_equal_input_gives_equal_bytes(built, tmp_path):
@@ -836,8 +837,8 @@ def test_each_step_passes_on_what_the_settings_say(built, tmp_path):
     own = {"SUBMISSION": "rle", "SEED": 7, "ENCODER_WEIGHTS": "none", "MASKS": "labels"}
     notebook = execute(built, tmp_path / "working", NOWHERE, body="print('WORKS')", **own)
     data = tmp_path / "input" / "competitions" / "discs"
-    flags = "--encoder_weights none --epochs 40 --session_minutes 660 --masks labels --seed 7"
-    own_flags = "--submission rle --batch_size 0 --tta true"
+    flags = "--encoder_weights none --session_minutes 660 --masks labels --seed 7"
+    own_flags = "--submission rle --batch_size 0"
     for step, line in {
         "look-data": f"train.py --data {data} --out data_check --check true {flags}",
         "run-train": f"train.py --data {data} {flags}",
