@@ -135,7 +135,7 @@ def augmentation(config: Config) -> A.Compose:
     size, edge = (config.height, config.width), cv2.BORDER_REPLICATE
     crop = [A.PadIfNeeded(*size, position="top_left", border_mode=edge), A.RandomCrop(*size)]
     changes = [
-        *loaders.flips(config.flips),
+        *loaders.flips(config.flips, A.HorizontalFlip(p=0.5)),
         A.Affine(
             scale=(1 - 0.2 * k / (1 + 0.2 * k), 1 + 0.2 * k),
             translate_percent=(-0.08 * k, 0.08 * k),

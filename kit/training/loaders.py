@@ -29,8 +29,8 @@ def strictly() -> Iterator[None]:
             raise UserError("augmentation in train.py", reason_of(warning)) from None
 
 
-def flips(name: str) -> list[A.BasicTransform]:
-    """What --flips names, for an augmentation: each symmetry is as likely as the others.
+def flips(name: str, horizontal: A.BasicTransform) -> list[A.BasicTransform]:
+    """What --flips names, auto and h are `horizontal`; each symmetry is as likely as the others.
 
     One transform each: two of a Compose draw the same random number, so both would flip, or none.
     """
@@ -39,7 +39,7 @@ def flips(name: str) -> list[A.BasicTransform]:
     if name == "hv":
         h, v = A.HorizontalFlip(p=1), A.VerticalFlip(p=1)
         return [A.OneOf([A.NoOp(p=1), h, v, A.Sequential([h, v], p=1)], p=1)]
-    return [] if name == "none" else [A.HorizontalFlip(p=0.5)]
+    return [] if name == "none" else [horizontal]
 
 
 class Cached(Dataset):
