@@ -10,11 +10,18 @@ from tqdm import tqdm
 
 from kit.errors import UserError
 from kit.network.model import TrainedModel, scale_input, size_step
-from kit.results.predict import BatchResult, predict_inputs, predict_reduced, read_batch
+from kit.results.predict import (
+    BatchResult,
+    chosen_symmetries,
+    predict_inputs,
+    predict_reduced,
+    read_batch,
+)
 
 PATIENCE = 0.05  # of the time that is left is measured before anything is dropped
 WARM_UP = 5.0  # seconds: a thread's first batch that is shorter says nothing about the others
-CARE = 1.1  # how much longer than expected a level may take that has not been measured
+CARE = 1.2  # how much longer than expected a level may take that has not been measured
+HALF = 0.5  # of a pass, for a quarter of the pixels: a small input leaves a GPU idle
 RESERVE = 0.05, 3.0  # of the minutes, and seconds at least: for the files and the submission
 
 
@@ -31,9 +38,9 @@ class Level(NamedTuple):
 def levels_of(models: list[TrainedModel], tta: str) -> list[Level]:
     """From the best one to the fastest: without TTA, fewer and fewer models, half of the size."""
     count = len(models)
-    flips = sum(m.config.tta if tta == "auto" else tta == "true" for m in models)
-    levels = [Level("", models, tta, 1, count + flips)]
-    if flips:
+    views = sum(len(chosen_symmetries(model.config, tta)) for model in models)
+    levels = [Level("", models, tta, 1, count + views)]
+    if views:
         levels.append(Level("test-time augmentation", models, "false", 1, count))
     while count > 1:
         count //= 2
@@ -49,19 +56,20 @@ def half_size(model: TrainedModel) -> list[Level]:
     """
     name, config = "half of the height and width", model.config
     if config.tiles:
-        return [Level(name, [model], "false", 2, 0.25)]
+        return [Level(name, [model], "false", 2, HALF)]
     smaller = model._replace(config=scale_input(config, 0.5, size_step(model.network)))
-    height, width = size = smaller.config.height, smaller.config.width
+    size = smaller.config.height, smaller.config.width
+    if size == (config.height, config.width):
+        return []
     try:
-        predict_inputs(smaller, torch.zeros(1, config.channels, *size), tta=False)
+        predict_inputs(smaller, torch.zeros(1, config.channels, *size))
     except Exception:  # layers raise anything
         return []
-    cost = height * width / (config.height * config.width)
-    return [Level(name, [smaller], "false", 1, cost)] if cost < 1 else []
+    return [Level(name, [smaller], "false", 1, HALF)]
 
 
 class Pace:
-    """Goes down the levels where the images that are left would not be done in time.
+    """Goes down the levels so that the images that are left are done in time, as late as it can.
 
     Each thread's seconds from batch to batch are measured, with all waiting for files to be read
     and written; of the next levels the part that the networks take counts as much less as they do.
@@ -120,18 +128,25 @@ class Pace:
             self.look_ahead(now)
 
     def look_ahead(self, now: float) -> None:
-        """Go down to the first level that is fast enough, if this one is not; says so."""
+        """Go down where this level is too slow, and the next one would soon be; says so.
+
+        As long as the next level still leaves time to spare, this one is good for more images.
+        """
         needed = self.left * self.seconds / (self.images * len(self.ends))
-        rest, cost = self.levels[self.place + 1 :], self.levels[self.place].cost
-        if now + needed <= self.end or not rest:
-            return
-        shares = [1 - min(1, self.busy / self.seconds) * (1 - level.cost / cost) for level in rest]
-        fast = [now + CARE * needed * share <= self.end for share in shares]
-        down = fast.index(True) if True in fast else len(rest) - 1
-        dropped = " and ".join(level.name for level in rest[: down + 1])
-        times = f"{needed / 60:.1f} minutes at this pace, {(self.end - now) / 60:.1f} are left"
-        tqdm.write(f"{self.flag}: {self.left} images would take {times}: drops {dropped}")
-        self.begin_level(self.place + 1 + down, now)
+        busy, cost = min(1.0, self.busy / self.seconds), self.levels[self.place].cost
+
+        def is_late(place: int) -> bool:
+            share = 1 - busy * (1 - self.levels[place].cost / cost)
+            return now + needed * share * (CARE if place > self.place else 1) > self.end
+
+        place, last = self.place, len(self.levels) - 1
+        while place < last and is_late(place) and is_late(place + 1):
+            place += 1
+        if place > self.place:
+            dropped = " and ".join(level.name for level in self.levels[self.place + 1 : place + 1])
+            times = f"{needed / 60:.1f} minutes at this pace, {(self.end - now) / 60:.1f} are left"
+            tqdm.write(f"{self.flag}: {self.left} images would take {times}: drops {dropped}")
+            self.begin_level(place, now)
 
 
 def make_pace(
