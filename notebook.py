@@ -24,7 +24,7 @@ raise ImportError("these are the cells of a notebook: python tools/kernel.py bui
 # Your competition
 DATA = "auto"  # its slug, or a folder; auto: KITTI Road, for rle the competition that is attached
 SUBMISSION = "none"  # rle: submission.csv as its sample shows; png: label maps; kitti: the server's
-METRIC = "auto"  # the threshold is tuned for it: dice, iou or maxf; auto: dice, for KITTI Road maxf
+METRIC = "auto"  # to tune for: dice, iou, maxf, or a file.py with score; auto: dice, KITTI's maxf
 
 # Model
 ARCH = "Unet"  # any architecture of segmentation-models-pytorch: UnetPlusPlus, FPN, Segformer, ...
@@ -161,6 +161,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/results/tuning.py _kg_hide-input=true
 
+# %% kit/results/metric_file.py _kg_hide-input=true
+
 # %% kit/results/metrics.py _kg_hide-input=true
 
 # %% kit/results/visualize.py _kg_hide-input=true
@@ -221,6 +223,7 @@ def training_flags(**values):
     """The flags of train.py, with the paths of what is attached."""
     values |= {"data": session.data_folder(DATA, SUBMISSION), "config": session.recipe(CONFIG)}
     values["init"] = session.file_in("INIT", INIT, "model.pt", "model.safetensors")
+    values["metric"] = session.find("METRIC", METRIC) if METRIC.endswith(".py") else METRIC
     return flags("train.py", **values)
 
 
@@ -269,12 +272,15 @@ def show_scores(folder):
     for path in sorted(Path(folder).glob("**/metrics.json")):
         scores = json.loads(path.read_text())
         threshold, classes = scores.pop("threshold"), scores.pop("classes", {})
+        own = scores.pop("metric", None)  # of a file
         at = f", at the threshold {threshold:.3f}" if isinstance(threshold, float) else ""
         print(f"{path}: percent{at}")
         display(pd.DataFrame({"mean over images": scores.pop("mean")}).T.round(2))
         for view, measures in scores.items():
             print(view)
             display(pd.DataFrame(measures).T.round(2))
+        if own:
+            print(f"{own['name']}: {own['score']:.6g}")
         if classes:
             print(f"mIoU {classes['mIoU']:.2f}, pixel accuracy {classes['accuracy']:.2f}")
             display(pd.DataFrame(classes["per_class"]).T.round(2))

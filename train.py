@@ -71,8 +71,8 @@ class Config:
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
     flips: Literal["auto", "h", "hv", "all", "none"] = "auto"  # in it; all: turns too; auto: h
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
-    # to tune for; auto: KITTI maxf, else dice; miou: pooled over the images
-    metric: Literal["auto", "maxf", "dice", "iou", "miou"] = "auto"
+    # to tune for: maxf, dice, iou, miou or a file.py with Kaggle's score; auto: dice, of KITTI maxf
+    metric: str = "auto"
     empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
     min_pixels: int = -1  # [-1..1000000000] minimum component area; -1: tuned for dice or iou
     tta: bool = True  # horizontal-flip test-time augmentation: a little better, twice the time
@@ -119,7 +119,7 @@ from kit.data import extras, folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
-from kit.results import metrics, oof, predict, submissions, tuning, visualize
+from kit.results import metric_file, metrics, oof, predict, submissions, tuning, visualize
 from kit.training import callbacks, loaders, losses
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
@@ -411,8 +411,10 @@ def train(config: Config, started: float | None = None) -> Path:
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
     losses.parse(config.loss, config.soft)  # a mistake is refused before the data is read
+    metric = metric_file.find_metric(config.metric)
     reading = {name: getattr(config, name) for name in samples.LOADED}
     collection, opener = samples.load(config.data, **reading)
+    metric_file.try_out(metric, collection.classes)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")

@@ -107,8 +107,14 @@ def table_of(runs: list[Run], notes: dict[str, Any]) -> pd.DataFrame:
         row |= {"epochs": run.epochs, "minutes": round(run.minutes, 1), "images": len(value)}
         row |= {metric: round(value.mean(), 2), "error": round(standard_error(value), 2)}
         row["to the best"] = describe_difference(value, best_values, same_images(run, best))
-        rows.append(row | {"leaderboard": notes.get(run.name, "")})
+        rows.append(row | file_score(run) | {"leaderboard": notes.get(run.name, "")})
     return pd.DataFrame(rows)
+
+
+def file_score(run: Run) -> dict[str, float]:
+    """{name of the file of --metric: its score}, or {}."""
+    block = json.loads(Path(run.name, "metrics.json").read_text()).get("metric")
+    return {block["name"]: round(block["score"], 6)} if block else {}
 
 
 def describe_difference(values: pd.Series, best: pd.Series, comparable: bool) -> str:
