@@ -93,6 +93,25 @@ def test_a_file_that_computes_dice_gives_the_kits_dice(dice, classes, order):
     assert score == pytest.approx(exact, abs=1e-9)
 
 
+def test_of_exclusive_classes_each_has_a_row(dice):
+    config = ModelConfig(
+        class_names=("sky", "road"),
+        class_values=("0", "7"),
+        exclusive=True,
+        thresholds=(),
+        areas=(),
+    )
+    truth, found = np.zeros((4, 6), np.uint8), np.zeros((2, 4, 6), np.uint8)
+    truth[2:], truth[0, 0], found[0, 1:] = 1, 255, 1
+    mask = SimpleNamespace(read=lambda _: truth)
+    sample = SimpleNamespace(id="a", image_id="a", mask=mask)
+    predictions = [tuning.Prediction(sample, found, config, True)]
+    metric = metric_file.find_metric(str(dice))
+    metric_file.try_out(metric, config.classes)
+    score = metric_file.score_predictions(metric, predictions, config)
+    assert score == pytest.approx((2 * 5 / (11 + 5) + 2 * 12 / (12 + 18)) / 2)
+
+
 def test_the_tables_have_the_form_of_the_submission():
     rows = [("1", "a", "1 3"), ("1", "b", ""), ("2", "a", "")]
     solution = metric_file.make_solution(rows, Classes(("a", "b"), ("a", "b")))
