@@ -113,7 +113,8 @@ def table_of(runs: list[Run], notes: dict[str, Any]) -> pd.DataFrame:
 
 def file_score(run: Run) -> dict[str, float]:
     """{name of the file of --metric: its score}, or {}."""
-    block = json.loads(Path(run.name, "metrics.json").read_text()).get("metric")
+    path = Path(run.name, "metrics.json")
+    block = json.loads(path.read_text()).get("metric") if path.is_file() else None
     return {block["name"]: round(block["score"], 6)} if block else {}
 
 

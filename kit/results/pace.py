@@ -20,9 +20,9 @@ from kit.results.predict import (
 
 PATIENCE = 0.05  # of the time that is left is measured before anything is dropped
 WARM_UP = 5.0  # seconds: a thread's first batch that is shorter says nothing about the others
-CARE = 1.2  # how much longer than expected a level may take that has not been measured
+CARE = 1.5  # how much longer than expected a level may take: machines get slower, too
 HALF = 0.5  # of a pass, for a quarter of the pixels: a small input leaves a GPU idle
-RESERVE = 0.05, 3.0  # of the minutes, and seconds at least: for the files and the submission
+RESERVE = 0.05, 5.0  # of the minutes, and seconds at least: for the files and the submission
 
 
 class Level(NamedTuple):
@@ -87,6 +87,7 @@ class Pace:
         self.levels, self.end, self.left, self.clock = levels, end, images, clock
         self.flag, self.lock = f"--max_minutes {minutes:g}", threading.Lock()
         self.ends: dict[int, float | None] = {}  # when a thread's last batch was done
+        self.latest = 0.0  # seconds of a batch
         self.begin_level(0, clock())
         names = "; ".join(level.name for level in levels[1:]) or "nothing"
         print(f"{self.flag}: where time is short, dropped in this order: {names}", flush=True)
@@ -101,7 +102,7 @@ class Pace:
         """See `predict.predict_batch`; an image for which there is no time left is an error."""
         thread, place, begun = threading.get_ident(), self.place, self.clock()
         self.ends.setdefault(thread, None)
-        if begun + self.seconds / max(1, self.batches) > self.end:
+        if begun + self.latest > self.end:
             errors = [UserError(self.flag, f"no time was left for {row.id}") for row in batch]
             return [], list(zip(batch, errors, strict=True))
         level = self.levels[place]
@@ -118,6 +119,7 @@ class Pace:
         `begun`, `read`: when, by the clock.
         """
         now, last = self.clock(), self.ends[thread]
+        self.latest = now - begun
         self.ends[thread], self.left = now, self.left - count
         seconds = now - (begun if last is None else last)
         if place != self.place or (last is None and seconds < WARM_UP):
