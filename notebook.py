@@ -46,6 +46,7 @@ LOSS = "bce=1,dice=1"  # terms with their weights; also focal, lovasz, tversky, 
 AUGMENT = 1.0  # strength of the augmentation; 0: none
 FLIPS = "auto"  # symmetries in it: h, hv, all (quarter turns too), none; auto: h
 MASKS = "auto"  # folder or csv of the training masks; auto: next to the images
+EXTRA = ""  # attached predictions of SAVE_PROBS = True, whose confident pixels are trained on, too
 CLASSES = "auto"  # auto: as found; one: all merged; a file of id,name; or names: "car,road"
 FOLDS = 10  # parts that the data is split into
 FOLD = 0  # the part that validates; "all": one model for each part, averaged in prediction
@@ -223,6 +224,7 @@ def training_flags(**values):
     """The flags of train.py, with the paths of what is attached."""
     values |= {"data": session.data_folder(DATA, SUBMISSION), "config": session.recipe(CONFIG)}
     values["init"] = session.file_in("INIT", INIT, "model.pt", "model.safetensors")
+    values["extra"] = kaggle.unpacked(session.find("EXTRA", EXTRA)) if EXTRA else ""
     values["metric"] = session.find("METRIC", METRIC) if METRIC.endswith(".py") else METRIC
     return flags("train.py", **values)
 

@@ -102,7 +102,7 @@ def write_scripts(folder, body="print(sys.argv[1:])", field=""):
 
 def test_a_script_gets_each_setting_that_it_has_a_field_for(place):
     names = "metric arch encoder encoder_weights height width max_minutes session_minutes seed lr"
-    names += " init config flips"
+    names += " init config flips extra"
     names += (
         " batch_size loss augment masks classes folds fold devices threshold submission pos_weight"
     )

@@ -157,8 +157,8 @@ def test_every_setting_says_what_it_is_for(built):
     assert all(re.fullmatch(r"[A-Z_]+ = \S+  # .+", line) for line in own)
     promised = (
         "DATA SUBMISSION METRIC ARCH ENCODER ENCODER_WEIGHTS HEIGHT WIDTH INIT TRAIN CONFIG EPOCHS "
-        "MAX_MINUTES SESSION_MINUTES BATCH_SIZE LR LOSS AUGMENT FLIPS MASKS CLASSES FOLDS FOLD "
-        "SEED DEVICES RESUME PREDICT MODELS THRESHOLD TTA PREDICT_MINUTES"
+        "MAX_MINUTES SESSION_MINUTES BATCH_SIZE LR LOSS AUGMENT FLIPS MASKS EXTRA CLASSES FOLDS "
+        "FOLD SEED DEVICES RESUME PREDICT MODELS THRESHOLD TTA PREDICT_MINUTES"
     )
     assert [line.split(" = ")[0] for line in own] == promised.split()
     assert len(lines) <= 45  # one screen
