@@ -11,11 +11,14 @@
 Size, encoder, threshold and all else that a prediction needs come from model.pt.
 """
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kit.cli import parse
 from kit.errors import UserError, first_five, one_line_errors
+
+STARTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Options:
     )
     tta: Literal["auto", "true", "false"] = "auto"  # horizontal-flip TTA; auto: as trained
     batch_size: int = 8  # [0..65536] images, or tiles, at a time; 0: 8
+    max_minutes: float = 0  # [0..1000000] of all of it: drops TTA, then models, detail; 0: no limit
     comparisons: bool = True  # write comparisons/ID.jpg
     show: str = ""  # the channels seen as red, green, blue, such as 4,3,2; "": as trained
     bev: bool = False  # write bev/ID.jpg, the bird's-eye view, where there is a calibration (KITTI)
@@ -58,7 +62,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 import itertools
 import os
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +86,7 @@ from kit.network.model import TrainedModel, best_device, prepare_device
 from kit.results import submissions
 from kit.results.metrics import Evaluation
 from kit.results.mosaics import Mosaic, add_margins, finish
+from kit.results.pace import make_pace
 from kit.results.predict import (
     describe_masks,
     ensemble_config,
@@ -113,9 +117,10 @@ class Plan(NamedTuple):
     out: Path
     rank: int  # of this process
     processes: int
+    started: float  # when this process did, of time.monotonic
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: Options, started: float) -> Plan:
     """Load the models; thresholds and areas are the mean over them. Raises UserError."""
     prepare_device()
     device = best_device()
@@ -130,7 +135,7 @@ def make_plan(options: Options) -> Plan:
     if options.show:
         config = replace(config, show=shown_channels(options.show, config.channels))
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return Plan(models, config, options, Path(options.out), rank, processes)
+    return Plan(models, config, options, Path(options.out), rank, processes, started)
 
 
 def find_images(options: Options, config: ModelConfig) -> pd.DataFrame:
@@ -302,8 +307,10 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
             if mosaic and mosaic.done(plan.out, sample, plan.options.comparisons) and submission:
                 submission.add_runs(sample.image_id, mosaic.answers())
 
-    options = plan.options
-    predictions = predict(plan.models, samples, options.batch_size or 8, options.tta, unreadable)
+    tta, minutes = plan.options.tta, plan.options.max_minutes
+    pace = make_pace(plan.models, tta, minutes, plan.started, len(samples))
+    size = plan.options.batch_size or 8
+    predictions = predict(plan.models, samples, size, tta, unreadable, pace)
     hidden = True if plan.rank else None  # None: shown on a terminal alone
     with ThreadPoolExecutor(2) as writers:
         for sample, image, prediction in tqdm(predictions, None, len(samples), disable=hidden):
@@ -350,7 +357,7 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
     if submission and (not results.failed or plan.options.submission == "rle"):
         submission.write(plan.out)
         if results.failed:  # on hidden test images an error would cost the whole submission
-            print(f"{len(results.failed)} unreadable images have empty masks in it: {messages}")
+            print(f"{len(results.failed)} images failed, their masks are empty in it: {messages}")
             results.failed.clear()
     if results.failed:
         problem = f"{len(results.failed)} of {count} could not be used, the others are done"
@@ -360,9 +367,9 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
         print(results.evaluation.summary())
 
 
-def infer(options: Options) -> Path:
+def infer(options: Options, started: float | None = None) -> Path:
     """Predict `options.data` and write everything under `options.out`. Raises UserError."""
-    plan = make_plan(options)
+    plan = make_plan(options, time.monotonic() if started is None else started)
     if Path(options.data).suffix.lower() in VIDEO_SUFFIXES and Path(options.data).is_file():
         return overlay_video(plan)
     samples = add_margins(find_images(options, plan.config), plan.models)
@@ -402,6 +409,8 @@ def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 def overlay_video(plan: Plan) -> Path:
     """Lay the mask over each frame of a video: overlay.mp4. Raises UserError for a damaged one."""
     path, started, size = plan.options.data, time.monotonic(), plan.options.batch_size or 8
+    if plan.options.max_minutes:
+        raise UserError("--max_minutes", "is for images, not for a video", "leave it out")
     video = cv2.VideoCapture(path)
     rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     frames = read_frames(video)
@@ -433,4 +442,4 @@ def overlay_video(plan: Plan) -> Path:
 
 if __name__ == "__main__":
     with one_line_errors():
-        infer(OPTIONS)
+        infer(OPTIONS, STARTED)

@@ -24,7 +24,7 @@ raise ImportError("these are the cells of a notebook: python tools/kernel.py bui
 # Your competition
 DATA = "auto"  # its slug, or a folder; auto: KITTI Road, for rle the competition that is attached
 SUBMISSION = "none"  # rle: submission.csv as its sample shows; png: label maps; kitti: the server's
-METRIC = "auto"  # the threshold is tuned for it: dice, iou or maxf; auto: dice, for KITTI Road maxf
+METRIC = "auto"  # to tune for: dice, iou, maxf, or a file.py with score; auto: dice, KITTI's maxf
 
 # Model
 ARCH = "Unet"  # any architecture of segmentation-models-pytorch: UnetPlusPlus, FPN, Segformer, ...
@@ -32,17 +32,21 @@ ENCODER = "resnet34"  # any encoder of it; stronger: resnet50, efficientnet-b3; 
 ENCODER_WEIGHTS = "imagenet"  # imagenet (attached, or from the network), none (worse), or a file
 HEIGHT = 0  # of the network's input, such as 384; 0: follows the images and the device
 WIDTH = 0  # as HEIGHT, such as 1248
+INIT = ""  # an own model that is attached, to start from: all that fits; "": ENCODER_WEIGHTS
 
 # Training
 TRAIN = True  # False: predict with the attached models, see MODELS
-EPOCHS = 40  # passes over the training images; 0: as many as MAX_MINUTES allows
+CONFIG = ""  # config.json of an attached run: it counts for all that has its default here
+EPOCHS = 0  # passes over the training images; 0: as many as MAX_MINUTES allows, without it 40
 MAX_MINUTES = 0  # of the whole training, over all sessions; 0: no limit
 SESSION_MINUTES = 660  # of this session, which Kaggle stops after 12 hours (some competitions: 9)
 BATCH_SIZE = 0  # images per step; 0: the kit chooses, and splits a batch where memory runs out
 LR = 0  # learning rate; 0: 2e-3 if pretrained with BatchNorm, else 5e-4; "auto": a finder
 LOSS = "bce=1,dice=1"  # terms with their weights; also focal, lovasz, tversky, or your own: loss
 AUGMENT = 1.0  # strength of the augmentation; 0: none
+FLIPS = "auto"  # symmetries in it: h, hv, all (quarter turns too), none; auto: h
 MASKS = "auto"  # folder or csv of the training masks; auto: next to the images
+EXTRA = ""  # attached predictions of SAVE_PROBS = True, whose confident pixels are trained on, too
 CLASSES = "auto"  # auto: as found; one: all merged; a file of id,name; or names: "car,road"
 FOLDS = 10  # parts that the data is split into
 FOLD = 0  # the part that validates; "all": one model for each part, averaged in prediction
@@ -55,6 +59,7 @@ PREDICT = "auto"  # folder of images; auto: the test images next to the training
 MODELS = "auto"  # a model.pt, or a list of them; auto: this training's, without it all attached
 THRESHOLD = "auto"  # a pixel is foreground from this probability on; auto: as tuned in training
 TTA = True  # average with the prediction of the flipped image: a little better, half the speed
+PREDICT_MINUTES = 0  # of the prediction: drops TTA, then models, where time is short; 0: no limit
 
 # %% title-training-script [markdown]
 # ## The training script
@@ -142,6 +147,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/training/resolve.py _kg_hide-input=true
 
+# %% kit/training/trial.py _kg_hide-input=true
+
 # %% kit/training/loaders.py _kg_hide-input=true
 
 # %% kit/training/losses.py _kg_hide-input=true
@@ -157,6 +164,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/results/tuning.py _kg_hide-input=true
 
+# %% kit/results/metric_file.py _kg_hide-input=true
+
 # %% kit/results/metrics.py _kg_hide-input=true
 
 # %% kit/results/visualize.py _kg_hide-input=true
@@ -164,6 +173,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/results/submissions.py _kg_hide-input=true
 
 # %% kit/results/mosaics.py _kg_hide-input=true
+
+# %% kit/results/pace.py _kg_hide-input=true
 
 # %% title-extra [markdown]
 # ### kit/extra: what is asked for by a flag of its own
@@ -213,6 +224,15 @@ def flags(script, **values):
     return kaggle.flags(script, kaggle.read_settings(namespace["In"], namespace), **values)
 
 
+def training_flags(**values):
+    """The flags of train.py, with the paths of what is attached."""
+    values |= {"data": session.data_folder(DATA, SUBMISSION), "config": session.recipe(CONFIG)}
+    values["init"] = session.file_in("INIT", INIT, "model.pt", "model.safetensors")
+    values["extra"] = kaggle.unpacked(session.find("EXTRA", EXTRA)) if EXTRA else ""
+    values["metric"] = session.find("METRIC", METRIC) if METRIC.endswith(".py") else METRIC
+    return flags("train.py", **values)
+
+
 def show_images(paths):
     """Images from files, with their names."""
     for path in paths:
@@ -229,8 +249,7 @@ def show_images(paths):
 
 # %% look-data
 if TRAIN:
-    data = session.data_folder(DATA, SUBMISSION)
-    kaggle.run("train.py", *flags("train.py", data=data, out="data_check", check=True))
+    kaggle.run("train.py", *training_flags(out="data_check", check=True))
     show_images(["data_check/examples.jpg", "data_check/augmented.jpg"])
 
 # %% title-train [markdown]
@@ -243,10 +262,9 @@ session.look()  # again: something may have been attached since
 if TRAIN:
     if RESUME == "auto" and not Path("out").exists():
         session.copy_earlier_version()
-    values = {"data": session.data_folder(DATA, SUBMISSION), "out": "out"}
-    values["encoder_weights"] = session.encoder_weights(ENCODER, ENCODER_WEIGHTS)
-    values["devices"] = session.processes(DEVICES)
-    kaggle.run("train.py", *flags("train.py", **values))
+    weights = session.encoder_weights(ENCODER, ENCODER_WEIGHTS, session.recipe(CONFIG))
+    devices = session.processes(DEVICES)
+    kaggle.run("train.py", *training_flags(out="out", encoder_weights=weights, devices=devices))
 
 # %% title-scores [markdown]
 # ## Curves and scores
@@ -260,12 +278,15 @@ def show_scores(folder):
     for path in sorted(Path(folder).glob("**/metrics.json")):
         scores = json.loads(path.read_text())
         threshold, classes = scores.pop("threshold"), scores.pop("classes", {})
+        own = scores.pop("metric", None)  # of a file
         at = f", at the threshold {threshold:.3f}" if isinstance(threshold, float) else ""
         print(f"{path}: percent{at}")
         display(pd.DataFrame({"mean over images": scores.pop("mean")}).T.round(2))
         for view, measures in scores.items():
             print(view)
             display(pd.DataFrame(measures).T.round(2))
+        if own:
+            print(f"{own['name']}: {own['score']:.6g}")
         if classes:
             print(f"mIoU {classes['mIoU']:.2f}, pixel accuracy {classes['accuracy']:.2f}")
             display(pd.DataFrame(classes["per_class"]).T.round(2))
@@ -292,7 +313,8 @@ if PREDICT == "auto":
 else:
     images = kaggle.unpacked(session.find("PREDICT", PREDICT))
 values = {"model": session.model_files(MODELS, TRAIN), "data": images, "out": "predictions"}
-values["masks"] = "auto"  # MASKS are those of the training images
+values |= {"masks": "auto", "max_minutes": PREDICT_MINUTES}  # MASKS are the training images'
+values["tta"] = "auto" if TTA else False  # as trained
 kaggle.run(*session.launcher(DEVICES), "infer.py", *flags("infer.py", **values))
 
 # %% look

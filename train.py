@@ -70,9 +70,10 @@ class Config:
     # of the loss; inverse: of the frequency; auto: inverse where classes exclude each other
     class_weights: Literal["auto", "none", "inverse"] = "auto"
     augment: float = 1.0  # [0..3] strength of the augmentation; 0: none
+    flips: Literal["auto", "h", "hv", "all", "none"] = "auto"  # in it; all: turns too; auto: h
     ema: float = 0.98  # [0..0.99999] decay of the exponential moving average of the weights
-    # to tune for; auto: KITTI maxf, else dice; miou: pooled over the images
-    metric: Literal["auto", "maxf", "dice", "iou", "miou"] = "auto"
+    # to tune for: maxf, dice, iou, miou or a file.py with Kaggle's score; auto: dice, of KITTI maxf
+    metric: str = "auto"
     empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
     min_pixels: int = -1  # [-1..1000000000] minimum component area; -1: tuned for dice or iou
     tta: bool = True  # horizontal-flip test-time augmentation: a little better, twice the time
@@ -119,8 +120,8 @@ from kit.data import extras, folds, images, samples
 from kit.data.masks import DecodedFiles
 from kit.files import writable_folder
 from kit.network import model
-from kit.results import metrics, oof, predict, submissions, tuning, visualize
-from kit.training import callbacks, loaders, losses
+from kit.results import metric_file, metrics, oof, predict, submissions, tuning, visualize
+from kit.training import callbacks, loaders, losses, trial
 from kit.training import resolve as resolving
 from kit.training.callbacks import Clock, TrainingCallback
 
@@ -135,7 +136,7 @@ def augmentation(config: Config) -> A.Compose:
     size, edge = (config.height, config.width), cv2.BORDER_REPLICATE
     crop = [A.PadIfNeeded(*size, position="top_left", border_mode=edge), A.RandomCrop(*size)]
     changes = [
-        A.HorizontalFlip(p=0.5),
+        *loaders.flips(config.flips, A.HorizontalFlip(p=0.5)),
         A.Affine(
             scale=(1 - 0.2 * k / (1 + 0.2 * k), 1 + 0.2 * k),
             translate_percent=(-0.08 * k, 0.08 * k),
@@ -215,7 +216,7 @@ def make_loaders(
     training = SegmentationDataset(table[trains], model_config, config.seed, augment)
     validation = SegmentationDataset(table[validates], model_config, config.seed, None)
     plan = loaders.plan_epochs(training, config.positives, config.stages)
-    size = resolving.images_per_step(config.batch_size, plan.count, config.devices, parts)
+    size = loaders.images_per_step(config.batch_size, plan.count, config.devices, parts)
     options = {"workers": config.workers, "processes": config.devices, "seed": config.seed}
     cached = loaders.Cached(validation, CACHE // 8)
     shuffled = loaders.make_loader(training, plan, size, **options)
@@ -272,9 +273,7 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config, self.model_config = config, model_config
         self.lr = 0.0  # the highest; `fit` sets it
-        network = model.build_network(model_config, config.encoder_weights)
-        if config.init:
-            print(model.take_over(network, model_config, config.encoder_weights))
+        network = model.start_network(model_config, config.encoder_weights, config.init)
         self.network = model.prepare_training(network)
         self.ema = model.make_ema(self.network, config.ema)
         self.progress = 1.0  # of the training, from the clock
@@ -379,7 +378,7 @@ def fit(module: SegmentationModule, table: pd.DataFrame, run: TrainingCallback) 
             print(f"resume: from {path}, after epoch {len(run.rows)}", flush=True)
         training, validation = make_loaders(config, model_config, table, parts)
         if parts > 1:
-            resolving.check_batch(module.network, model_config, training.batch_size)
+            trial.check_batch(module.network, model_config, training.batch_size)
         training.sampler.set_epoch(len(run.rows))  # before Lightning fills the workers' queues
         training.sampler.progress = run.epoch_progress()
         trainer = make_trainer(
@@ -413,8 +412,10 @@ def train(config: Config, started: float | None = None) -> Path:
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
     losses.parse(config.loss, config.soft)  # a mistake is refused before the data is read
+    metric = metric_file.find_metric(config.metric)
     reading = {name: getattr(config, name) for name in samples.LOADED}
     collection, opener = samples.load(config.data, **reading)
+    metric_file.try_out(metric, collection.classes)
     chosen = folds.chosen_folds(collection.samples, config.fold)
     if config.fold == "all" and config.resume not in ("auto", "none"):
         raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
@@ -449,7 +450,7 @@ def train_fold(
     pl.seed_everything(config.seed, verbose=False)
     module = SegmentationModule(config, model_config)
     if config.devices > 1:
-        resolving.freeze_unused(module.network, model_config)
+        trial.freeze_unused(module.network, model_config)
     table = samples.decode_pairs(run.samples, model_config, CACHE, opener, config.cache)
     print(folds.describe_folds(table, config.fold))
     submissions.check_sample(config.data, model_config.classes, model_config.bands)

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import difflib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ from typing import Any
 from kit.errors import first_five
 from kit.files import MOUNTS, walk_mount
 
-NOT_FLAGS = ("TRAIN", "PREDICT")  # settings of the notebook alone
+NOT_FLAGS = ("TRAIN", "PREDICT", "PREDICT_MINUTES")  # settings of the notebook alone
 EARLIER = (  # files of a run that an earlier version of the notebook left
     "model.pt", "last.ckpt", "config.json", "metrics.csv", "metrics.json", "curves.png",
     "scores.csv", "symmetries.csv", "pr_curve.png", "validation.jpg",
@@ -224,6 +225,18 @@ class Session:
         print(f"{setting}: {matches[0]}")
         return matches[0]
 
+    def file_in(self, setting: str, name: Any, *files: str) -> Any:
+        """The path of what a setting names; of a folder the first of these files in or below it."""
+        if not name:
+            return ""
+        path = self.find(setting, name)
+        inside = [place for file in files for place in sorted(path.glob(f"**/{file}"))]
+        return min(inside, key=lambda place: len(place.parts), default=path)
+
+    def recipe(self, name: Any) -> Any:
+        """The path of the file of settings that CONFIG names; "" for none."""
+        return self.file_in("CONFIG", name, "config.json")
+
     def competitions(self) -> list[Path]:
         """The attached competitions: by their folder, else by their sample of a submission."""
         named = [mount for mount in self.mounts() if mount.parent.name.lower() == "competitions"]
@@ -287,8 +300,17 @@ class Session:
         importlib.invalidate_caches()
         print("segmentation-models-pytorch: installed from", source[-1])
 
-    def encoder_weights(self, encoder: str, weights: str) -> Any:
-        """ENCODER_WEIGHTS; for imagenet an attached file, else an attached cache of the Hub."""
+    def encoder_weights(self, encoder: str, weights: str, recipe: Any = "") -> Any:
+        """ENCODER_WEIGHTS; for imagenet an attached file, else an attached cache of the Hub.
+
+        `recipe`: a file whose settings count where these have their defaults, or "".
+        """
+        own = defaults("train.py") if recipe else {}
+        with contextlib.suppress(ValueError, AttributeError):  # train.py says what is wrong
+            given = json.loads(Path(recipe).read_text(encoding="utf-8")) if recipe else {}
+            encoder = given.get("encoder", encoder) if encoder == own.get("encoder") else encoder
+            if weights == own.get("encoder_weights"):
+                weights = given.get("encoder_weights", weights)
         if os.environ.get("HF_HUB_CACHE", "").startswith(str(self.root)):
             del os.environ["HF_HUB_CACHE"]  # of an earlier run of this cell
         if weights != "imagenet":

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,8 @@ import pytest
 from conftest import KIT, run
 from PIL import Image
 
-from kit import kaggle
+import train
+from kit import cli, kaggle
 
 
 def settings(**changes):
@@ -65,7 +67,7 @@ def place(tmp_path, monkeypatch):
                 path = Place.input / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content)
-            return path
+            return path if len(names) == 1 else [Place.input / name for name in names]
 
         @staticmethod
         def saved(name, words="encoder_weights min_pixels"):
@@ -100,6 +102,7 @@ def write_scripts(folder, body="print(sys.argv[1:])", field=""):
 
 def test_a_script_gets_each_setting_that_it_has_a_field_for(place):
     names = "metric arch encoder encoder_weights height width max_minutes session_minutes seed lr"
+    names += " init config flips extra"
     names += (
         " batch_size loss augment masks classes folds fold devices threshold submission pos_weight"
     )
@@ -126,7 +129,7 @@ def test_a_script_gets_each_setting_that_it_has_a_field_for(place):
 
 def test_what_equals_the_default_of_a_script_is_left_out(monkeypatch):
     monkeypatch.chdir(KIT)
-    assert kaggle.flags("train.py", settings()) == ["--epochs", "40", "--session_minutes", "660"]
+    assert kaggle.flags("train.py", settings()) == ["--session_minutes", "660"]
     assert kaggle.flags("infer.py", settings()) == ["--batch_size", "0", "--tta", "true"]
 
 
@@ -173,6 +176,17 @@ def test_values_of_a_step_come_before_the_settings(monkeypatch):
     assert "--masks" not in words
     assert "--devices" not in words
     assert kaggle.flags("train.py", {}, check=True, out="out") == ["--check", "true"]
+
+
+def test_the_limit_of_the_training_is_not_that_of_the_prediction(monkeypatch):
+    monkeypatch.chdir(KIT)
+    own = settings(MAX_MINUTES=600, PREDICT_MINUTES=30, FLIPS="hv")
+    assert "--max_minutes 600" in " ".join(kaggle.flags("train.py", own))
+    assert "--flips hv" in " ".join(kaggle.flags("train.py", own))
+    for minutes in (0, 30):
+        words = kaggle.flags("infer.py", own, max_minutes=minutes)
+        assert words.count("--max_minutes") == (minutes > 0)
+        assert "600" not in words
 
 
 def test_defaults_are_read_without_running_the_script(place):
@@ -643,6 +657,53 @@ def test_encoder_weights_come_from_what_is_attached(place):
     assert found(weights="none") == ("none", None)
     lite = place.attach("lite/tf_efficientnet_lite0-0aa007d2.pth")
     assert found("timm-tf_efficientnet_lite0") == (lite, None)
+
+
+def test_of_an_attached_run_its_settings_and_its_model_are_found(place, capsys):
+    version = "notebooks/bob/version-3"
+    recipe, folds = place.attach(f"{version}/out/config.json", f"{version}/out/fold0/config.json")
+    model = place.attach(f"{version}/out/model.pt")
+    hub = place.attach("datasets/bob/hub/model.safetensors")
+    session = kaggle.Session()
+    assert session.recipe("version-3") == session.recipe("version-3/out") == recipe
+    assert session.recipe("out/fold0/config.json") == folds
+    files = ("model.pt", "model.safetensors")
+    assert session.file_in("INIT", "version-3", *files) == model
+    assert session.file_in("INIT", "bob/hub", *files) == hub
+    assert session.file_in("INIT", "", *files) == session.recipe("") == ""
+    with pytest.raises(kaggle.StepFailed, match="CONFIG: version-4 is not attached"):
+        session.recipe("version-4")
+
+
+def test_the_encoder_of_a_file_of_settings_counts_where_the_cell_has_its_default(place):
+    shutil.copy(KIT / "train.py", place.working)
+    file = place.attach("lite/resnet50-11ad3fa6.pth")
+    content = {"encoder": "resnet50", "encoder_weights": "imagenet"}
+    recipe = place.attach("run/config.json", content=json.dumps(content))
+    session = kaggle.Session()
+    assert session.encoder_weights("resnet34", "imagenet") == "imagenet"
+    assert session.encoder_weights("resnet34", "imagenet", recipe) == file
+    assert session.encoder_weights("resnet18", "imagenet", recipe) == "imagenet"
+    recipe.write_text(json.dumps(content | {"encoder_weights": "none"}))
+    assert session.encoder_weights("resnet34", "imagenet", recipe) == "none"
+    recipe.write_text("[1]")
+    assert session.encoder_weights("resnet34", "imagenet", recipe) == "imagenet"
+
+
+def test_a_file_of_settings_counts_for_all_that_the_cell_leaves_at_its_defaults(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(KIT)
+    recipe = tmp_path / "config.json"
+    names = {"DATA", "SUBMISSION", "TRAIN", "CONFIG", "INIT", "RESUME", "DEVICES"}
+    given = {"epochs": 7, "lr": 0.003, "arch": "FPN", "fold": 3, "height": 96, "augment": 0.5}
+    recipe.write_text(json.dumps(given))
+    words = kaggle.flags("train.py", settings(SEED=9), config=recipe)
+    config = cli.parse(train.Config, "", words)
+    assert {name: getattr(config, name) for name in given} == given
+    assert (config.seed, config.session_minutes) == (9, 660)
+    passed = {word[2:].upper() for word in words if word.startswith("--")}
+    assert passed <= names | {"SEED", "SESSION_MINUTES"}
 
 
 # --------------------------------------------------------------------------------------------------

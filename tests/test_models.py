@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from kit.config import ModelConfig
 from kit.errors import UserError
 from kit.network import encoders, model
-from kit.training import resolve
+from kit.training import trial
 from train import Config
 
 AUTO, GIVEN = (True, True), (False, False)
@@ -27,7 +28,7 @@ def attempt(config, free=GIVEN, batch_size=4, images=9, processes=1, **settings)
     """What the trial step makes of the settings, and of those of the model."""
     resolved = Config(grow=True, batch_size=batch_size, devices=processes, **settings)
     samples = pd.DataFrame(index=range(images))
-    return resolve.try_network(resolved, config, samples, free, [0.5, 0.75])
+    return trial.try_network(resolved, config, samples, free, [0.5, 0.75])
 
 
 def settle(arch, encoder, size, free=AUTO, **numbers):
@@ -134,16 +135,16 @@ def test_two_small_images_simply_work(tmp_path):
 def test_full_memory_leaves_no_batch_that_the_network_refuses():
     config = ModelConfig(arch="DeepLabV3", encoder="resnet18", height=64, width=64)
     network = model.build_network(config)
-    resolve.check_batch(network, config, 2)
+    trial.check_batch(network, config, 2)
     with pytest.raises(UserError, match="memory: cannot hold 2 images.*smaller --height"):
-        resolve.check_batch(network, config, 1)
+        trial.check_batch(network, config, 1)
 
 
 def test_the_trial_step_changes_nothing():
     network = model.build_network(ModelConfig(encoder="resnet18")).eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state = torch.get_rng_state()
-    assert resolve.trial_step(network, 2, (64, 64), backward=True) == []
+    assert trial.trial_step(network, 2, (64, 64), backward=True) == []
     assert torch.equal(torch.get_rng_state(), state)
     assert not network.training
     assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
@@ -163,7 +164,7 @@ class Numbers(torch.nn.Module):
 
 
 def test_a_network_that_wants_numbers_gets_them():
-    unused = resolve.trial_step(Numbers(), 4, (8, 8), backward=True)
+    unused = trial.trial_step(Numbers(), 4, (8, 8), backward=True)
     assert unused == ["unused.weight", "unused.bias"]
 
 
@@ -180,7 +181,7 @@ def test_what_gets_no_gradient_is_frozen(arch, encoder, frozen):
     """Several processes would wait for its gradient."""
     config = ModelConfig(arch=arch, encoder=encoder, height=64, width=64)
     network = model.build_network(config)
-    resolve.freeze_unused(network, config)
+    trial.freeze_unused(network, config)
     still = {name for name, weight in network.named_parameters() if not weight.requires_grad}
     assert (frozen in still) if frozen else not still
     network(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -570,4 +571,31 @@ def test_a_training_starts_from_a_model(roads, tmp_path):
         "train.py", *flags, "--init", tmp_path / "a", "--encoder", "resnet18", "--out", tmp_path
     )
     assert wrong.returncode == 2
-    assert "not the weights of resnet18" in wrong.stderr
+    assert f"error: --init {tmp_path / 'a'}: not the weights of resnet18" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.pt", b"no model", "cannot be read"),
+        ("empty.safetensors", b"", "cannot be read"),
+        ("nothing.pt", {}, "not the weights of .*: 0 of"),
+        ("other.pt", {"model": {"layer.weight": torch.ones(2)}}, "not the weights of .*: 0 of"),
+        ("numbers.pt", {"model": [1, 2]}, "not the weights of .*: 0 of"),
+        ("statistics.pt", {"model": {"mean": (9, 9, 9), "std": (1, 1, 1)}}, "its mean and std"),
+    ],
+)
+def test_a_start_of_which_nothing_fits_is_refused_by_the_flag_that_named_it(
+    roads, tmp_path, name, content, message
+):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    flags = ("--data", roads, "--epochs", 1, *TINY, "--out", tmp_path / "out")
+    for flag in ("--init", "--encoder_weights"):
+        done = run("train.py", *flags, flag, tmp_path / name)
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert re.match(f"error: {flag} {re.escape(str(tmp_path / name))}: {message}", last), last
+        assert not (tmp_path / "out" / "model.pt").exists()

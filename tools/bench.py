@@ -486,16 +486,16 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
 
     import train
     from kit.network import encoders, model
-    from kit.training import resolve
+    from kit.training import trial
 
     device = model.best_device()
     settings = train.Config(encoder_weights="none", batch_size=options.batch, grow=True)
     config, scales = model_settings(options.size, arch=arch, encoder=encoder), (0.5, 0.75)
     images = pd.DataFrame(index=range(99))
-    settings, config = resolve.try_network(settings, config, images, (True, True), scales)
+    settings, config = trial.try_network(settings, config, images, (True, True), scales)
     network = model.build_network(config)
     size = config.height, config.width
-    unused = resolve.trial_step(network, 2, size, backward=True)
+    unused = trial.trial_step(network, 2, size, backward=True)
     parameters = sum(weight.numel() for weight in network.parameters())
     network = model.set_memory_format(network, device).to(device)
     batch = torch.randn(options.batch, 3, *size, device=device)
@@ -527,7 +527,7 @@ def model_row(arch: str, encoder: str, options: argparse.Namespace) -> dict[str,
 
 def sizes_in_words(network: torch.nn.Module, size: tuple[int, int]) -> str:
     """The finest step of height and width at which the network takes the next size but one."""
-    from kit.training.resolve import refusal
+    from kit.training.trial import refusal
 
     for step in (1, 2, 4, 8, 16, 32, 64, 128):
         height, width = (step * (length // step + 1) for length in size)

@@ -146,8 +146,15 @@ def table_of(runs: list[Run], notes: dict[str, Any], chance: float = 0.0) -> pd.
         row |= {"epochs": run.epochs, "minutes": round(run.minutes, 1), "images": len(value)}
         row |= {metric: round(value.mean(), 2), "error": round(standard_error(value), 2)}
         row["to the best"] = describe_difference(run, ordered[0], values, chance)
-        rows.append(row | {"leaderboard": notes.get(run.name, "")})
+        rows.append(row | file_score(run) | {"leaderboard": notes.get(run.name, "")})
     return pd.DataFrame(rows)
+
+
+def file_score(run: Run) -> dict[str, float]:
+    """{name of the file of --metric: its score}, or {}."""
+    path = Path(run.name, "metrics.json")
+    block = json.loads(path.read_text()).get("metric") if path.is_file() else None
+    return {block["name"]: round(block["score"], 6)} if block else {}
 
 
 def describe_difference(run: Run, best: Run, values: dict[str, pd.Series], chance: float) -> str:

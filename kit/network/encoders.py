@@ -12,7 +12,7 @@ import re
 import socket
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -359,6 +359,17 @@ def hub_offline_unless_reachable() -> None:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+@contextlib.contextmanager
+def flagged(init: str) -> Iterator[None]:
+    """In the block errors of the file of weights name --init, where that flag has given it."""
+    try:
+        yield
+    except UserError as error:
+        if init and str(error.where).startswith("--encoder_weights"):
+            raise UserError(f"--init {init}", error.problem, error.remedy) from None
+        raise
 
 
 def check_archive(path: Path) -> None:

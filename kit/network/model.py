@@ -56,6 +56,18 @@ def build_network(config: ModelConfig, weights: str = "none") -> torch.nn.Module
     return network
 
 
+def start_network(config: ModelConfig, weights: str, init: str = "") -> torch.nn.Module:
+    """`build_network` for a training; where `weights` are of an `init`, all that fits. UserError.
+
+    The encoder must fit. Says what was taken over.
+    """
+    with encoders.flagged(init):
+        network = build_network(config, weights)
+        if init:
+            print(take_over(network, config, weights))
+    return network
+
+
 def weights_file(init: str) -> str:
     """The file of weights that --init names: itself, or the one in a folder. Raises UserError."""
     path = Path(init)
@@ -74,7 +86,8 @@ def take_over(network: torch.nn.Module, config: ModelConfig, file: str) -> str:
     """
     content = encoders.read_file(file)
     given, own = encoders.find_tensors(content), network.state_dict()
-    known = list((content.get("model") or {}).get("class_names", ()))
+    described = content.get("model")  # of a file of another program it may be anything
+    known = list(described.get("class_names", ())) if isinstance(described, dict) else []
     fits = {
         key: value
         for key, value in given.items()

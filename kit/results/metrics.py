@@ -297,10 +297,16 @@ class Evaluation:
         occurs = hits.sum(0) > 0
         return float(np.nan_to_num(values[occurs].mean() if occurs.any() else values[0]))
 
-    def write(self, out: Path, thresholds: tuple[float, ...]) -> dict[str, Any]:
-        """Write metrics.json, scores.csv, pr_curve.png or confusion.png; returns the report."""
+    def write(
+        self, out: Path, thresholds: tuple[float, ...], further: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write metrics.json, scores.csv, pr_curve.png or confusion.png; returns the report.
+
+        `further`: blocks of metrics.json.
+        """
         report, names = self.report(), self.classes.names
         content = {"threshold": thresholds[0] if thresholds else None, "mean": self.mean()} | report
+        content |= further or {}
         if self.classes.several:
             content["classes"] = self.class_report()
             content["threshold"] = dict(zip(names, thresholds, strict=False)) or None

@@ -16,9 +16,11 @@ from kit.data.classes import mask_folders, write_probabilities
 from kit.data.images import write_image
 from kit.data.names import MARKER
 from kit.data.readers import in_parallel
+from kit.errors import UserError
 from kit.files import writable_folder, write_file
 from kit.network.model import TrainedModel, best_device, load_model, save_model
 from kit.results import visualize
+from kit.results.metric_file import score_predictions
 from kit.results.metrics import Evaluation
 from kit.results.predict import (
     describe_masks,
@@ -61,14 +63,37 @@ def evaluate_and_export(
         write_file(out / "symmetries.csv", table.to_csv(index=False))
         print(describe_symmetries(table, config))
     predictions = predict_validation(trained._replace(config=config), validation)
-    config = tune(predictions, config, goal)
-    report = write_validation(out, predictions, config, goal)
+    config, scored, failure = tune_and_score(predictions, config, goal)
+    report = write_validation(out, predictions, config, goal, scored)
     trained = trained._replace(config=config, metrics=report)
     export(trained, out)
     write_predictions(out, predictions, trained)
     write_file(out / "curves.png", lambda p: visualize.draw_training_curves(rows, epoch, p))
     print(f"wrote {out / 'model.pt'}; look at {out / 'validation.jpg'} and {out / 'curves.png'}")
+    if failure:
+        raise failure
     return predictions
+
+
+Scored = tuple[ModelConfig, dict[str, Any], UserError | None]
+
+
+def tune_and_score(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> Scored:
+    """The tuned settings, and of a file of --metric the block "metric" of metrics.json.
+
+    Where the file fails they are tuned for Dice, and the error is returned, not to lose the model.
+    """
+    if not goal.file:
+        return tune(predictions, config, goal), {}, None
+    try:
+        tuned = tune(predictions, config, goal)
+        score = score_predictions(goal.file, predictions, tuned)
+    except UserError as error:
+        remedy = "model.pt is tuned for Dice; fix the file and run this again, nothing is lost"
+        failure = UserError(error.where, error.problem, remedy)
+        return tune(predictions, config, goal._replace(file=None)), {}, failure
+    print(f"{goal.file.name}: {score:.6g}")
+    return tuned, {"metric": {"name": goal.file.name, "score": score}}, None
 
 
 def describe_symmetries(table: pd.DataFrame, config: ModelConfig) -> str:
@@ -84,9 +109,10 @@ def write_validation(
     predictions: list[Prediction],
     config: ModelConfig,
     goal: Goal,
+    further: dict[str, Any],
     title: str = "validation",
 ) -> dict[str, Any]:
-    """Write metrics.json, its curves and validation.jpg; returns the report."""
+    """Write metrics.json, with `further`, its curves and validation.jpg; returns the report."""
     evaluation = Evaluation(config.classes, goal.empty_score)
     for prediction in predictions:
         planes = prediction.planes
@@ -104,7 +130,7 @@ def write_validation(
         rows.append(visualize.comparison(prediction.image, target, mask, caption, config.classes))
     write_image(out / "validation.jpg", visualize.stack(rows))
     print(f"{title}: {evaluation.summary()}, {describe_masks(config)}")
-    return evaluation.write(out, config.thresholds)
+    return evaluation.write(out, config.thresholds, further)
 
 
 def export(trained: TrainedModel, out: Path) -> None:
@@ -149,11 +175,13 @@ def evaluate_folds(
 
     `config`: of one of the models.
     """
-    tuned = tune(predictions, config, goal)
-    write_validation(out, predictions, tuned, goal, "out of fold")
+    tuned, scored, failure = tune_and_score(predictions, config, goal)
+    write_validation(out, predictions, tuned, goal, scored, "out of fold")
     for folder in (out / f"fold{fold}" for fold in folds):
         trained = load_model(folder / "model.pt", "cpu")
         same = replace(trained.config, **{name: getattr(tuned, name) for name in TUNED})
         trained = trained._replace(config=same)
         export(trained, folder)
     write_predictions(out, predictions, trained)
+    if failure:
+        raise failure

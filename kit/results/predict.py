@@ -317,7 +317,13 @@ def predict_whole(
     models: list[TrainedModel], images: list[np.ndarray], batch_size: int, tta: str = "auto"
 ) -> list[np.ndarray]:
     """The same of images that are not reduced yet to the models' scale, at their own size."""
-    shrink = shrink_of(models[0].config.scale)
+    return predict_reduced(models, images, batch_size, tta, shrink_of(models[0].config.scale))
+
+
+def predict_reduced(
+    models: list[TrainedModel], images: list[np.ndarray], batch_size: int, tta: str, shrink: int
+) -> list[np.ndarray]:
+    """The same of images that are reduced before, see `rasters.reduce_values`."""
     windows = [Window(0, 0, *image.shape[:2], image.shape[:2], shrink) for image in images]
     images = [reduce_values(image, shrink) for image in images]
     pairs = zip(predict_images(models, images, batch_size, tta), windows, strict=True)
@@ -447,22 +453,25 @@ def predict(
     batch_size: int = 8,
     tta: str = "auto",
     failed: list[tuple[Any, UserError]] | None = None,
+    pace: Any = None,
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
     """Yield (sample, image (h, w, C), prediction) in the samples' order.
 
     Threads each take a batch from its files through the models: on a CPU one per core, so that no
     core waits for another after every layer; next to a GPU four, so that it never waits for files.
     Memory does not grow with the number of samples. An image that cannot be read raises UserError,
-    or is added to `failed` with its sample.
+    or is added to `failed` with its sample. `pace`: a `Pace` where the time is limited.
     """
     rows, cores = list(samples.itertuples()), torch.get_num_threads()
     on_cpu = models[0].device.type == "cpu"
     workers = max(1, min(cores, batch_size, len(rows))) if on_cpu else min(4, os.cpu_count() or 1)
     size = batch_size // workers if on_cpu else batch_size
-    step = 1 if any(model.config.tiles for model in models) else size  # else tiles are the batch
+    one = any(model.config.tiles for model in models) or (pace and on_cpu)  # tiles are the batch
+    step = 1 if one else size
     batches = [rows[start : start + step] for start in range(0, len(rows), step)]
 
-    run = functools.partial(predict_batch, models, size=size, tta=tta)
+    run = functools.partial(predict_batch, models, tta=tta)
+    run = functools.partial(pace.predict_batch if pace else run, size=size)
     for predicted, errors in in_order(run, batches, workers, max(1, cores // workers)):
         if errors and failed is None:
             raise errors[0][1]
@@ -471,16 +480,23 @@ def predict(
         yield from predicted
 
 
-def predict_batch(
-    models: list[TrainedModel], batch: list, size: int, tta: str
-) -> tuple[list[tuple], list[tuple]]:
-    """Read a batch of samples and predict what can be read; the results, and the errors."""
-    images, errors, config = [], [], models[0].config
+BatchResult = tuple[list[tuple], list[tuple]]  # (sample, image, prediction); (sample, error)
+
+
+def read_batch(batch: list, config: ModelConfig) -> BatchResult:
+    """Read a batch of samples: pairs of a sample and its image; and the errors."""
+    images, errors = [], []
     for row in batch:
         try:
             images.append((row, read_image(row.layers, config.channels, config.value_range)))
         except UserError as error:
             errors.append((row, error))
+    return images, errors
+
+
+def predict_batch(models: list[TrainedModel], batch: list, size: int, tta: str) -> BatchResult:
+    """Read a batch of samples and predict what can be read; the results, and the errors."""
+    images, errors = read_batch(batch, models[0].config)
     predictions = predict_images(models, [image for _, image in images], size, tta)
     results = [(*pair, prediction) for pair, prediction in zip(images, predictions, strict=True)]
     return results, errors

@@ -59,6 +59,11 @@ SMALLEST = 64  # a sample's full mask of fewer of the image's pixels, one in so 
 # --------------------------------------------------------------------------------------------------
 
 
+def own_header(classes: Classes) -> list[str]:
+    """The columns of a csv that no sample describes."""
+    return ["ImageId", "ClassId", "EncodedPixels"] if classes.several else ["id", "rle_mask"]
+
+
 class RleSubmission:
     """submission.csv, a row for each image and class, or each object, as the sample has them.
 
@@ -83,9 +88,7 @@ class RleSubmission:
         self.answers: dict[tuple[str, str], list[str]] = {}  # {(image, value of the class): RLE}
         self.empty = self.list = ""  # how the sample writes an empty mask, and a list of runs
         self.keys = [(name, value) for name in samples.id for value in classes.values]
-        self.header = (
-            ["ImageId", "ClassId", "EncodedPixels"] if classes.several else ["id", "rle_mask"]
-        )
+        self.header = own_header(classes)
         self.column = len(self.header) - 1
         self.rows = [[*key[: self.column], ""] for key in self.keys]
         if sample:

@@ -11,6 +11,7 @@ from kit.config import Classes, ModelConfig, symmetries_to_try
 from kit.data.images import decode_image, encode_image, to_picture
 from kit.data.readers import read_image
 from kit.network.model import TrainedModel
+from kit.results.metric_file import FileJudge, MetricFile, find_metric
 from kit.results.metrics import (
     EMPTY_SCORES,
     at_thresholds,
@@ -32,12 +33,15 @@ class Goal(NamedTuple):
     min_pixels: int = -1  # the minimum component area; -1: tuned too, but not for maxf
     empty_score: str = "1"  # of a mask that is rightly empty, see `EMPTY_SCORES`
     symmetries: tuple[tuple[str, ...], ...] = ()  # the sets that are tried in TTA
+    file: MetricFile | None = None  # the competition's own metric; what it cannot judge Dice does
 
 
 def goal_of(config: Any) -> Goal:
     """What train.py's settings of a fold ask for."""
     names = symmetries_to_try(config.tta, config.max_minutes, config.height, config.width)
-    return Goal(config.metric, config.min_pixels, config.empty_score, names)
+    file = find_metric(config.metric)
+    metric = "dice" if file else config.metric
+    return Goal(metric, config.min_pixels, config.empty_score, names, file)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +240,8 @@ def tune(predictions: list[Prediction], config: ModelConfig, goal: Goal) -> Mode
     """
     if config.exclusive:
         return config
-    judge = Judge(predictions, config, goal)
+    judge: Any = Judge(predictions, config, goal)
+    judge = FileJudge(judge, goal.file, config, choose_threshold) if goal.file else judge
     each = range(len(config.class_names))
     thresholds = tuple(choose_threshold(judge.by_threshold(k)) for k in each)
     config = replace(config, thresholds=thresholds, areas=(max(0, goal.min_pixels),) * len(each))

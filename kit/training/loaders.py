@@ -1,4 +1,4 @@
-"""From samples to batches: validation images kept in memory, and an order that can be resumed."""
+"""From samples to batches: flips, validation images in memory, an order that can be resumed."""
 
 import contextlib
 import signal
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import albumentations as A
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -26,6 +27,19 @@ def strictly() -> Iterator[None]:
             yield
         except UserWarning as warning:
             raise UserError("augmentation in train.py", reason_of(warning)) from None
+
+
+def flips(name: str, horizontal: A.BasicTransform) -> list[A.BasicTransform]:
+    """What --flips names, auto and h are `horizontal`; each symmetry is as likely as the others.
+
+    One transform each: two of a Compose draw the same random number, so both would flip, or none.
+    """
+    if name == "all":
+        return [A.D4()]
+    if name == "hv":
+        h, v = A.HorizontalFlip(p=1), A.VerticalFlip(p=1)
+        return [A.OneOf([A.NoOp(p=1), h, v, A.Sequential([h, v], p=1)], p=1)]
+    return [] if name == "none" else [horizontal]
 
 
 class Cached(Dataset):
@@ -131,6 +145,15 @@ def take(items: np.ndarray, count: int, random: np.random.Generator) -> np.ndarr
     """So many of the items in random order; none is taken again before all others were."""
     rounds = range(-(-count // max(1, len(items))))
     return np.concatenate([items[:0], *(random.permutation(items) for _ in rounds)])[:count]
+
+
+def images_per_step(batch_size: int, images: int, processes: int, parts: int = 1) -> int:
+    """Of one process; `parts`: of a batch, for gradient accumulation. Raises UserError."""
+    if images < processes:
+        raise UserError(
+            "--devices", f"{processes} processes, but {images} training images", "take fewer"
+        )
+    return max(1, min(-(-batch_size // (parts * processes)), images // processes))
 
 
 class ShardedSampler(Sampler):
