@@ -37,7 +37,7 @@ class Options:
     min_pixels: int | Literal["auto"] = (
         "auto"  # [-1..1000000000] minimum component area; auto, -1: tuned
     )
-    tta: Literal["auto", "true", "false"] = "auto"  # horizontal-flip TTA; auto: as trained
+    tta: Literal["auto", "true", "false"] = "auto"  # test-time augmentation; auto: as trained
     batch_size: int = 8  # [0..65536] images, or tiles, at a time; 0: 8
     max_minutes: float = 0  # [0..1000000] of all of it: drops TTA, then models, detail; 0: no limit
     comparisons: bool = True  # write comparisons/ID.jpg

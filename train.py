@@ -76,7 +76,7 @@ class Config:
     metric: str = "auto"
     empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
     min_pixels: int = -1  # [-1..1000000000] minimum component area; -1: tuned for dice or iou
-    tta: bool = True  # horizontal-flip test-time augmentation: a little better, twice the time
+    tta: bool = True  # test-time augmentation: the flip and turns that help on validation images
     # --- machine ---
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"  # auto: fastest native one
     devices: int = 1  # [1..1024] GPUs (or CPU processes)

@@ -36,7 +36,8 @@ STRANGERS = [  # wings that do not know each other
     {"network", "data"},
 ]
 SCRIPTS = ("train.py", "infer.py")
-AT_HOME = [f"tools/{name}.py" for name in ("kernel", "demo", "bench", "peers")]  # not on Kaggle
+# not on Kaggle
+AT_HOME = [f"tools/{name}.py" for name in ("kernel", "demo", "bench", "peers", "moves")]
 
 
 def place(wing, file):
