@@ -287,6 +287,7 @@ def test_a_training_that_ends_before_its_last_stage_says_so(tmp_path, capsys, ma
         current_epoch=made,
         optimizers=[SimpleNamespace(param_groups=[{"lr": 1}])],
         callback_metrics={"train_loss": 1, "val_loss": 1},
+        num_val_batches=[1],
         is_global_zero=False,
         strategy=SimpleNamespace(broadcast=lambda value: value),
         train_dataloader=SimpleNamespace(sampler=sampler),

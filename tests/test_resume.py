@@ -282,7 +282,7 @@ WORDS = [  # printed lines, messages of errors, docstrings, pictures, scores
     ("kit/network/encoders.py", '"no such file"', '"is not there"'),
     ("kit/network/encoders.py", "(much weaker)", "(weaker)"),
     ("kit/errors.py", 'f"; {self.remedy}"', 'f". {self.remedy}"'),
-    ("train.py", '"""The terms of --loss: BCE', '"""The parts of --loss: BCE'),
+    ("train.py", '"""BCE (of exclusive', '"""CE (of exclusive'),
     ("kit/training/callbacks.py", '"validation loss"', '"loss of validation"'),
     ("kit/results/visualize.py", "BAR_WIDTH = 310", "BAR_WIDTH = 300"),
     ("kit/results/visualize.py", "def stack(", "def stacked("),
