@@ -193,6 +193,8 @@ def trained_model(**settings):
 
 def test_the_levels_of_models():
     models = [trained_model(), *[trained_model(tta=False)] * 4]
+    blend = [models[1]._replace(weight=weight) for weight in (0.2, 0.5, 0.3)]
+    assert [m.weight for m in pace.levels_of(blend, "auto")[1].models] == [0.5]
     levels = pace.levels_of(models, "auto")
     assert [level.cost for level in levels] == [6, 5, 2, 1, 0.5]
     smaller = levels[-1].models[0]

@@ -42,6 +42,7 @@ def levels_of(models: list[TrainedModel], tta: str) -> list[Level]:
     levels = [Level("", models, tta, 1, count + views)]
     if views:
         levels.append(Level("test-time augmentation", models, "false", 1, count))
+    models = sorted(models, key=lambda model: -model.weight)  # the lightest of a blend go first
     while count > 1:
         count //= 2
         name = f"all models but {count} of {len(models)}"
