@@ -154,7 +154,8 @@ def write_predictions(out: Path, predictions: list[Prediction], trained: Trained
     for folder in ("", *mask_folders(classes)):
         (writable_folder(out / "oof" / folder) / MARKER).touch()  # what is there is no data
     samples = pd.DataFrame({"id": [prediction.sample.id for prediction in predictions]})
-    with contextlib.redirect_stdout(io.StringIO()):  # what it says of submissions
+    said = io.StringIO()  # of submissions, which this is not
+    with contextlib.redirect_stdout(said):
         submission = RleSubmission(samples, classes, order=config.rle)
 
     def write(prediction: Prediction) -> None:
@@ -165,7 +166,8 @@ def write_predictions(out: Path, predictions: list[Prediction], trained: Trained
         submission.add(sample, planes, postprocess(planes, config))
 
     in_parallel(write, predictions, "oof")
-    submission.write(out, "oof.csv")
+    with contextlib.redirect_stdout(said):
+        submission.write(out, "oof.csv")
 
 
 def evaluate_folds(

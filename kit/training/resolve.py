@@ -77,6 +77,7 @@ def resolve(
         epochs=config.epochs or (0 if config.max_minutes else 40),
         batch_size=config.batch_size or default_batch(device, precision, small, count),
         grow=not pretrained if config.grow == "auto" else config.grow,
+        flips="h" if config.flips == "auto" else config.flips,
         metric=collection.metric if config.metric == "auto" else config.metric,
         precision=precision,
         devices=resolve_devices(config.devices, device),
@@ -98,10 +99,11 @@ def check_moves(config: Any, collection: Collection, fold: int) -> None:
         if getattr(config, name) and collection.classes.exclusive:
             problem, remedy = "no image is empty, each has some of the classes", "leave it out"
             raise UserError(f"--{name} {getattr(config, name)}", problem, remedy)
-    filled = collection.samples.share[collection.samples.fold != fold] > 0
-    if config.positives and filled.nunique() == 1:
-        which = "all images have" if filled.all() else "no image has"
-        print(f"--positives: changes nothing, {which} foreground", flush=True)
+    if config.positives:
+        filled = collection.samples.share[collection.samples.fold != fold] > 0
+        if filled.nunique() == 1:
+            which = "all images have" if filled.all() else "no image has"
+            print(f"--positives: changes nothing, {which} foreground", flush=True)
 
 
 def resolve_input(
