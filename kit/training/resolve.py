@@ -84,8 +84,7 @@ def resolve(
         workers=workers if config.workers < 0 else config.workers,
     )
     model_config = make_model_config(resolved, collection, config.precision)
-    free = config.height == 0, config.width == 0
-    scales = [scale for _, scale in resolutions]
+    free, scales = (config.height == 0, config.width == 0), [scale for _, scale in resolutions]
     return try_network(resolved, model_config, samples[samples.fold != fold], free, scales)
 
 
