@@ -3,6 +3,7 @@
     python tools/moves.py pseudo --data DIR                          # --extra, --stages
     python tools/moves.py init --data DIR --start DIR:VALUES --minutes 1    # --init
     python tools/moves.py empty --data DIR:VALUES                    # empty masks, --presence
+    python tools/moves.py flags --data DIR --flags "--flips all" "--loss bce=1,lovasz=1"
 
 Every fifth of the data is held out and scored by infer.py, another one for each seed. In `pseudo`
 a quarter of the rest has masks, the others are the extras. In `empty` images are cut into 16
@@ -13,7 +14,9 @@ decides on empty masks and cleans. DIR:VALUES names the foreground's values, as 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -123,6 +126,18 @@ def empty(root: Path, options: argparse.Namespace, seed: int) -> Scores:
     return scores
 
 
+def flags(root: Path, options: argparse.Namespace, seed: int) -> Scores:
+    """MaxF of KITTI Road, else mean Dice: with the default settings, then with each of --flags."""
+    peers.write_split(options.data, root, seed)
+    names = ("image", "all", "MaxF") if "kitti" in options.data else ("mean", "Dice")
+    scores = {}
+    for number, text in enumerate(["", *options.flags]):
+        train(root / "train", root / str(number), options, seed, *shlex.split(text))
+        test = root / "test" / "training"
+        scores[text or "default"] = score(root / str(number), test, *names)
+    return scores
+
+
 def write_pieces(data: str, root: Path, seed: int) -> None:
     """Cut the images of a folder into pieces: root/train and root/test, images/ and masks/."""
     folder, _, foreground = data.partition(":")
@@ -156,7 +171,12 @@ def pieces_of(row: object) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return pieces
 
 
-MOVES: dict[str, Callable[..., Scores]] = {"pseudo": pseudo, "init": init, "empty": empty}
+MOVES: dict[str, Callable[..., Scores]] = {
+    "pseudo": pseudo,
+    "init": init,
+    "empty": empty,
+    "flags": flags,
+}
 
 
 def main() -> None:
@@ -164,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("move", choices=MOVES)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--flags", nargs="+", default=[], help="flags: of train.py, to try")
     parser.add_argument("--start", help="init: the data that the first model is trained on")
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--start_minutes", type=float, default=3)
@@ -182,7 +203,8 @@ def main() -> None:
         for seed in options.seeds:
             root = Path(folder) / str(seed)
             root.mkdir()
-            rows[f"seed {seed}"] = MOVES[options.move](root, options, seed)
+            with contextlib.redirect_stdout(sys.stderr):
+                rows[f"seed {seed}"] = MOVES[options.move](root, options, seed)
             print(pd.DataFrame(rows).T.round(2).to_string(), flush=True)
     print(pd.DataFrame(rows).T.mean().round(2).to_string())
 

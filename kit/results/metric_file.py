@@ -154,14 +154,14 @@ class FileJudge:
         """
         if self.loaded == k:
             return
-        rows = [row for row in self.judge.load(k) if not (row[2] == IGNORE).all()]
+        rows = [row for row in self.judge.load(k) if not (row.target == IGNORE).all()]
         chosen = np.linspace(0, len(rows) - 1, min(IMAGES, len(rows))).astype(int)
         self.rows, self.loaded, self.known = [rows[i] for i in chosen], k, {}
         value, order = self.config.class_values[k], self.config.rle
         names = [
-            f"{name}-{n}" if self.in_blocks else name for n, (name, *_) in enumerate(self.rows)
+            f"{row.name}-{n}" if self.in_blocks else row.name for n, row in enumerate(self.rows)
         ]
-        truths = [rle_encode(target == 1, order) for *_, target in self.rows]
+        truths = [rle_encode(row.target == 1, order) for row in self.rows]
         triples = [(name, value, runs) for name, runs in zip(names, truths, strict=True)]
         self.solution = make_solution(triples, self.config.classes)
         count = len(self.rows)
@@ -178,7 +178,7 @@ class FileJudge:
 
     def encoded(self, make: Callable[[np.ndarray], np.ndarray]) -> list[str]:
         """The RLE of what `make` makes of the planes, uint8 (h, w) to bool (h, w)."""
-        return [encode(make(plane), target, self.config.rle) for _, plane, target in self.rows]
+        return [encode(make(row.levels), row.target, self.config.rle) for row in self.rows]
 
     def values(self, runs: list[str]) -> np.ndarray:
         """The score of each group of images with these masks."""
@@ -217,7 +217,7 @@ class FileJudge:
     def pixels(self, k: int) -> np.ndarray:
         """How many pixels that count reach each of the 256 levels, (n, 256)."""
         self.load(k)
-        counted = [plane[target != IGNORE] for _, plane, target in self.rows]
+        counted = [row.levels[row.target != IGNORE] for row in self.rows]
         return np.stack([at_thresholds(np.bincount(p, minlength=256)) for p in counted])
 
     def of(self, config: ModelConfig, k: int) -> np.ndarray:

@@ -117,6 +117,22 @@ def helps(values: np.ndarray, base: np.ndarray) -> bool:
     return gain > max(SURE * error, 1e-12)
 
 
+class ClassPlane(NamedTuple):
+    """A class of an image, or block."""
+
+    name: str  # of the image
+    levels: np.ndarray  # probabilities, uint8 (h, w)
+    target: np.ndarray  # ground truth, uint8 (h, w)
+    highest: int  # of the levels
+    missed: np.ndarray  # the hits of an empty mask, see `count_hits`
+
+
+def class_plane(name: str, levels: np.ndarray, target: np.ndarray) -> ClassPlane:
+    """With what follows from the arrays."""
+    nothing = np.zeros((1, *levels.shape), bool)
+    return ClassPlane(name, levels, target, int(levels.max()), count_hits(nothing, target[None]))
+
+
 class Judge:
     """Scores of the images, for one class at a time, by Dice, IoU or F1."""
 
@@ -127,7 +143,7 @@ class Judge:
         self.in_blocks = len(set(self.ids)) < len(self.ids)
         counts = [prediction.counts(config.classes) for prediction in predictions]
         self.counts = np.stack(sum_by_image(self.ids, counts))  # (n, K, 2, 256)
-        self.loaded: tuple[int, list[Any]] = -1, []  # of a class (id, plane, ground truth)
+        self.loaded: tuple[int, list[ClassPlane]] = -1, []  # of a class
 
     def by_threshold(self, k: int) -> np.ndarray:
         """The values at each threshold, (n, 256), of masks that nothing else changes."""
@@ -144,16 +160,18 @@ class Judge:
 
     def of(self, config: ModelConfig, k: int) -> np.ndarray:
         """The values of the masks that `config` makes, of as many images as `PIXELS` allows."""
-        planes = self.load(k)
+        planes, level = self.load(k), level_of(config.thresholds[k])
         hits = [
-            count_hits(plane_mask(plane, config, k)[None], target[None])
-            for _, plane, target in planes
+            count_hits(plane_mask(plane.levels, config, k)[None], plane.target[None])
+            if plane.highest >= level
+            else plane.missed
+            for plane in planes
         ]
-        images = sum_by_image([name for name, *_ in planes], hits)
+        images = sum_by_image([plane.name for plane in planes], hits)
         column = 1 if self.metric == "iou" else 0
         return np.array([mask_scores(each, self.goal.empty_score)[0, column] for each in images])
 
-    def load(self, k: int) -> list[Any]:
+    def load(self, k: int) -> list[ClassPlane]:
         """The class's planes and ground truths, of images spread evenly; of one class at a time."""
         if self.loaded[0] != k:
             names = list(dict.fromkeys(self.ids))
@@ -162,7 +180,8 @@ class Judge:
             chosen = {names[int(i)] for i in np.linspace(0, len(names) - 1, count)}
             pairs = zip(self.ids, self.predictions, strict=True)
             kept = [(name, prediction) for name, prediction in pairs if name in chosen]
-            self.loaded = k, [(name, p.plane(k), p.ground_truth[k]) for name, p in kept]
+            planes = [(name, p.plane(k), p.ground_truth[k]) for name, p in kept]
+            self.loaded = k, [class_plane(*plane) for plane in planes]
         return self.loaded[1]
 
 
