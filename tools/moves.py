@@ -111,18 +111,17 @@ def init(root: Path, options: argparse.Namespace, seed: int) -> Scores:
 def empty(root: Path, options: argparse.Namespace, seed: int) -> Scores:
     """Mean Dice over pieces of images, an empty mask that is right counts 1."""
     write_pieces(options.data, root, seed)
-    train(root / "train", root / "plain", options, seed)
-    with_head = ("--presence", 0.5, "--positives", 0.5)
-    train(root / "train", root / "head", options, seed, *with_head)
     scores = {}
-    for name, folder in (("", "plain"), ("--presence 0.5 --positives 0.5", "head")):
-        trained = load_model(root / folder / "model.pt", "cpu")
-        bare = replace(trained.config, presence_levels=(), presence_areas=(), plans=())
-        (root / f"bare_{folder}").mkdir()
-        save_model(root / f"bare_{folder}" / "model.pt", trained._replace(config=bare))
-        for tuned, model in (("threshold and area", f"bare_{folder}"), ("tuned", folder)):
-            value = score(root / model, root / "test", "mean", "Dice")
-            scores[f"{name} {tuned}".strip()] = value
+    for number, text in enumerate(("", "--presence 0.5", "--positives 0.5")):
+        out, bare = root / str(number), root / f"bare{number}"
+        train(root / "train", out, options, seed, *text.split())
+        trained = load_model(out / "model.pt", "cpu")
+        config = replace(trained.config, presence_levels=(), presence_areas=(), plans=())
+        bare.mkdir()
+        save_model(bare / "model.pt", trained._replace(config=config))
+        for tuned, model in (("threshold and area", bare), ("tuned", out)):
+            value = score(model, root / "test", "mean", "Dice")
+            scores[f"{text} {tuned}".strip()] = value
     return scores
 
 
