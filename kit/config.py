@@ -16,17 +16,13 @@ TUNED = ("thresholds", "areas", "presence_levels", "presence_areas", "plans")
 IGNORE = 255  # the value of a mask's pixels that count neither in the loss nor in a score
 
 
-FLIPS = ((), ("h",), ("v",), ("h", "v", "180"))  # sets of symmetries, see `ModelConfig`
-ALL_SYMMETRIES = ("h", "v", "180", "90", "270", "h90", "v90")  # the last four of a square alone
+SYMMETRIES = ("h", "v", "180", "90", "270", "h90", "v90")  # the last four of a square alone
 
 
-def symmetries_to_try(
-    tta: bool, max_minutes: float, height: int, width: int
-) -> tuple[tuple[str, ...], ...]:
-    """The sets that are tried in TTA after a training; none in one of under five minutes."""
-    if not tta or 0 < max_minutes < 5:
-        return ()
-    return (*FLIPS, ALL_SYMMETRIES) if height == width else FLIPS
+def symmetries_to_try(tta: bool, max_minutes: float, height: int, width: int) -> tuple[str, ...]:
+    """What is tried in TTA after a training; nothing in one of under five minutes."""
+    names = SYMMETRIES if height == width else SYMMETRIES[:3]
+    return () if not tta or 0 < max_minutes < 5 else names
 
 
 class Classes(NamedTuple):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kit.config import ALL_SYMMETRIES, FLIPS, ModelConfig, symmetries_to_try
+from kit.config import SYMMETRIES, ModelConfig, symmetries_to_try
 from kit.network.model import TrainedModel
 from kit.results import oof, predict, tuning
 
@@ -214,12 +214,12 @@ def test_settings_of_another_number_of_classes_are_refused(values):
 
 def test_all_symmetries_are_different_and_go_back():
     image = torch.arange(12.0).reshape(1, 1, 3, 4)
-    views = [predict.turned(image, name) for name in ALL_SYMMETRIES]
+    views = [predict.turned(image, name) for name in SYMMETRIES]
     assert len({(tuple(v.shape), tuple(v.flatten().tolist())) for v in [image, *views]}) == 8
-    for name, view in zip(ALL_SYMMETRIES, views, strict=True):
+    for name, view in zip(SYMMETRIES, views, strict=True):
         assert (predict.turned(view, name, back=True) == image).all()
-    assert symmetries_to_try(True, 0, 32, 32) == (*FLIPS, ALL_SYMMETRIES)
-    assert symmetries_to_try(True, 0, 32, 64) == FLIPS, "turned, it has another size"
+    assert symmetries_to_try(True, 0, 32, 32) == SYMMETRIES
+    assert symmetries_to_try(True, 0, 32, 64) == ("h", "v", "180"), "turned, it has another size"
     assert symmetries_to_try(True, 3, 32, 32) == symmetries_to_try(False, 0, 32, 32) == ()
 
 
@@ -257,27 +257,37 @@ def chosen_by(monkeypatch, network, count=12):
     ]
     numbers = range(len(truths))
     table = pd.DataFrame({"number": numbers, "image_id": map(str, numbers), "mask": masks})
-    trained, sets = TrainedModel(network, config, {}, {}), (*FLIPS, ALL_SYMMETRIES)
-    return tuning.choose_symmetries(trained, table, DICE._replace(symmetries=sets))
+    trained = TrainedModel(network, config, {}, {})
+    return tuning.choose_symmetries(trained, table, DICE._replace(symmetries=SYMMETRIES))
 
 
 def test_symmetries_that_average_noise_are_kept(monkeypatch):
-    config, table = chosen_by(monkeypatch, Shifted(0, 4))
-    assert config.symmetries == ALL_SYMMETRIES
-    gains = table.set_index("symmetries").gain
-    assert gains["none"] < gains["h"] == 0 < gains["h v 180"] < gains[" ".join(ALL_SYMMETRIES)]
-    assert oof.describe_symmetries(table, config).startswith("TTA: h v 180 90 270 h90 v90; against")
+    config, table = chosen_by(monkeypatch, Shifted(0, 1.5))
+    assert config.symmetries == SYMMETRIES
+    assert table.kept.all()
+    assert (table.gain > 2 * table.error).all()
+    assert oof.describe_symmetries(table).startswith("TTA: h v 180 90 270 h90 v90; each alone")
 
 
 def test_shifted_masks_drop_their_flips(monkeypatch):
     config, table = chosen_by(monkeypatch, Shifted(4, 0))
-    assert config.symmetries in ((), ("v",))
-    assert table.set_index("symmetries").gain["none"] > 1
+    assert not {"h", "180"} & set(config.symmetries)
+    assert table.set_index("symmetry").gain["h"] < -1
 
 
 def test_without_a_difference_or_with_two_images_the_flip_stays(monkeypatch):
     assert chosen_by(monkeypatch, Shifted(0, 0))[0].symmetries == ("h",)
     assert chosen_by(monkeypatch, Shifted(0, 1.5), count=2)[0].symmetries == ("h",)
+
+
+def test_what_helps_alone_and_harms_together_is_not_taken_together(monkeypatch):
+    def plain_values(predictions, *_):
+        symmetries = predictions[0].config.symmetries
+        value = {(): 0.5, ("h",): 0.8, ("v",): 0.7}.get(symmetries, 0.6)
+        return np.full(len(predictions), value)
+
+    monkeypatch.setattr(tuning, "plain_values", plain_values)
+    assert chosen_by(monkeypatch, Shifted(0, 0))[0].symmetries == ("h",)
 
 
 def test_tta_as_told_or_as_kept():

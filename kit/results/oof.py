@@ -61,7 +61,7 @@ def evaluate_and_export(
     if goal.symmetries:
         config, table = choose_symmetries(trained, validation, goal)
         write_file(out / "symmetries.csv", table.to_csv(index=False))
-        print(describe_symmetries(table, config))
+        print(describe_symmetries(table))
     predictions = predict_validation(trained._replace(config=config), validation)
     config, scored, failure = tune_and_score(predictions, config, goal)
     report = write_validation(out, predictions, config, goal, scored)
@@ -96,12 +96,11 @@ def tune_and_score(predictions: list[Prediction], config: ModelConfig, goal: Goa
     return tuned, {"metric": {"name": goal.file.name, "score": score}}, None
 
 
-def describe_symmetries(table: pd.DataFrame, config: ModelConfig) -> str:
-    """What each set of symmetries gained in TTA, and which one is taken."""
-    rows = table[table.error > 0].itertuples()
-    gains = ", ".join(f"{row.symmetries}: {row.gain:+.2f} ± {row.error:.2f}" for row in rows)
-    kept = " ".join(config.symmetries) or "none"
-    return f"TTA: {kept}; against h, on up to {TRIED_ON} images: {gains or 'no difference'}"
+def describe_symmetries(table: pd.DataFrame) -> str:
+    """What each symmetry gained in TTA, and which are kept."""
+    gains = [f"{row.symmetry} {row.gain:+.2f} ± {row.error:.2f}" for row in table.itertuples()]
+    kept = " ".join(table.symmetry[table.kept]) or "none"
+    return f"TTA: {kept}; each alone, on up to {TRIED_ON} images: {', '.join(gains)}"
 
 
 def write_validation(

@@ -32,7 +32,7 @@ class Goal(NamedTuple):
     metric: str  # maxf, dice, iou or miou
     min_pixels: int = -1  # the minimum component area; -1: tuned too, but not for maxf
     empty_score: str = "1"  # of a mask that is rightly empty, see `EMPTY_SCORES`
-    symmetries: tuple[tuple[str, ...], ...] = ()  # the sets that are tried in TTA
+    symmetries: tuple[str, ...] = ()  # that are tried in TTA
     file: MetricFile | None = None  # the competition's own metric; what it cannot judge Dice does
 
 
@@ -195,26 +195,33 @@ TRIED_ON = 32  # images
 def choose_symmetries(
     trained: TrainedModel, validation: pd.DataFrame, goal: Goal
 ) -> tuple[ModelConfig, pd.DataFrame]:
-    """The model's settings with the symmetries for TTA, and the gain of each set of them.
+    """The model's settings with the symmetries for TTA, and what each gains, in percent.
 
-    A set takes the place of the horizontal flip, and then of another, where it `helps`. The gains
-    over the horizontal flip, with their standard errors, are in percent.
+    Each is averaged with the image itself and compared with that alone. It is kept where it
+    `helps`; the horizontal flip, which helps nearly everywhere, unless it harms. Where all that are
+    kept are no better than the best of them, that one is taken.
     """
-    config, names = trained.config, validation.image_id.unique()
-    chosen = names[np.linspace(0, len(names) - 1, min(TRIED_ON, len(names))).astype(int)]
+    config, ids = trained.config, validation.image_id.unique()
+    chosen = ids[np.linspace(0, len(ids) - 1, min(TRIED_ON, len(ids))).astype(int)]
     images = validation[validation.image_id.isin(chosen)]
-    values = {}
-    for symmetries in goal.symmetries:
+
+    def values(*symmetries: str) -> np.ndarray:
         settings = trained._replace(config=replace(config, symmetries=symmetries))
-        predictions = predict_validation(settings, images)
-        values[symmetries] = plain_values(predictions, config.classes, goal)
-    kept, rows = config.symmetries, []
-    for symmetries, scores in values.items():
-        gain, error = gain_of(scores, values[config.symmetries])
-        rows.append((" ".join(symmetries) or "none", 100 * gain, 100 * error))
-        kept = symmetries if helps(scores, values[kept]) else kept
-    table = pd.DataFrame(rows, columns=["symmetries", "gain", "error"]).round(4)
-    return replace(config, symmetries=kept), table
+        return plain_values(predict_validation(settings, images), config.classes, goal)
+
+    alone, tried = values(), {name: values(name) for name in goal.symmetries}
+    kept = tuple(
+        name
+        for name, scores in tried.items()
+        if (not helps(alone, scores) if name == "h" else helps(scores, alone))
+    )
+    best = max(kept, key=lambda name: tried[name].mean(), default="")
+    if len(kept) > 1 and values(*kept).mean() <= tried[best].mean():
+        kept = (best,)
+    gains = [(name, *gain_of(scores, alone)) for name, scores in tried.items()]
+    table = pd.DataFrame(gains, columns=["symmetry", "gain", "error"])
+    table[["gain", "error"]] = (100 * table[["gain", "error"]]).round(4)
+    return replace(config, symmetries=kept), table.assign(kept=table.symmetry.isin(kept))
 
 
 def plain_values(predictions: list[Prediction], classes: Classes, goal: Goal) -> np.ndarray:

@@ -153,7 +153,7 @@ class TrainingCallback(pl.Callback):
         """
         names = ("tta", "max_minutes", "height", "width")
         tried = symmetries_to_try(**{name: self.settings.get(name, 0) for name in names})
-        passes = 4 + sum(1 + len(symmetries) for symmetries in tried)
+        passes = 4 + (2 + 3 * len(tried)) * bool(tried)
         self.clock.reserve = 6 + min(self.step, self.clock.seconds()) + passes * validation
 
     def measure_step(self, trainer: pl.Trainer, index: int, batch_size: int) -> None:
