@@ -89,7 +89,8 @@ def two_folds(roads, tmp_path_factory):
     """The --out of a training of two folds, both."""
     out = tmp_path_factory.mktemp("folds") / "out"
     flags = ("--data", roads, "--epochs", 1, "--folds", 2, "--fold", "all", *TINY)
-    assert "oof.csv: 24 rows" in succeed("train.py", *flags, "--out", out)
+    succeed("train.py", *flags, "--out", out)
+    assert len(pd.read_csv(out / "oof.csv")) == 24
     return out
 
 
