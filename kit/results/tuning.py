@@ -106,8 +106,8 @@ PIXELS = 1 << 28  # of the images that cleaning is tried on
 def gain_of(values: np.ndarray, base: np.ndarray) -> tuple[float, float]:
     """The mean gain of a candidate over the base, and its standard error; (n,) values of images."""
     gain = (values - base)[~np.isnan(values - base)]
-    if len(gain) < 3:  # one or two images are luck
-        return 0.0, math.inf
+    if len(gain) < 5:  # few images are luck
+        return float(gain.mean()) if len(gain) else 0.0, math.inf
     return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
 
 
