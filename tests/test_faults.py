@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import Command
+from commands import KILLED_STEP, Command
 from conftest import KIT, TINY, build_once, run, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,15 +138,7 @@ def test_killed_at_random_moments_nothing_is_lost(frames, tmp_path):
 
 def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(frames, tmp_path):
     """Also with workers, which Lightning fills before it tells the sampler the epoch."""
-    killed = """
-import os
-step = train.SegmentationModule.training_step
-def training_step(self, batch, index):
-    if self.current_epoch == 1 and index == 1:
-        os.kill(os.getpid(), 9)
-    return step(self, batch, index)
-train.SegmentationModule.training_step = training_step
-"""
+    killed = f"import os{KILLED_STEP}"
     flags = ("--data", frames, "--epochs", 3, *TINY)
     succeed("train.py", *flags, "--workers", 0, "--out", tmp_path / "whole")
     whole = pd.read_csv(tmp_path / "whole" / "metrics.csv").drop(columns="seconds")

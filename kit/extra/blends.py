@@ -30,13 +30,19 @@ from kit.errors import UserError
 from kit.files import write_file
 from kit.network.model import load_model
 from kit.results.metrics import count_image
-from kit.results.predict import describe_masks
-from kit.results.tuning import Prediction, choose_threshold, goal_of, scores_by_threshold, tune
+from kit.results.predict import describe_masks, level_of
+from kit.results.tuning import (
+    SURE,
+    Prediction,
+    choose_threshold,
+    goal_of,
+    scores_by_threshold,
+    tune,
+)
 
 MODELS = 4  # runs that are blended at most, the best ones
 STEPS = 4  # weights are multiples of a quarter, or equal
 FOLDS = 5  # parts of the images, each scored with weights of the others
-SURE = 2  # standard errors
 PIXELS = 1 << 18  # of a larger image every second, third, ... pixel along each axis counts
 Weights = tuple[float, ...]
 
@@ -162,7 +168,7 @@ def best_levels(values: np.ndarray) -> list[float]:
 
 def scores_at(values: np.ndarray, thresholds: list[float]) -> np.ndarray:
     """The mean over the classes at their thresholds of each image, (n,), from (K, n, 256)."""
-    levels = np.ceil(np.array(thresholds) * 255 - 1e-6).astype(int)
+    levels = map(level_of, thresholds)
     return np.mean([of_class[:, level] for of_class, level in zip(values, levels, strict=True)], 0)
 
 

@@ -22,6 +22,7 @@ from kit.config import TUNED
 from kit.errors import UserError
 from kit.extra.blends import blend
 from kit.files import writable_folder, write_file
+from kit.results.tuning import SURE
 
 # settings that say where files are or how the machine is used
 NOT_COMPARED = {
@@ -30,7 +31,6 @@ NOT_COMPARED = {
     "config", "session_minutes", "cache", "show", "why", "epochs_done", "symmetries", *TUNED,
 }  # fmt: skip
 FOLLOW_FROM_SPLIT = {"top", "batch_size"}  # where they were automatic: another seed, another split
-SURE = 2  # standard errors
 METRICS = {"dice": "Dice", "iou": "IoU", "miou": "IoU", "maxf": "F1"}
 
 

@@ -60,10 +60,15 @@ def plane_mask(plane: np.ndarray, config: ModelConfig, k: int) -> np.ndarray:
     if config.presence_levels:
         sure = np.count_nonzero(plane >= level_of(config.presence_levels[k]))
         mask &= sure >= config.presence_areas[k]
-    for step in filter(None, config.plans[k].split(", ") if config.plans else ()):
+    for step in steps_of(config, k):
         name, _, size = step.partition(" ")
         mask = STEPS[name](mask, int(size or 0)) if mask.any() else mask
     return remove_small(mask, config.areas[k])
+
+
+def steps_of(config: ModelConfig, k: int) -> list[str]:
+    """The steps that clean the masks of a class, such as ["fill", "open 3"]."""
+    return config.plans[k].split(", ") if config.plans and config.plans[k] else []
 
 
 def level_of(probability: float) -> int:

@@ -21,7 +21,7 @@ from kit.results.metrics import (
     ratio,
     sum_by_image,
 )
-from kit.results.predict import level_of, plane_mask, predict
+from kit.results.predict import level_of, plane_mask, predict, steps_of
 
 MEMORY = 1 << 30  # bytes of predictions that stay decoded; further ones are kept as PNG
 
@@ -249,7 +249,7 @@ def plain_values(predictions: list[Prediction], classes: Classes, goal: Goal) ->
 # --------------------------------------------------------------------------------------------------
 
 
-CLEANING = (
+CLEANING = (  # of each row one step at most
     ("fill",),
     ("close 3", "close 5", "close 9"),
     ("open 3", "open 5", "open 9"),
@@ -346,8 +346,8 @@ def tune_cleaning(config: ModelConfig, judge: Judge, k: int) -> ModelConfig:
     for family in families:
         tried = []
         for name, value in family:
-            steps = [*filter(None, config.plans[k].split(", ") if config.plans else ()), value]
-            candidate = changed(config, k, **{name: ", ".join(steps) if name == "plans" else value})
+            changes = {name: value if name == "areas" else ", ".join([*steps_of(config, k), value])}
+            candidate = changed(config, k, **changes)
             tried.append((judge.of(candidate, k), candidate))
         values, candidate = max(tried, key=lambda pair: np.nanmean(pair[0]))
         if helps(values, base):
