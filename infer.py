@@ -379,9 +379,7 @@ def infer(options: Options, started: float | None = None) -> Path:
     check_blocks(options, samples, submission)
     images = f"{len(whole)} images, {whole['mask'].notna().sum()} with ground truth"
     models = f"{len(plan.models)} model(s) on {plan.models[0].device.type}"
-    several = plan.config.classes.several
-    masks = describe_masks(plan.config) if several else f"threshold {plan.config.thresholds[0]:.3f}"
-    print(f"data: {images} · {models} · {masks}")
+    print(f"data: {images} · {models} · {describe_masks(plan.config)}")
     prepare_folders(plan, samples)
     number = samples.image_id.factorize()[0]  # an image's blocks are all of one process
     started, share = time.monotonic(), samples[number % plan.processes == plan.rank]

@@ -291,7 +291,10 @@ def test_masks_that_are_nowhere_are_refused(roads, training):
 
 def test_the_model_file_holds_built_in_types_alone(trained):
     content = torch.load(trained / "model.pt", weights_only=True)
-    assert set(content) == {"format", "model", "config", "state_dict", "metrics", "seen"}
+    names = {"format", "version", "model", "config", "state_dict", "metrics", "seen"}
+    assert set(content) == names
+    newest = re.search(r"^## (\S+)$", (KIT / "CHANGELOG.md").read_text(), re.M)
+    assert content["version"] == newest[1]
     assert content["format"] == 3
     report = read_json(trained / "metrics.json")
     assert content["metrics"] == {view: report[view] for view in ("image", "bev")}

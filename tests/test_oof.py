@@ -199,11 +199,16 @@ def test_config_json_says_why(two_folds, roads, tmp_path):
     assert why["metric"] == "what KITTI Road is scored by"
     assert why["lr"] == "usual for AdamW"
     assert "12 validation images" in why["thresholds"]
+    assert "h unless it harms" in why["symmetries"]
+    assert "plans" not in why  # KITTI is scored by maxf, which masks do not change
     assert not {"height", "width", "epochs", "batch_size"} & set(why)  # given
     flags = ("--config", two_folds / "fold0" / "config.json", "--fold", 1, "--out", tmp_path)
     succeed("train.py", *flags)
     replayed = json.loads((tmp_path / "config.json").read_text())["why"]
-    assert set(replayed) == {"thresholds", "precision"}
+    assert set(replayed) == {"thresholds", "precision", "symmetries"}
+    succeed("train.py", *flags, "--metric", "dice", "--resume", "none")
+    replayed = json.loads((tmp_path / "config.json").read_text())["why"]
+    assert "kept where it gains" in replayed["plans"]
 
 
 # --------------------------------------------------------------------------------------------------

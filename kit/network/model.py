@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kit.config import ModelConfig
+from kit.config import VERSION, ModelConfig
 from kit.errors import UserError, first_five, reason_of
 from kit.files import write_file
 from kit.network import encoders
@@ -277,6 +277,7 @@ def save_model(path: Path, trained: TrainedModel) -> None:
     tensors = trained.network.state_dict().items()
     content = {
         "format": FORMAT,
+        "version": VERSION,
         "model": dataclasses.asdict(trained.config),
         "config": trained.settings,
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in tensors},

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
-from kit.config import TUNED, Classes, ModelConfig, plane_settings
+from kit.config import TUNED, Classes, ModelConfig, plane_settings, symmetries_to_try
 from kit.data.blocks import is_part
 from kit.data.folders import Collection
 from kit.data.images import shown_channels
@@ -286,10 +286,14 @@ def reasons(config: Any, resolved: Any, collection: Collection) -> dict[str, str
         "precision": f"the fastest that this {device} computes",
     }
     texts = {k: text for k, text in texts.items() if getattr(config, k) != getattr(resolved, k)}
+    length = resolved.tta, resolved.max_minutes, resolved.height, resolved.width
+    tried = "those that gain beyond two errors, h unless it harms"
+    texts["symmetries"] = f"{tuned}: {tried}" if symmetries_to_try(*length) else "h: none was tried"
     if not collection.classes.exclusive:
         texts["thresholds"] = f"{tuned}, the nearest to 0.5 that is as good within two errors"
-        if resolved.min_pixels < 0 and resolved.metric not in ("maxf", "miou"):
-            texts["areas"] = tuned
+        if resolved.metric not in ("maxf", "miou"):
+            names = [name for name in TUNED if name != "areas" or resolved.min_pixels < 0]
+            texts = dict.fromkeys(names, f"{tuned}, kept where it gains beyond two errors") | texts
     return texts
 
 
