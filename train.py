@@ -59,7 +59,7 @@ class Config:
     epochs: int = 0  # [0..1000000] passes over the data; 0: what max_minutes allows, else 40
     max_minutes: float = 0  # [0..1000000] limit of the training, which the schedule fits; 0: none
     session_minutes: float = 0  # [0..1000000] limit of this session: exports, to resume; 0: none
-    batch_size: int = 0  # [0..65536] images per step; 0: 8, on a CPU 4 to 16
+    batch_size: int = 0  # [0..65536] images per step; 0: 4 to 16, by images and device
     lr: float | Literal["auto"] = 0  # [0..10] 0: 5e-4, pretrained (BatchNorm) 2e-3; auto: a finder
     weight_decay: float = 1e-2  # [0..10] AdamW's weight decay
     grow: bool | Literal["auto"] = "auto"  # progressive resizing; auto: where trained from scratch

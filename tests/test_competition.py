@@ -551,7 +551,9 @@ def test_many_small_images_make_larger_batches_on_a_cpu(monkeypatch, precision, 
 
     assert batch(4000, 64) == 16
     assert batch(4000, 512) == default
-    assert batch(30, 64) == default, "few images: rather more steps"
+    assert batch(150, 64) == default, "few images: rather more steps"
+    assert batch(60, 64) == 4, "and more still"
+    assert batch(30, 1500) == default, "images in many tiles"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
 
 from kit.data.names import tail_of
 from kit.errors import UserError, closest, first_five
@@ -61,6 +60,8 @@ def split(samples: pd.DataFrame, groups: list[str], folds: int, seed: int) -> np
     Stratified by category, or where there is none by the rarest class of an image, or for one class
     by the foreground's share: empty, little, more, much.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # here: slow, infer.py needs none
+
     strata = samples.category
     if not strata.any():
         strata = pd.Series(strata_of_shares(samples))

@@ -8,8 +8,6 @@ from typing import Any, Self
 import cv2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure  # not pyplot, whose figures are the user's
-from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay
 
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data.classes import FOREGROUND, class_colours
@@ -265,10 +263,17 @@ def fit_example(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nda
 # --------------------------------------------------------------------------------------------------
 
 
+def subplots(width: float, height: float, columns: int = 1) -> Any:
+    """The axes of a new figure of so many inches; not pyplot's, whose figures are the user's."""
+    from matplotlib.figure import Figure  # here: slow, and most predictions draw none
+
+    return Figure(figsize=(width, height), layout="constrained").subplots(1, columns)
+
+
 def draw_training_curves(rows: list[dict[str, float]], exported: float, path: Path) -> None:
     """Losses and scores over the epochs, as PNG. `exported`: the epoch that is in model.pt."""
     table = pd.DataFrame(rows).set_index("epoch")
-    left, right = Figure(figsize=(11, 4), layout="constrained").subplots(1, 2)
+    left, right = subplots(11, 4, columns=2)
     losses = table[["train_loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
     losses.plot(ax=left, title="Loss", ylim=(0, None), grid=True)
     names = {"MaxF": "MaxF", "IoU50": "IoU at 0.5", "mIoU": "mIoU", "mDice": "mean Dice"}
@@ -292,7 +297,9 @@ def draw_pr_curves(
 
     `curves`: {category: (precision, recall, its measures in percent)}.
     """
-    axes = Figure(figsize=(6, 5.5), layout="constrained").subplots()
+    from sklearn.metrics import PrecisionRecallDisplay  # here: slow, and few images have scores
+
+    axes = subplots(6, 5.5)
     low = 0.9
     for name, (precision, recall, best) in curves.items():
         label = f"{name}: MaxF {best['MaxF']:.1f} %, AP {best['AP']:.1f} %"
@@ -314,9 +321,11 @@ def draw_confusion(table: np.ndarray, names: tuple[str, ...], path: Path) -> Non
 
     `table`: (K, K) counts.
     """
+    from sklearn.metrics import ConfusionMatrixDisplay  # here, as in draw_pr_curves
+
     share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
     side = min(40.0, 3 + 0.42 * len(names))
-    axes = Figure(figsize=(side + 1, side), layout="constrained").subplots()
+    axes = subplots(side + 1, side)
     display = ConfusionMatrixDisplay(share, display_labels=names)
     display.plot(
         ax=axes,

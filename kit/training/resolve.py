@@ -49,7 +49,7 @@ def resolve(
     `config` and `resolutions`: of train.py. Returns the settings and those of the model.
     """
     samples, classes, every = collection.samples, collection.classes, config.fold == "all"
-    device, count = best_device(), int((collection.samples.fold != fold).sum())
+    device, training = best_device(), samples[samples.fold != fold]
     check_moves(config, collection, fold)
     precision = resolve_precision(config.precision, device, training=True)
     config = follow_run(config) if fold == "none" else config
@@ -75,7 +75,7 @@ def resolve(
         channels=",".join(collection.bands) or named_channels(collection),
         class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
-        batch_size=config.batch_size or default_batch(device, precision, small, count),
+        batch_size=config.batch_size or default_batch(device, precision, small, training, shape),
         grow=not pretrained if config.grow == "auto" else config.grow,
         flips="h" if config.flips == "auto" else config.flips,
         metric=collection.metric if config.metric == "auto" else config.metric,
@@ -85,7 +85,7 @@ def resolve(
     )
     model_config = make_model_config(resolved, collection, config.precision)
     free, scales = (config.height == 0, config.width == 0), [scale for _, scale in resolutions]
-    return try_network(resolved, model_config, samples[samples.fold != fold], free, scales)
+    return try_network(resolved, model_config, training, free, scales)
 
 
 def check_moves(config: Any, collection: Collection, fold: int) -> None:
@@ -318,13 +318,19 @@ def is_fast_cpu(device: str, precision: str) -> bool:
     return device == "cpu" and precision == "bf16-mixed"
 
 
-def default_batch(device: str, precision: str, small: float, count: int) -> int:
-    """The default of --batch_size for so many training images.
+def default_batch(
+    device: str, precision: str, small: float, training: pd.DataFrame, shape: dict[str, Any]
+) -> int:
+    """The default of --batch_size for these images.
 
-    On a CPU it is larger where inputs are small, `small` times under the default, but leaves an
-    epoch a hundred steps.
+    Few images, or tiles, make batches of 4: with twice the steps they learned more in the same
+    epochs (docs/results.md). On a CPU it is larger where inputs are small, `small` times under the
+    default, but leaves an epoch a hundred steps.
     """
-    size = 8 if device != "cpu" or is_fast_cpu(device, precision) else 4
+    area = float((training.height * training.width).median())
+    tiles = max(1.0, area / (shape["height"] * shape["width"])) if shape["tiles"] else 1.0
+    count = round(tiles * len(training))
+    size = 8 if count >= 128 and (device != "cpu" or is_fast_cpu(device, precision)) else 4
     if device == "cpu":
         size *= max(1, min(round(small), 16 // size, count // 100 // size))
     return size
