@@ -44,6 +44,8 @@ class Options:
     show: str = ""  # the channels seen as red, green, blue, such as 4,3,2; "": as trained
     bev: bool = False  # write bev/ID.jpg, the bird's-eye view, where there is a calibration (KITTI)
     save_probs: bool = False  # write probs/ID.png, 8-bit probabilities, also for train.py --extra
+    # masks as polygons, for Label Studio and CVAT (polygons.json), or QuPath (polygons/ID.geojson)
+    polygons: Literal["none", "coco", "geojson"] = "none"
     # submission.csv, submission_kitti.zip, or png: label maps in submission.zip
     submission: Literal["none", "rle", "kitti", "png"] = "none"
     empty_score: Literal["1", "0", "skip"] = "1"  # Dice and IoU of an empty mask that is right
@@ -212,6 +214,7 @@ def check_blocks(options: Options, samples: pd.DataFrame, submission: Any) -> No
     parts = samples[samples.block.map(is_part).astype(bool)]
     for chosen, flag, other in (
         (options.save_probs, "--save_probs true", "false"),
+        (options.polygons != "none", f"--polygons {options.polygons}", "none"),
         (options.submission == "png", "--submission png", "rle"),
         (getattr(submission, "instances", "") == "rows", "--instances rows", "union"),
         (getattr(submission, "size", ()), "--submission_size", "none: masks have their image's"),
@@ -225,7 +228,7 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
     """Make the folders that are written to. Raises UserError where one holds the data itself."""
     options = plan.options
     chosen = {"masks": True, "comparisons": options.comparisons, "bev": options.bev}
-    chosen["probs"] = options.save_probs
+    chosen |= {"probs": options.save_probs, "polygons": options.polygons == "geojson"}
     folders = [plan.out / name for name, is_chosen in chosen.items() if is_chosen]
     kinds = [folder for folder in folders if folder.name in ("masks", "probs")]
     folders += [kind / name for kind in kinds for name in mask_folders(plan.config.classes)]
@@ -384,10 +387,14 @@ def infer(options: Options, started: float | None = None) -> Path:
     number = samples.image_id.factorize()[0]  # an image's blocks are all of one process
     started, share = time.monotonic(), samples[number % plan.processes == plan.rank]
     results = gather(plan, predict_and_write(plan, share, submission))
-    if results and options.save_probs:
-        done = whole[~whole.id.isin([name for name, _ in results.failed])]
-        extras.write_list(plan.out, done, plan.config, [m.seen for m in plan.models])
     if results:
+        done = whole[~whole.id.isin([name for name, _ in results.failed])]
+        if options.save_probs:
+            extras.write_list(plan.out, done, plan.config, [m.seen for m in plan.models])
+        if options.polygons != "none":
+            from kit.extra import polygons
+
+            polygons.write(options.polygons, plan.out, done, plan.config.classes)
         volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(whole), time.monotonic() - started, submission)
     return plan.out

@@ -109,6 +109,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/data/csvs.py _kg_hide-input=true
 
+# %% kit/data/annotations.py _kg_hide-input=true
+
 # %% kit/data/volumes.py _kg_hide-input=true
 
 # %% kit/data/kitti.py _kg_hide-input=true
@@ -182,6 +184,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/extra/runs.py _kg_hide-input=true
 
 # %% kit/extra/blends.py _kg_hide-input=true
+
+# %% kit/extra/polygons.py _kg_hide-input=true
 
 # %% title-ground [markdown]
 # ### kit: what all of it stands on

@@ -30,7 +30,8 @@ FILES = (  # in the order of their cells
     "train.py", "kit/results/predict.py", "infer.py", "utils.py",
     "kit/data/samples.py", "kit/data/extras.py", "kit/data/cache.py", "kit/data/blocks.py",
     "kit/data/folds.py", "kit/data/folders.py",
-    "kit/data/names.py", "kit/data/bands.py", "kit/data/csvs.py", "kit/data/volumes.py",
+    "kit/data/names.py", "kit/data/bands.py", "kit/data/csvs.py", "kit/data/annotations.py",
+    "kit/data/volumes.py",
     "kit/data/kitti.py", "kit/data/masks.py", "kit/data/values.py", "kit/data/classes.py",
     "kit/data/rle.py", "kit/data/images.py", "kit/data/readers.py", "kit/data/photos.py",
     "kit/data/slides.py", "kit/data/tiffs.py", "kit/data/arrays.py", "kit/data/rasters.py",
@@ -41,7 +42,7 @@ FILES = (  # in the order of their cells
     "kit/results/metrics.py",
     "kit/results/visualize.py", "kit/results/submissions.py",
     "kit/results/mosaics.py", "kit/results/pace.py", "kit/extra/runs.py",
-    "kit/extra/blends.py",
+    "kit/extra/blends.py", "kit/extra/polygons.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
 OPEN = ("train.py", "kit/results/predict.py")

@@ -799,16 +799,6 @@ def test_a_refusal_names_what_is_there_and_the_flag(tmp_path):
     read(tmp_path, masks="b")
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"), [('"annotations": []', "COCO"), ('"shapes": []', "labelme")]
-)
-def test_json_is_named_as_not_read(tmp_path, text, kind):
-    for number in range(2):
-        save(tmp_path / f"images/{number}.png", pair(number)[0])
-    (tmp_path / "images.json").write_text("{" + text + "}")
-    asked(tmp_path, f"{kind} json is not read", "2 of 2 images have no mask")
-
-
 def test_a_zip_is_named_with_the_command_that_unpacks_it(tmp_path):
     (tmp_path / "train.csv").write_text("id,rle\na,1 1\n")
     (tmp_path / "train.zip").write_bytes(b"")

@@ -213,7 +213,7 @@ def suffix_of_masks(files: list[ImageFile]) -> str:
 
 def colours(paths: Iterable[Path]) -> float:
     """The most colours of any of the first files: few in masks."""
-    return max(map(count_colours, itertools.islice(paths, SHOWN)))
+    return max(map(count_colours, itertools.islice(paths, SHOWN)), default=0)
 
 
 @functools.cache
@@ -340,15 +340,10 @@ def describe_folder(root: Path) -> str:
 
 
 def not_read(path: Path) -> str:
-    """What to do with a file that the kit does not read: an archive, COCO or labelme; else ""."""
+    """What to do with a file that the kit does not read: an archive, a volume; else ""."""
     suffix = path.suffix.lower()
     if suffix == ".gz" or suffix in NOT_READ:
         return f"{''.join(path.suffixes[-2:])} is not read: save each image as a PNG or TIFF"
     if suffix == ".zip":
         return f"unpack {path.name}: unzip -q {path} -d {path.with_suffix('')}"
-    if suffix != ".json":
-        return ""
-    with path.open("rb") as file:
-        head = file.read(1 << 20)
-    kind = "labelme" if b'"shapes"' in head else "COCO" if b'"annotations"' in head else ""
-    return f"{kind} json is not read: convert it to mask files" if kind else ""
+    return ""

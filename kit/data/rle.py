@@ -112,11 +112,17 @@ def block_runs(mask: np.ndarray, window: Window, order: str) -> np.ndarray:
 
 def join_runs(blocks: list[np.ndarray], order: str) -> str:
     """The RLE of a mask from the runs of its blocks, which go on in each other."""
-    runs = np.concatenate(blocks)
+    return write_runs(unite_runs(blocks), order)
+
+
+def unite_runs(parts: list[np.ndarray]) -> np.ndarray:
+    """The runs of several masks, see `find_runs`, as those of one: sorted, apart."""
+    runs = np.concatenate([np.zeros((0, 2), np.int64), *parts])
     runs = runs[runs[:, 0].argsort()]
-    first = np.flatnonzero(np.r_[True, runs[1:, 0] > runs[:-1].sum(1)][: len(runs)])
-    lengths = np.add.reduceat(runs[:, 1], first) if len(runs) else runs[:, 1]
-    return write_runs(np.stack([runs[first, 0], lengths], 1), order)
+    ends = np.maximum.accumulate(runs.sum(1))
+    first = np.r_[True, runs[1:, 0] > ends[:-1]][: len(runs)]
+    last = np.r_[first[1:], True][: len(runs)]
+    return np.stack([runs[first, 0], ends[last] - runs[first, 0]], 1)
 
 
 def rle_objects(mask: np.ndarray, order: str = "columns") -> list[str]:
@@ -150,9 +156,13 @@ def rle_decode(
 
     `window`: the block that is decoded, of an image of `size`; None: all.
     """
-    height, width = size
-    runs = sorted_runs(runs, size, where, order)
-    window = window or Window(0, 0, height, width, size)
+    window = window or Window(0, 0, *size, size)
+    return decode_runs(sorted_runs(runs, size, where, order), window, order)
+
+
+def decode_runs(runs: np.ndarray, window: Window, order: str) -> np.ndarray:
+    """The block of a mask in `window`, (h, w) uint8 of 0 and 1, from runs that are sorted."""
+    height, width = window.whole
     rows, columns = (
         range(start, start + length)
         for start, length in ((window.y, window.height), (window.x, window.width))
@@ -181,7 +191,6 @@ def expand(runs: np.ndarray, lines: range, places: range, length: int) -> np.nda
     return steps[:-1].cumsum(dtype=np.int8).view(np.uint8).reshape(len(lines), len(places))
 
 
-@functools.lru_cache(maxsize=8)  # blocks of an image read the same runs, one after another
 def sorted_runs(runs: str, size: tuple[int, int], where: str, order: str) -> np.ndarray:
     """RLE to its runs by their starts, see `find_runs`. Raises UserError for impossible ones."""
     height, width = size
@@ -208,7 +217,7 @@ class RunLengths:
 
     path: Path
     rows: tuple[tuple[int, str], ...] = ()  # number of the row, its RLE
-    order: str = "columns"
+    order: str = "auto"  # of `ORDERS`; auto: `decide_order` finds it, until then it is columns
     window: Window | None = None  # the block that is read; None: all
 
     @property
@@ -219,11 +228,16 @@ class RunLengths:
     def read(self, size: tuple[int, int], *_: Any) -> np.ndarray:
         """(h, w) uint8 of 0 and 1. `size`: its image's (h, w). Raises UserError."""
         window = self.window or Window(0, 0, *size, size)
-        mask = np.zeros((window.height, window.width), np.uint8)
-        for line, runs in self.rows:
-            where = f"{self.path.name} row {line}"
-            mask |= rle_decode(runs, window.whole, where, self.order, window)
-        return reduce_mask(mask, window)
+        runs = united_runs(self.rows, window.whole, self.path.name, self.order)
+        return reduce_mask(decode_runs(runs, window, self.order), window)
+
+
+@functools.lru_cache(maxsize=8)  # blocks of an image read the same rows, one after another
+def united_runs(
+    rows: tuple[tuple[int, str], ...], size: tuple[int, int], name: str, order: str
+) -> np.ndarray:
+    """The runs in all rows of a mask, see `unite_runs`. Raises UserError for impossible ones."""
+    return unite_runs([sorted_runs(runs, size, f"{name} row {n}", order) for n, runs in rows])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,9 +258,12 @@ def decide_order(samples: pd.DataFrame, rle: str, needed: bool) -> str:
     Raises UserError where it cannot be told; masks that are not `needed` are left out instead.
     """
     pairs = zip(samples.layers, samples["mask"], strict=True)
-    parts = ((image, part) for image, mask in pairs if mask for part in mask.parts)
+    parts = [(image, part) for image, mask in pairs if mask for part in mask.parts]
+    examples = [pair for pair in parts if getattr(pair[1], "order", "") == "auto" and pair[1].rows]
+    if not examples:
+        return "columns" if rle == "auto" else rle
     try:
-        order = find_order([pair for pair in parts if isinstance(pair[1], RunLengths)], rle)
+        order = find_order(examples, rle)
     except UserError as error:
         if needed:
             raise
@@ -263,9 +280,6 @@ def find_order(examples: list[Example], order: str) -> str:
     `order`: auto, columns, rows or relative. Raises UserError where auto cannot read the runs, and
     for relative where they are absolute.
     """
-    examples = [(image, mask) for image, mask in examples if mask.rows]
-    if not examples:
-        return "columns" if order == "auto" else order
     path = examples[0][1].path
     starts = (runs for _, mask in examples for _, runs in mask.rows)
     base = " from 0" if any(runs.startswith("0 ") for runs in starts) else ""

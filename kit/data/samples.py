@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes, ModelConfig
-from kit.data import bands, blocks, csvs, folders, kitti, volumes
+from kit.data import annotations, bands, blocks, csvs, folders, kitti, volumes
 from kit.data.cache import choose_store
 from kit.data.classes import ClassRequest, class_request, mask_folders, write_mask
 from kit.data.folders import Collection
@@ -57,6 +57,7 @@ LAYOUTS = [
     csvs.csv_of_masks,
     folders.class_folders,
     folders.paired_folders,
+    annotations.annotated_images,
     folders.images_alone,
 ]
 
@@ -302,6 +303,8 @@ def recognise(
     layouts = LAYOUTS
     if "{stem}" in channels:
         layouts = [csvs.manifest, functools.partial(bands.band_files, channels=channels)]
+    elif masks.lower().endswith(".json"):
+        layouts = [annotations.annotated_images]
     elif (
         channels not in ("auto", "rgb")
         and not channels.isdecimal()
