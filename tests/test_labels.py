@@ -14,6 +14,7 @@ from PIL import Image
 from kit.config import Classes
 from kit.data.annotations import decode_counts, decompress, fill
 from kit.data.classes import write_mask
+from kit.data.names import MARKER
 from kit.data.rasters import Window
 from kit.data.rle import decode_runs
 from kit.data.samples import find_samples
@@ -413,6 +414,13 @@ BROKEN = {
         lambda root: (label_studio(root), (root / "images/1f2e-p3.png").unlink()),
         ("result.json", "1 of 6 images with annotations are not there: 1f2e-p3.png", "add them"),
     ),
+    "an image is not there, but one of its name in the test": (
+        lambda root: (
+            roboflow_coco(root),
+            (root / "train/p1_png.rf.0a1b1.jpg").rename(root / "test/p1_png.rf.0a1b1.jpg"),
+        ),
+        ("images with annotations are not there: p1_png.rf.0a1b1.jpg", "add them"),
+    ),
     "an unknown image id": (
         lambda root: change_coco(root, lambda c: first(c).update(image_id=77)),
         ("result.json", "annotation 0 has image_id 77, which is not in the file", "export it"),
@@ -521,6 +529,15 @@ def test_broken_annotations_are_named_with_the_remedy(tmp_path, capsys, kind):
     samples = find_samples(str(tmp_path), training=False).samples  # nobody named them
     assert len(samples) and samples["mask"].isna().all()
     assert "no scores: " in capsys.readouterr().out
+
+
+def test_predictions_below_the_data_are_no_annotations(tmp_path):
+    label_studio(tmp_path)
+    (tmp_path / "p/masks").mkdir(parents=True)
+    (tmp_path / "p/masks" / MARKER).touch()
+    (tmp_path / "p/polygons.json").write_text((tmp_path / "result.json").read_text())
+    assert len(understood(tmp_path)) == COUNT
+    assert len(understood(tmp_path, masks="p/polygons.json")) == COUNT
 
 
 def test_other_json_and_text_files_are_left_alone(tmp_path):

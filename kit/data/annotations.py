@@ -18,7 +18,7 @@ import yaml
 from kit.config import Classes
 from kit.data.classes import sort_values
 from kit.data.csvs import make_planes
-from kit.data.folders import Collection, by_core, collect, one_split
+from kit.data.folders import Collection, Place, by_core, collect, one_split
 from kit.data.masks import Planes
 from kit.data.names import (
     MARKER,
@@ -160,7 +160,7 @@ def annotation_files(folder: Path) -> list[Path]:
         below[:] = sorted(name for name in below if not name.startswith("."))
         if MARKER not in names and not Path(place, "masks", MARKER).exists():
             paths += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in paths if path.suffix.lower() in (".json", ".txt")]
+    return [path for path in paths if path.suffix.lower() in (".json", ".txt") and path.is_file()]
 
 
 def pair(images: list[ImageFile], annotations: list[Annotations]) -> dict[Path, Annotations]:
@@ -177,23 +177,20 @@ def pair(images: list[ImageFile], annotations: list[Annotations]) -> dict[Path, 
                 f"has annotations of {each.image.path.name}, and so has {other.path}",
                 "name the files that count, such as --masks train.json,valid.json",
             )
-    best: dict[tuple, Path] = {}
-    for place in (
+    named = {each.image: each for each in annotations}
+    places: list[Place] = [
         lambda file: (file.split, file.place),
         lambda file: (file.split, file.place[-1:]),
         lambda file: file.split,
-        lambda file: file.place[-1:],
-        lambda file: (),
-    ):
-        left = by_core(images, ("", ""), place)
-        right = by_core([each.image for each in annotations], ("", ""), place)
-        pairs = {
-            (file.split, file.place, file.stem): left[key].path
-            for key, file in right.items()
-            if key in left
-        }
-        best = max(best, pairs, key=len)
-    lost = [each for key, each in first.items() if key not in best]
+    ]
+    if not {image.split for image in images} & {file.split for file in named} - {""}:
+        places += [lambda file: file.place[-1:], lambda file: ()]
+    pairs: dict[Path, Annotations] = {}
+    for place in places:  # the first that pairs any: never those of another folder or split
+        left, right = (by_core(files, ("", ""), place) for files in (images, [*named]))
+        pairs = pairs or {left[key].path: named[right[key]] for key in left if key in right}
+    paired = {each.key for each in pairs.values()}
+    lost = [each for each in annotations if each.key not in paired]
     if lost:
         names = first_five(each.image.path.name for each in lost)
         raise UserError(
@@ -201,7 +198,7 @@ def pair(images: list[ImageFile], annotations: list[Annotations]) -> dict[Path, 
             f"{len(lost)} of {len(annotations)} images with annotations are not there: {names}",
             "add them, or name the annotations of the others with --masks",
         )
-    return {path: first[key] for key, path in best.items()}
+    return pairs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,7 +282,7 @@ def read_yolo(
 
     `stems`: of the images. Other text files, such as a README, are left out. Raises UserError.
     """
-    filled = {file for file in texts if YOLO.fullmatch("".join(read_lines(file.path, 1)[:1]))}
+    filled = {file for file in texts if YOLO.fullmatch("".join(read_lines(file.path, HEAD)[:1]))}
     folders = {file.path.parent for file in filled}
     names, annotations = read_names(root) if filled else {}, []
     for file in texts:
@@ -301,7 +298,7 @@ def read_yolo(
 
 def read_names(root: Path) -> dict[int, str]:
     """{number: name} of the classes in a yaml or classes.txt, in a folder or above. UserError."""
-    for path in [path for folder in (root, root.parent) for path in sorted(folder.glob("*.y*ml"))]:
+    for path in [*sorted(root.glob("*.y*ml")), *root.parent.glob("data.y*ml")]:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             names = content.get("names") if isinstance(content, dict) else None
@@ -316,10 +313,14 @@ def read_names(root: Path) -> dict[int, str]:
     return dict(enumerate(line.strip() for line in lines if line.strip()))
 
 
-def read_lines(path: Path, count: int = -1) -> list[str]:
-    """The lines of a text file, or the first ones."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readlines(HEAD if count > 0 else -1)
+def read_lines(path: Path, size: int = -1) -> list[str]:
+    """The lines of a text file, of a long one the first. Raises UserError."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readlines(size)
+    except OSError as error:
+        problem = f"cannot be read ({reason_of(error)})"
+        raise UserError(path, problem, "fix it, or take it away") from None
 
 
 def read_line(path: Path, number: int, line: str, names: dict[int, str]) -> tuple[int, str, list]:
