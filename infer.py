@@ -392,9 +392,9 @@ def infer(options: Options, started: float | None = None) -> Path:
         if options.save_probs:
             extras.write_list(plan.out, done, plan.config, [m.seen for m in plan.models])
         if options.polygons != "none":
-            from kit.extra import polygons
+            from kit.extra.polygons import write_polygons
 
-            polygons.write(options.polygons, plan.out, done, plan.config.classes)
+            write_polygons(options.polygons, plan.out, done, plan.config.classes)
         volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(whole), time.monotonic() - started, submission)
     return plan.out

@@ -485,7 +485,7 @@ BROKEN = {
         ("labels/p", "line 1 has 5 numbers for x and y", "export it again"),
     ),
     "YOLO text": (
-        lambda root: change_yolo(root, "0 0.1 0.1 0.2 0.1 0.2 0.2\ncar 1 1 2 2\n"),
+        lambda root: change_yolo(root, "0 0.1 .1 2e-1 0.1 0.2 0.2\n0 0.1 0.1 0.2.1 1 2 2\n"),
         ("labels/p", "line 2 is no number of a class and numbers"),
     ),
     "YOLO text at the start": (
@@ -601,7 +601,7 @@ def test_background_has_no_polygons(tmp_path):
     (tmp_path / "masks").mkdir()
     write_mask(tmp_path / "masks", "a", labels, classes)
     samples = pd.DataFrame({"id": ["a"], "image": [tmp_path / "images" / "a.jpg"]})
-    polygons.write("coco", tmp_path, samples, classes)
+    polygons.write_polygons("coco", tmp_path, samples, classes)
     content = json.loads((tmp_path / "polygons.json").read_text())
     found = {each["category_id"]: each for each in content["annotations"]}
     assert [each["name"] for each in content["categories"]] == ["background", "car", "road"]

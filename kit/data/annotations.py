@@ -36,7 +36,7 @@ from kit.errors import UserError, first_five, reason_of
 ORDER = "columns from 0"  # of the runs, as COCO has them
 HEAD = 1 << 20  # bytes of a file that tell what it is
 KEYS = (b'"annotations"', b'"categories"', b'"images"', b'"shapes"')
-YOLO = re.compile(r"\d+(\s+-?[\d.]+(e-?\d+)?){4,}\s*")
+YOLO = re.compile(r"\d+(\s+-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?){4,}\s*", re.I)
 BEYOND = 0.02  # of a side: points further outside are an error, others are drawn up to the edge
 CIRCLE = np.linspace(0, 2 * math.pi, 64, endpoint=False)
 

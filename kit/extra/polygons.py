@@ -106,7 +106,7 @@ def cut_open(rings: Rings) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 
-def write(form: str, out: Path, samples: pd.DataFrame, classes: Classes) -> None:
+def write_polygons(form: str, out: Path, samples: pd.DataFrame, classes: Classes) -> None:
     """Write the masks of samples below `out`: polygons.json, or polygons/ID.geojson for each.
 
     `form`: coco or geojson. Of exclusive classes the background has no polygons.
