@@ -2,6 +2,7 @@
 # make test   installs, lints, tests
 # make kernel builds the Kaggle notebook in build/; make push pushes it and runs it there (needs a Kaggle token)
 # make pull KERNEL=owner/slug   brings back what was changed on the site, after a question
+# make rehearse DATA=FOLDER   runs the notebook as a code competition reruns it on hidden images
 # make kaggle-test  runs the notebook with Python 3.12 and the versions of Kaggle's image
 # make lowest       runs the kit's tests with Python 3.10 and the lowest versions in requirements.txt
 # make faults       kills, starves and damages over and over (20 to 30 minutes)
@@ -11,7 +12,7 @@ PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python3.10
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test kernel push pull kaggle-test lowest faults format clean
+.PHONY: demo test kernel push pull rehearse kaggle-test lowest faults format clean
 
 demo: .venv/kit
 	$(PY) tools/demo.py
@@ -30,6 +31,10 @@ push: .venv/push
 pull: .venv/push
 	@test -n "$(KERNEL)" || { echo "error: name the notebook: make pull KERNEL=owner/slug" >&2; exit 2; }
 	$(PY) tools/kernel.py pull $(KERNEL)
+
+rehearse: .venv/dev
+	@test -n "$(DATA)" || { echo "error: name the competition's folder: make rehearse DATA=FOLDER" >&2; exit 2; }
+	$(PY) tools/kernel.py rehearse --data $(DATA) $(FLAGS)
 
 kaggle-test: .venv-kaggle/kit
 	.venv-kaggle/bin/python -m pip install --quiet --no-deps --no-index \

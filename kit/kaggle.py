@@ -293,8 +293,7 @@ class Session:
         elif not self.online:
             raise StepFailed(
                 "segmentation-models-pytorch is missing: turn the internet on, or attach a data "
-                "set with its wheel, 0.6 or newer (pip download --no-deps "
-                "segmentation-models-pytorch)"
+                "set with its wheel, 0.6 or newer (python tools/kernel.py bundle OWNER/SLUG)"
             )
         run("-m", "pip", "install", "--quiet", "--no-deps", *source)
         importlib.invalidate_caches()

@@ -37,7 +37,7 @@ STRANGERS = [  # wings that do not know each other
 ]
 SCRIPTS = ("train.py", "infer.py")
 # not on Kaggle
-AT_HOME = [f"tools/{name}.py" for name in ("kernel", "demo", "bench", "peers", "moves")]
+AT_HOME = [f"tools/{name}.py" for name in ("kernel", "demo", "bench", "peers", "moves", "rehearse")]
 
 
 def place(wing, file):

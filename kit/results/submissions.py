@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -378,8 +379,9 @@ def check_sample(data: str, classes: Classes, bands: tuple[str, ...] = ()) -> No
         samples = pd.DataFrame({"id": ids, "image": paths})
         sample = find_sample_submission(root, samples.id, root) if root.is_dir() else ""
         if sample:
+            rerun = not files or os.environ.get("KAGGLE_IS_COMPETITION_RERUN")
             with contextlib.redirect_stdout(io.StringIO()):
-                RleSubmission(samples, classes, sample, "error" if files else "rerun")
+                RleSubmission(samples, classes, sample, "rerun" if rerun else "error")
     except UserError as error:
         print(f"infer.py --submission rle would refuse {error}", flush=True)
 

@@ -1,0 +1,682 @@
+"""The rehearsal of a code competition: the notebook as Kaggle reruns it on hidden test images.
+
+    python tools/kernel.py rehearse --data FOLDER --hours 9 --images 10000
+
+The input is read-only and there is no network: with Linux's namespaces where they are allowed. The
+hidden test set is made of FOLDER's own images: another number of them, under other ids, half of
+them of another size, one of them damaged, and one id without an image.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import cv2
+
+from kit.data import rle
+from kit.data.csvs import id_matcher, name_images, split_id
+from kit.data.names import ImageFile, list_files
+from kit.data.readers import read_header
+from kit.errors import UserError, first_five
+from kit.files import list_tables, read_table
+from kit.results.submissions import ANSWER_COLUMNS, find_sample_submission
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+# Verdicts, in the site's words
+OK = "Succeeded"
+TIMEOUT = "Notebook Timeout"
+EXCEPTION = "Notebook Threw Exception"
+COMPUTE = "Notebook Exceeded Allowed Compute"
+NO_CSV = "Submission CSV Not Found"
+SCORING = "Submission Scoring Error"
+KAGGLE = "Kaggle Error"
+
+SMP = "segmentation_models_pytorch"  # not on Kaggle's image
+LONGEST_ID = 300  # characters in a field that may be an id; RLE is longer
+
+
+class Verdict(NamedTuple):
+    """What Kaggle would say, and the line that explains it."""
+
+    name: str
+    reason: str
+
+
+# --------------------------------------------------------------------------------------------------
+#  The hidden test set
+# --------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A csv that names images; `images`: the one that each row names, or None."""
+
+    path: Path
+    header: list[str]
+    rows: list[list[str]]
+    images: list[Path | None]
+    columns: list[int]  # that name them
+
+    def rows_of(self, image: Path, new: str) -> list[list[str]]:
+        """The rows of an image, with its new name."""
+        rows = [row for row, own in zip(self.rows, self.images, strict=True) if own == image]
+        return [
+            [rename(f, image.stem, new, 1) if c in self.columns else f for c, f in enumerate(row)]
+            for row in rows
+        ]
+
+
+class Hidden(NamedTuple):
+    """A hidden test set; `answers`: its sample submission, (row, size of the image or None)."""
+
+    header: list[str]
+    column: int  # of the masks
+    answers: list[tuple[list[str], tuple[int, int] | None]]
+    objects: bool  # whether an id may have several rows
+    order: str  # of the runs
+    count: int  # of images
+    words: str
+
+    def key(self, row: list[str]) -> tuple[str, ...]:
+        """What stands in a row besides the mask."""
+        return (*row[: self.column], *row[self.column + 1 :])
+
+
+def rename(text: str, stem: str, new: str, most: int = 0) -> str:
+    """A field or a path with another image's name, in `most` places; 0: in all."""
+    name = rf"(?<![A-Za-z0-9]){re.escape(stem)}(?![A-Za-z0-9])"
+    return re.sub(name, lambda _: new, text, count=most)
+
+
+def read_ids(path: Path, images: list[Path]) -> Table:
+    """A csv, with the images that its rows name."""
+    header, numbered = read_table(path)
+    rows = list(numbered.values())
+    short = {field for row in rows for field in row if len(field) <= LONGEST_ID}
+    named = name_images(images, short)
+    match = id_matcher(named)
+
+    def image_of(field: str) -> Path | None:
+        return named.get(match(split_id(field, match)[0])) if field in short else None
+
+    columns = [[image_of(row[column]) for row in rows] for column in range(len(header))]
+    best = max(columns, key=lambda column: sum(map(bool, column)), default=[])
+    return Table(path, header, rows, best, [c for c, own in enumerate(columns) if own == best])
+
+
+def new_names(stems: list[str]) -> Iterator[str]:
+    """Names as these that none of them is: their last number is another, maybe a longer one."""
+    taken, generator = set(stems), random.Random(0)
+    for tries in itertools.count():
+        head, digits, tail = re.fullmatch(r"(.*?)(\d*)(\D*)", generator.choice(stems)).groups()
+        head, tail = (head, tail) if digits else (tail, "")
+        width = len(digits) + tries // (20 * len(taken))
+        name = f"{head}{generator.randrange(10 ** (width or 1)):0{width or 1}d}{tail}"
+        if name not in taken:
+            taken.add(name)
+            yield name
+
+
+def mirror(source: Path, target: Path, left_out: set[Path], link: Any) -> None:
+    """A copy of a folder without some files; `link` copies what has none of them."""
+    target.mkdir(parents=True)
+    around = {folder for path in left_out for folder in path.parents}
+    for path in source.iterdir():
+        if path in around:
+            mirror(path, target / path.name, left_out, link)
+        elif path not in left_out:
+            link(path, target / path.name)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """A copy of a file or a folder."""
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+
+
+def copy_image(source: Path, target: Path, resize: bool) -> None:
+    """Copy an image, or write it a quarter higher and half as wide again where that is simple."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    plain = source.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")
+    image = cv2.imread(str(source), cv2.IMREAD_UNCHANGED) if resize and plain else None
+    if image is None:
+        shutil.copyfile(source, target)
+    else:
+        height, width = image.shape[:2]
+        cv2.imwrite(str(target), cv2.resize(image, (width * 3 // 2, height * 5 // 4)))
+
+
+def full_again(answer: str, before: tuple[int, int], after: tuple[int, int]) -> str:
+    """A sample's mask for an image of another size: one that is full stays full."""
+    return f"1 {after[0] * after[1]}" if answer == f"1 {before[0] * before[1]}" else answer
+
+
+def find_competition(data: Path) -> tuple[list[ImageFile], list[ImageFile], Path]:
+    """The training images, the test images and the sample submission of a folder. UserError."""
+    if not data.is_dir():
+        raise UserError(f"--data {data}", "is no folder", "name the competition's folder, unzipped")
+    images = [file for file in list_files(data) if not file.role]
+    public = [file for file in images if file.split == "test"]
+    sample = find_sample_submission(data, [file.stem for file in public or images], data)
+    if not images or not sample:
+        missing = "no sample submission, such as sample_submission.csv" if images else "no images"
+        raise UserError(f"--data {data}", f"has {missing}", "name the competition's folder")
+    return [file for file in images if file.split != "test"], public, Path(sample)
+
+
+def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
+    """Write the competition of `data` with a hidden test set into `mount`. Raises UserError.
+
+    `link(source, target)`: how what stays as it is comes there.
+    """
+    training, public, sample = find_competition(data)
+    images = [file.path for file in public or training]
+    others = [path for path in list_tables(sample.parent) if path != sample and public]
+    tables = [read_ids(path, images) for path in (sample, *others)]
+    answers, *others = [table for table in tables if any(table.images) or table.path == sample]
+    example = next(filter(None, answers.images), None)
+    ids = {row[column] for row in answers.rows for column in answers.columns}
+    renamed = bool(example) and any(rename(name, example.stem, "") != name for name in ids)
+    if not example or not (renamed or public):
+        remedy = "give it the rows of an image that is there"
+        raise UserError(sample, "names no image of the folder", remedy)
+    hidden = draw_images(training, public, renamed)
+    left_out = {file.path for file in list_files(data) if file.split == "test"}
+    mirror(data, mount, left_out | {table.path for table in (answers, *others)}, link)
+    fresh = new_names([file.stem for file in (*training, *public)])
+    place = {file.path: Path(file.name) for file in public}
+    form = place.get(example) or Path("test", Path(example.name))
+    rows: list[tuple[list[str], tuple[int, int] | None]] = []
+    more: list[list[list[str]]] = [[] for _ in others]
+    last = len(answers.header) - 1
+    column = (rle.rle_columns(answers.header, answers.rows, ANSWER_COLUMNS) or [last])[0]
+    for number, source in enumerate(hidden):
+        new = next(fresh) if renamed else source.stem
+        own = place.get(source, form)
+        target = (mount / rename(str(own), own.stem, new)).with_suffix(source.suffix)
+        copy_image(source, target, resize=number % 2 == 1)
+        before, after = read_header(source).size, read_header(target).size
+        for row in answers.rows_of(source if source in answers.images else example, new):
+            row[column] = full_again(row[column], before, after)
+            rows.append((row, after))
+        for table, rest in zip(others, more, strict=True):
+            rest += table.rows_of(source if source in table.images else example, new)
+    target.write_bytes(target.read_bytes()[: target.stat().st_size // 3])
+    missing = next(fresh)
+    rows += [(row, None) for row in answers.rows_of(example, missing) if renamed]
+    write_table(mount / sample.relative_to(data), answers.header, [row for row, _ in rows])
+    for table, rest in zip(others, more, strict=True):
+        kept = [row for row, own in zip(table.rows, table.images, strict=True) if not own]
+        write_table(mount / table.path.relative_to(data), table.header, kept + rest)
+    words = f"{len(hidden)} images (public: {len(public)}), {len(hidden) // 2} of another size, "
+    words += f"{target.name} damaged" + f", no image of {missing}" * renamed
+    objects, order = forms_of_masks(data, answers, column)
+    return Hidden(answers.header, column, rows, objects, order, len(hidden), words)
+
+
+def draw_images(training: list[ImageFile], public: list[ImageFile], renamed: bool) -> list[Path]:
+    """The images of the hidden test set: another number of them than of the public ones."""
+    if not renamed:
+        paths = [file.path for file in public]
+        return random.Random(0).sample(paths, max(1, min(len(public) - 1, 20)))
+    count = len(public) + 3 if len(public) < 21 else 20
+    pairs = itertools.zip_longest(public, training[: max(count, len(public))])
+    mixed = [file.path for pair in pairs for file in pair if file]
+    return list(itertools.islice(itertools.cycle(mixed), count))
+
+
+def forms_of_masks(data: Path, sample: Table, column: int) -> tuple[bool, str]:
+    """Whether an image has a row for each object in the csv of the training, and their order."""
+    for path in list_tables(data):
+        header, numbered = read_table(path)
+        rows = list(numbered.values())
+        if path != sample.path and header == sample.header and rows:
+            keys = Counter((*row[:column], *row[column + 1 :]) for row in rows)
+            masks = [row[column] for row in rows if rle.RUNS.fullmatch(row[column])]
+            overlaps = sum(rle.absolute_overlaps(((0, mask),)) for mask in masks)
+            base = " from 0" if any(mask.startswith("0 ") for mask in masks) else ""
+            order = "relative" if 2 * overlaps > len(masks) else f"columns{base}"
+            return max(keys.values()) > 1, order
+    return False, "columns"
+
+
+def write_table(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    """Write a csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+# --------------------------------------------------------------------------------------------------
+#  The scorer
+# --------------------------------------------------------------------------------------------------
+
+
+def check_submission(path: Path, hidden: Hidden) -> str:
+    """What a scorer would stop at in a submission.csv; "" for nothing."""
+    try:
+        header, rows = read_table(path)
+        if header != hidden.header:
+            return f"its header is {','.join(header)}, the sample's {','.join(hidden.header)}"
+        return check_ids(list(rows.values()), hidden) or check_masks(rows, hidden)
+    except UserError as error:
+        return error.problem
+
+
+def check_ids(rows: list[list[str]], hidden: Hidden) -> str:
+    """Whether each id of the sample is there, once, and no other."""
+    counts = Counter(map(hidden.key, rows))
+    wanted = {hidden.key(row) for row, _ in hidden.answers}
+    twice = [key for key, times in counts.items() if times > 1 and not hidden.objects]
+    for keys, what in (
+        (wanted - set(counts), "ids of the sample are missing"),
+        (set(counts) - wanted, "ids are not in the sample"),
+        (twice, "ids occur twice"),
+    ):
+        if keys:
+            return f"{len(keys)} {what}: {first_five(' '.join(key) for key in sorted(keys))}"
+    return ""
+
+
+def check_masks(rows: dict[int, list[str]], hidden: Hidden) -> str:
+    """Whether each mask is RLE inside of its image, in order, without overlaps, and not NaN."""
+    sizes = {hidden.key(row): size for row, size in hidden.answers}
+    tokens = {row[hidden.column] for row, _ in hidden.answers}
+    marks = {token for token in tokens if token and not rle.RUNS.fullmatch(token)}
+    marks |= {token for token in tokens if token and rle.is_empty(token)}
+    together: dict[tuple[str, ...], list[str]] = {}
+    for number, row in rows.items():
+        key, answer = hidden.key(row), row[hidden.column]
+        where = f"row {number} ({' '.join(key)})"
+        if answer in tokens and answer in marks:
+            continue
+        if answer.lower() in ("nan", "inf", "none", "null") or (not answer and marks - {""}):
+            empty = first_five(map(repr, sorted(marks))) if marks else "nothing"
+            return f"{where} is {answer or 'NaN: empty'}; the sample writes {empty} for no mask"
+        for runs in rle.split_lists(answer) if not rle.is_empty(answer) else ():
+            numbers = rle.parse_runs(runs, where)
+            if hidden.order != "relative" and (numbers[1:, 0] < numbers[:-1, 0]).any():
+                return f"{where}: the runs are not sorted"
+            together.setdefault(key, []).append(runs)
+        size = sizes[key] or (1 << 20, 1 << 20)
+        texts = together.get(key, [])
+        for runs in [texts[-1:], [" ".join(texts)]][hidden.order != "relative"]:
+            rle.sorted_runs(runs, size, where, hidden.order)
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+#  The run
+# --------------------------------------------------------------------------------------------------
+
+# Shows a process the folders of Kaggle and no network, in namespaces of its own: unshare(1).
+NAMESPACE = """
+set -e
+root=$1 input=$2 working=$3; shift 3
+mount -t tmpfs none "$root"
+for path in /*; do
+  if [ -L "$path" ]; then cp -P "$path" "$root/"
+  elif [ -d "$path" ] && [ "$path" != /kaggle ]; then
+    mkdir "$root$path"; mount --rbind "$path" "$root$path"
+  fi
+done
+mkdir -p "$root/kaggle/input" "$root/kaggle/working"
+mount --bind "$input" "$root/kaggle/input"; mount -o remount,bind,ro "$root/kaggle/input"
+mount --bind "$working" "$root/kaggle/working"
+while [ "$1" != -- ]; do
+  mount --bind "$1" "$root$1"; mount -o remount,bind,ro "$root$1"; shift
+done
+shift
+ip link set lo up 2>/dev/null || true
+exec chroot "$root" env -C /kaggle/working "$@"
+"""
+
+# What the notebook's processes import first: no network, and smp only as it is attached.
+GUARD = """
+import importlib.machinery, socket
+
+finder, hidden, place = importlib.machinery.PathFinder, {hidden!r}, {place!r}
+find, connect = finder.find_spec, socket.socket.connect
+
+def find_spec(name, path=None, target=None):
+    return find(name, [place] if name == hidden else path, target)
+
+def connect_at_home(self, address):
+    at_home = self.family == getattr(socket, "AF_UNIX", None) or str(address[0]).startswith(
+        ("127.", "::1", "localhost"))
+    if not at_home:
+        raise OSError(101, "Network is unreachable")
+    return connect(self, address)
+
+finder.find_spec, socket.socket.connect = staticmethod(find_spec), connect_at_home
+"""
+
+
+class Run(NamedTuple):
+    """What became of a notebook: seconds of each cell by its id, and how it failed, if it did."""
+
+    seconds: dict[str, float]
+    cell: str  # that failed
+    error: str
+    limit: str  # that was exceeded
+    timed_out: bool
+    printed: str  # by the cell run-infer
+
+
+def namespace(folder: Path, read_only: list[Path]) -> list[str]:
+    """What starts a command as on Kaggle; [] where the system does not allow it."""
+    (folder / "root").mkdir()
+    places = (folder / "root", folder / "input", folder / "working", *read_only)
+    command = ["unshare", "-rmn", "sh", "-c", NAMESPACE, "sh", *map(str, places), "--"]
+    with contextlib.suppress(OSError):
+        if not subprocess.run([*command, "true"], capture_output=True, timeout=60).returncode:
+            return command
+    return []
+
+
+def environment_of(folder: Path, hides_smp: bool) -> dict[str, str]:
+    """The environment of a rerun: none of this machine's caches, proxies that lead nowhere."""
+    site = folder / "site"
+    site.mkdir()
+    hidden = SMP if hides_smp else ""
+    (site / "sitecustomize.py").write_text(GUARD.format(hidden=hidden, place=str(site)))
+    caches = ("HF_HOME", "TORCH_HOME", "KAGGLEHUB_CACHE", "IPYTHONDIR", "TMPDIR")
+    (folder / "tmp").mkdir()
+    own = {name: str(folder / "tmp") for name in caches}
+    own |= dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    own |= {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    own |= {"PYTHONPATH": str(site), "PIP_TARGET": str(site), "PIP_RETRIES": "0"}
+    unwanted = ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "PYTEST_CURRENT_TEST", "KIT_NOTEBOOK")
+    return {k: v for k, v in os.environ.items() if k not in unwanted} | own
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes of memory of a process, its part of what is shared; 0 where Linux does not say."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return 1024 * sum(int(size) for size in re.findall(r"^Pss: +(\d+)", text, re.MULTILINE))
+    return 0
+
+
+def watch(pid: int, working: Path, gigabytes: tuple[float, float], stop: threading.Event) -> str:
+    """Kill a process and its children where memory or the disk is used up; returns which."""
+    import psutil
+
+    while not stop.wait(0.5):
+        with contextlib.suppress(psutil.Error, OSError):
+            kernel = psutil.Process(pid)
+            processes = [kernel, *kernel.children(recursive=True)]
+            sizes = [path.lstat().st_size for path in working.rglob("*")]
+            used = (sum(proportional_memory(p.pid) for p in processes), sum(sizes))
+            for amount, most, what in zip(used, gigabytes, ("memory", "disk"), strict=True):
+                if amount > most * 1e9:
+                    for process in reversed(processes):
+                        process.kill()
+                    return f"it used {amount / 1e9:.1f} GB of {what}, there are {most:g}"
+    return ""
+
+
+def execute(
+    notebook: NotebookNode, folder: Path, prefix: list[str], env: dict[str, str],
+    hours: float, gigabytes: tuple[float, float],
+) -> Run:  # fmt: skip
+    """Run a notebook in `folder`/working. The kernel is reached through files, not a network."""
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient, exceptions
+
+    started: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    end, stop, limits = time.monotonic() + 3600 * hours, threading.Event(), []
+
+    def begin(cell: NotebookNode, **_: Any) -> None:
+        started[cell.id] = time.monotonic()
+        if len(started) == 1:
+            pid, working = manager.provisioner.pid, folder / "working"
+            run = threading.Thread(
+                target=lambda: limits.append(watch(pid, working, gigabytes, stop)), daemon=True
+            )
+            run.start()
+            threads.append(run)
+
+    def finish(cell: NotebookNode, **_: Any) -> None:
+        seconds[cell.id] = time.monotonic() - started[cell.id]
+
+    threads: list[threading.Thread] = []
+    error, timed_out = "", False
+    with tempfile.TemporaryDirectory() as sockets:  # of short names, as sockets need them
+        manager = AsyncKernelManager(transport="ipc", ip=f"{sockets}/k")
+        python = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        manager.kernel_spec.argv = [*prefix, *python]
+        client = NotebookClient(
+            notebook, km=manager, timeout_func=lambda _: max(1, int(end - time.monotonic())),
+            resources={"metadata": {"path": str(folder / "working")}},
+            on_cell_start=begin, on_cell_executed=finish,
+        )  # fmt: skip
+        try:
+            client.execute(env=env)
+        except exceptions.CellTimeoutError:
+            timed_out = True
+        except exceptions.CellExecutionError as failure:
+            error = f"{failure.ename}: {failure.evalue}"
+        except exceptions.DeadKernelError:
+            error = "the kernel died"
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    name = next(reversed(started), "")
+    number = [one.id for one in notebook.cells].index(name) + 1 if name else 0
+    cell = f"cell {number} ({name})"
+    return Run(seconds, cell, error, "".join(limits), timed_out, printed_by(notebook, "run-infer"))
+
+
+def printed_by(notebook: NotebookNode, name: str) -> str:
+    """What a cell printed."""
+    outputs = (one.get("outputs", []) for one in notebook.cells if one.get("id") == name)
+    return "".join(output.get("text", "") for output in itertools.chain(*outputs))
+
+
+# --------------------------------------------------------------------------------------------------
+#  Settings, clock, verdict
+# --------------------------------------------------------------------------------------------------
+
+
+def settings_cell(notebook: NotebookNode) -> NotebookNode | None:
+    """The cell that sets DATA and TRAIN; None in a notebook that is not the kit's."""
+    for cell in notebook.cells:
+        if len(re.findall(r"^(?:DATA|TRAIN) = ", cell.source, re.MULTILINE)) == 2:
+            return cell
+    return None
+
+
+def read_settings(cell: NotebookNode | None) -> dict[str, Any]:
+    """{name: value} of the settings cell."""
+    pairs = re.findall(r"^([A-Z_]+) = (.+?)(?:  #.*)?$", cell.source if cell else "", re.MULTILINE)
+    return {name: value_of(text) for name, text in pairs}
+
+
+def value_of(text: str) -> Any:
+    """A value as Python writes it, or the text itself."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
+
+
+def change_settings(cell: NotebookNode, changes: dict[str, Any]) -> None:
+    """Change lines of the settings cell; a setting that it lacks is one more line."""
+    lines = [line for line in cell.source.split("\n") if line.split(" = ")[0] not in changes]
+    cell.source = "\n".join([*lines, *(f"{name} = {value!r}" for name, value in changes.items())])
+
+
+def estimate(run: Run, count: int, images: int, own: dict, changes: dict) -> tuple[float, str]:
+    """The seconds of a rerun with so many images, and how they come about.
+
+    What comes before the prediction counts once, what comes after it for each image. `own`: the
+    notebook's settings, `changes`: those of this run, of which a longer training is counted.
+    """
+    names = list(run.seconds)
+    place = names.index("run-infer") if "run-infer" in names else 0
+    each = sum(run.seconds[name] for name in names[place:])
+    speed = re.search(r"(\d+) images in ([\d.]+) s,", run.printed)
+    if speed:  # not the start of infer.py, nor the loading of the model
+        each += float(speed[2]) - run.seconds["run-infer"]
+    once = sum(run.seconds.values()) - each
+    training, longer = run.seconds.get("run-train", 0.0), 0.0
+    if (own | changes).get("TRAIN") and training:
+        minutes, epochs = own.get("MAX_MINUTES") or 0, own.get("EPOCHS") or 40
+        longer = 60 * minutes if minutes else training
+        if not minutes and changes.get("EPOCHS"):
+            longer = training * epochs / changes["EPOCHS"]
+        longer = min(longer, 60 * own.get("SESSION_MINUTES", 660))
+    once += max(0.0, longer - training)
+    minutes = own.get("PREDICT_MINUTES") or 0
+    whole = each / count * images
+    whole = min(whole, 60 * minutes) if minutes else whole
+    words = f"{once:.0f} s once, {max(training, longer):.0f} s of it training"
+    words += f", {each / count:.3f} s for each image on this machine"
+    return once + whole, f"{words}: {(once + whole) / 3600:.2f} hours for {images} images"
+
+
+OUT_OF_COMPUTE = re.compile(
+    r"the kernel died|status -9\b|MemoryError|out of memory|No space left|Unable to allocate"
+)
+OFFLINE = re.compile(
+    r"unreachable|name resolution|Name or service|ProxyError|ConnectionError|Connection refused|"
+    r"URLError|Max retries|cannot be had|internet on"
+)
+
+
+def judge(run: Run, working: Path, hidden: Hidden, hours: float, time_needed: float) -> Verdict:
+    """The verdict on a run."""
+    problem = " ".join(run.error.removeprefix("StepFailed: ").split("\n")[0].split())
+    if run.limit or OUT_OF_COMPUTE.search(run.error):
+        return Verdict(COMPUTE, f"{run.cell}: {run.limit or problem}")
+    if run.error:
+        remedy = "; there is no network: attach it (python tools/kernel.py bundle OWNER/SLUG)"
+        return Verdict(
+            EXCEPTION, f"{run.cell}: {problem}{remedy * bool(OFFLINE.search(run.error))}"
+        )
+    if run.timed_out or time_needed > 3600 * hours:
+        needs = f"it needs {time_needed / 3600:.1f} hours of {hours:g}"
+        problem = f"{run.cell} ran into the limit" if run.timed_out else needs
+        return Verdict(TIMEOUT, f"{problem}; set PREDICT_MINUTES, TTA = False, or fewer models")
+    path = working / "submission.csv"
+    if not path.is_file():
+        others = [str(p.relative_to(working)) for p in working.rglob("*.csv") if "sub" in p.name]
+        there = f"; there is {first_five(others)}" if others else '; set SUBMISSION = "rle"'
+        return Verdict(NO_CSV, f"the notebook wrote no submission.csv into its folder{there}")
+    problem = check_submission(path, hidden)
+    if problem:
+        return Verdict(SCORING, f"submission.csv: {problem}")
+    return Verdict(OK, f"submission.csv has each of the {len(hidden.answers)} rows of the sample")
+
+
+# --------------------------------------------------------------------------------------------------
+#  The command
+# --------------------------------------------------------------------------------------------------
+
+
+def attach(folders: list[Path], data: Path, folder: Path, link: Any) -> bool:
+    """Mount what is attached besides the competition; whether smp's wheel is in it."""
+    for path in folders:
+        if not path.is_dir():
+            raise UserError(
+                f"--attach {path}", "is no folder", "name a folder, as a data set has it"
+            )
+        about = path / "dataset-metadata.json"
+        name = json.loads(about.read_text())["id"] if about.exists() else f"you/{path.name}"
+        target = folder / "input" / "datasets" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link(path.absolute(), target)
+    return any(list(path.rglob(f"{SMP}-*")) for path in folders)
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    """{path: size and date} of all files of a folder."""
+    stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def rehearse(
+    notebook: NotebookNode,
+    data: Path,
+    folder: Path,
+    hours: float = 9,
+    images: int = 1000,
+    attached: tuple[Path, ...] = (),
+    changes: dict[str, Any] | None = None,
+    gigabytes: tuple[float, float] = (29, 20),
+) -> Verdict:
+    """Run a notebook in `folder` as Kaggle reruns it, and print the verdict. Raises UserError.
+
+    `changes`: settings of this run alone; `gigabytes`: of memory and of /kaggle/working.
+    """
+    import nbformat
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("input", "working"):
+        (folder / name).mkdir(parents=True)
+    folder, data = folder.resolve(), data.resolve()
+    read_only = [path.resolve() for path in (data, *attached) if path.is_dir()]
+    prefix = namespace(folder, read_only)
+    link = os.symlink if prefix else copy_tree
+    has_wheel = attach(list(attached), data, folder, link)
+    cell, changes, todo = settings_cell(notebook), dict(changes or {}), []
+    own = read_settings(cell)
+    slug = str((own | changes).get("DATA", "auto"))
+    slug = data.name if slug == "auto" else slug.rstrip("/").split("/")[-1]
+    hidden = make_hidden(data, folder / "input" / "competitions" / slug, link)
+    print(f"hidden test set: {hidden.words}")
+    how = "Linux's namespaces" if prefix else "proxies and sockets; its input is a copy"
+    print(f"no network, read-only input: by {how}", flush=True)
+    if own.get("SUBMISSION") == "none" and "SUBMISSION" not in changes:
+        changes["SUBMISSION"] = "rle"
+        todo.append('set SUBMISSION = "rle" in notebook.py, as this rehearsal did')
+    if cell:
+        change_settings(cell, changes)
+    if "MAX_MINUTES" in changes and not own.get("MAX_MINUTES"):
+        todo.append("the clock counts MAX_MINUTES of this rehearsal; set it in notebook.py, too")
+    if cell and not has_wheel:
+        todo.append(
+            "attach the wheel of segmentation-models-pytorch, here it was this machine's: "
+            "python tools/kernel.py bundle OWNER/SLUG"
+        )
+    before = {} if prefix else contents(folder / "input")
+    env = environment_of(folder, has_wheel)
+    try:
+        run = execute(notebook, folder, prefix, env, hours, gigabytes)
+    except (RuntimeError, OSError) as error:
+        verdict = Verdict(KAGGLE, f"the notebook could not be started: {error}")
+        print(f"\n{verdict.name}: {verdict.reason}")
+        return verdict
+    nbformat.write(notebook, folder / "executed.ipynb")
+    seconds, words = estimate(run, hidden.count, images, own, changes)
+    verdict = judge(run, folder / "working", hidden, hours, seconds)
+    after = {} if prefix else contents(folder / "input")
+    changed = {path for path, _ in before.items() ^ after.items()}
+    if changed and verdict.name != EXCEPTION:
+        names = first_five(path.relative_to(folder / "input") for path in sorted(changed))
+        verdict = Verdict(EXCEPTION, f"it writes to /kaggle/input, which is read-only: {names}")
+    print(f"clock: {words}")
+    print(f"the notebook with its outputs: {folder / 'executed.ipynb'}\n")
+    print(f"{verdict.name}: {verdict.reason}")
+    for line in todo:
+        print(f"before you submit: {line}")
+    return verdict
