@@ -10,6 +10,7 @@ from pathlib import Path
 import kernel
 import nbformat
 import numpy as np
+import psutil
 import pytest
 import rehearse
 import torch
@@ -108,7 +109,10 @@ def read(path):
 def rehearsed(competition, tmp_path, *cells, **options):
     """The verdict on a notebook of these cells."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    return rehearse.rehearse(notebook, competition, tmp_path / "rehearsal", **options)
+    verdict = rehearse.rehearse(notebook, competition, tmp_path / "rehearsal", **options)
+    left = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert not [line for line in left if "ipykernel" in line], "no kernel is left"
+    return verdict
 
 
 # What a sound notebook does: an answer for each id of the sample, whatever becomes of its image.
@@ -298,6 +302,16 @@ def test_ids_that_a_rule_makes_of_folders_are_kept(tmp_path):
     images = list((tmp_path / "mount/test").rglob("*.png"))
     assert len(images) == len(hidden.answers) == 5
     assert len(set(sizes(images))) == 2
+
+
+def test_a_csv_that_cannot_be_read_and_one_with_a_row_for_each_object(tmp_path):
+    nuclei(tmp_path / "data")
+    header, *rows = read(tmp_path / "data/train.csv")
+    write_csv(tmp_path / "data/train.csv", ["ImageId", "annotation"], *rows)
+    (tmp_path / "data/notes.csv").write_text("a,b\n1\n")
+    hidden = hide(tmp_path / "data", tmp_path)
+    assert hidden.objects
+    assert (tmp_path / "mount/notes.csv").read_text() == "a,b\n1\n"
 
 
 def change(rows, number, answer):

@@ -189,8 +189,11 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
     training, public, sample = find_competition(data)
     images = [file.path for file in public or training]
     others = [path for path in list_tables(sample.parent) if path != sample and public]
-    tables = [read_ids(path, images) for path in (sample, *others)]
-    answers, *others = [table for table in tables if any(table.images) or table.path == sample]
+    answers, tables = read_ids(sample, images), []
+    for path in others:
+        with contextlib.suppress(UserError):  # it stays as it is
+            tables.append(read_ids(path, images))
+    others = [table for table in tables if any(table.images)]
     example = next(filter(None, answers.images), None)
     ids = {row[column] for row in answers.rows for column in answers.columns}
     renamed = bool(example) and any(rename(name, example.stem, "") != name for name in ids)
@@ -207,12 +210,14 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
     more: list[list[list[str]]] = [[] for _ in others]
     last = len(answers.header) - 1
     column = (rle.rle_columns(answers.header, answers.rows, ANSWER_COLUMNS) or [last])[0]
+    resized = 0
     for number, source in enumerate(hidden):
         new = next(fresh) if renamed else source.stem
         own = place.get(source, form)
         target = (mount / rename(str(own), own.stem, new)).with_suffix(source.suffix)
         copy_image(source, target, resize=number % 2 == 1)
         before, after = read_header(source).size, read_header(target).size
+        resized += before != after
         for row in answers.rows_of(source if source in answers.images else example, new):
             row[column] = full_again(row[column], before, after)
             rows.append((row, after))
@@ -225,7 +230,7 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
     for table, rest in zip(others, more, strict=True):
         kept = [row for row, own in zip(table.rows, table.images, strict=True) if not own]
         write_table(mount / table.path.relative_to(data), table.header, kept + rest)
-    words = f"{len(hidden)} images (public: {len(public)}), {len(hidden) // 2} of another size, "
+    words = f"{len(hidden)} images (public: {len(public)}), {resized} of another size, "
     words += f"{target.name} damaged" + f", no image of {missing}" * renamed
     objects, order = forms_of_masks(data, answers, column)
     return Hidden(answers.header, column, rows, objects, order, len(hidden), words)
@@ -244,12 +249,17 @@ def draw_images(training: list[ImageFile], public: list[ImageFile], renamed: boo
 
 def forms_of_masks(data: Path, sample: Table, column: int) -> tuple[bool, str]:
     """Whether an image has a row for each object in the csv of the training, and their order."""
-    for path in list_tables(data):
-        header, numbered = read_table(path)
-        rows = list(numbered.values())
-        if path != sample.path and header == sample.header and rows:
-            keys = Counter((*row[:column], *row[column + 1 :]) for row in rows)
-            masks = [row[column] for row in rows if rle.RUNS.fullmatch(row[column])]
+    titles = [title for place, title in enumerate(sample.header) if place != column]
+    for path in set(list_tables(data)) - {sample.path}:
+        with contextlib.suppress(UserError):  # of a csv that has nothing to do with masks
+            header, numbered = read_table(path)
+            rows = list(numbered.values())
+            shared = [header.index(title) for title in titles if title in header]
+            columns = rle.rle_columns(header, rows, ANSWER_COLUMNS)
+            if not shared or not columns or not rows:
+                continue
+            keys = Counter(tuple(row[place] for place in shared) for row in rows)
+            masks = [row[columns[0]] for row in rows if rle.RUNS.fullmatch(row[columns[0]])]
             overlaps = sum(rle.absolute_overlaps(((0, mask),)) for mask in masks)
             base = " from 0" if any(mask.startswith("0 ") for mask in masks) else ""
             order = "relative" if 2 * overlaps > len(masks) else f"columns{base}"
@@ -470,7 +480,7 @@ def execute(
             on_cell_start=begin, on_cell_executed=finish,
         )  # fmt: skip
         try:
-            client.execute(env=env)
+            client.execute(env=env, cleanup_kc=True)
         except exceptions.CellTimeoutError:
             timed_out = True
         except exceptions.CellExecutionError as failure:
