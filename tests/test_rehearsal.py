@@ -229,6 +229,23 @@ def test_where_namespaces_are_not_allowed(tmp_path, monkeypatch, capsys, fault):
     assert not (tmp_path / "data/new.csv").exists()
 
 
+@pytest.mark.parametrize(
+    "slow", ["for _ in range(9): time.sleep(0.2)", "for _ in rows: time.sleep(0.2)"]
+)
+def test_a_second_run_shows_what_grows_with_the_images(tmp_path, capsys, slow):
+    discs(tmp_path / "data")
+    cells = [READ, f"import time\n{slow}", PREDICT, WRITE]
+    verdict = rehearsed(tmp_path / "data", tmp_path, *cells, images=1000, hours=0.04)
+    assert "again with 27 images" in capsys.readouterr().out
+    assert verdict.name == (rehearse.TIMEOUT if "rows" in slow else rehearse.OK), verdict
+
+
+def test_a_notebook_that_cannot_be_started_is_an_error_of_kaggle(tmp_path, monkeypatch):
+    discs(tmp_path / "data")
+    monkeypatch.setattr(rehearse.sys, "executable", str(tmp_path / "no-python"))
+    assert rehearsed(tmp_path / "data", tmp_path, READ).name == rehearse.KAGGLE
+
+
 def test_a_notebook_that_does_not_end_is_stopped(tmp_path):
     discs(tmp_path / "data")
     verdict = rehearsed(tmp_path / "data", tmp_path, "import time; time.sleep(90)", hours=4 / 3600)
@@ -365,16 +382,29 @@ def test_the_scorer_knows_headers_objects_and_words_for_empty_masks(tmp_path):
     assert said == "its header is ,ImageId,EncodedPixels, the sample's ImageId,EncodedPixels"
 
 
-def test_the_clock_counts_what_is_before_the_prediction_once():
+def test_the_clock_counts_the_training_once_and_what_grows_for_each_image():
     seconds = {"setup": 10, "run-train": 100, "run-infer": 20, "look": 2}
     run = rehearse.Run(seconds, "look", "", "", False, "8 images in 10.0 s, 0.8 per second")
-    needed, words = rehearse.estimate(run, 8, 1000, {"TRAIN": True}, {})
-    assert needed == pytest.approx(120 + 12 / 8 * 1000)
-    assert "120 s once, 100 s of it training, 1.500 s for each image" in words
-    own = {"TRAIN": True, "EPOCHS": 50}
-    assert rehearse.estimate(run, 8, 8, own, {"EPOCHS": 2})[0] == pytest.approx(20 + 2500 + 12)
-    own = {"TRAIN": True, "MAX_MINUTES": 60, "PREDICT_MINUTES": 5}
-    assert rehearse.estimate(run, 8, 9999, own, {"EPOCHS": 2})[0] == pytest.approx(20 + 3600 + 300)
+    times = rehearse.times_of(run)
+    assert (times["run-infer"], times["prediction"]) == (10, 10)
+    assert rehearse.growth(times, 8) == {
+        "setup": 10 / 8, "run-infer": 10 / 8, "look": 2 / 8, "prediction": 10 / 8,
+    }  # fmt: skip
+    again = {"setup": 9, "run-train": 1, "run-infer": 10, "look": 4, "prediction": 99}
+    each = rehearse.growth(times, 8, again, 28)
+    assert (each["look"], each["prediction"]) == (2 / 20, 10 / 8)
+    assert max(each["setup"], each["run-infer"], each["run-train"]) <= 0
+
+    def needed(images, own, changes):
+        return rehearse.estimate(times, each, 8, images, {"TRAIN": True} | own, changes)
+
+    seconds, words = needed(1000, {}, {})
+    assert seconds == pytest.approx(10 + 100 + 10 + (2 - 0.8) + 1250 + 100)
+    assert "121 s once, 100 s of it training, 1.350 s for each image" in words
+    rest = 10 + 10 + 1.2
+    assert needed(8, {"EPOCHS": 50}, {"EPOCHS": 2})[0] == pytest.approx(rest + 2500 + 10.8)
+    own = {"MAX_MINUTES": 60, "PREDICT_MINUTES": 5}
+    assert needed(9999, own, {"EPOCHS": 2})[0] == pytest.approx(rest + 3600 + 300 + 999.9)
 
 
 # --------------------------------------------------------------------------------------------------

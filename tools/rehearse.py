@@ -10,7 +10,9 @@ them of another size, one of them damaged, and one id without an image.
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
+import copy
 import csv
 import itertools
 import json
@@ -181,10 +183,10 @@ def find_competition(data: Path) -> tuple[list[ImageFile], list[ImageFile], Path
     return [file for file in images if file.split != "test"], public, Path(sample)
 
 
-def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
+def make_hidden(data: Path, mount: Path, link: Any = os.symlink, more: bool = False) -> Hidden:
     """Write the competition of `data` with a hidden test set into `mount`. Raises UserError.
 
-    `link(source, target)`: how what stays as it is comes there.
+    `link(source, target)`: how what stays as it is comes there; `more`: other numbers of images.
     """
     training, public, sample = find_competition(data)
     images = [file.path for file in public or training]
@@ -200,7 +202,7 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
     if not example or not (renamed or public):
         remedy = "give it the rows of an image that is there"
         raise UserError(sample, "names no image of the folder", remedy)
-    hidden = draw_images(training, public, renamed)
+    hidden = draw_images(training, public, renamed, more)
     left_out = {file.path for file in list_files(data) if file.split == "test"}
     mirror(data, mount, left_out | {table.path for table in (answers, *others)}, link)
     fresh = new_names([file.stem for file in (*training, *public)])
@@ -236,12 +238,15 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink) -> Hidden:
     return Hidden(answers.header, column, rows, objects, order, len(hidden), words)
 
 
-def draw_images(training: list[ImageFile], public: list[ImageFile], renamed: bool) -> list[Path]:
+def draw_images(
+    training: list[ImageFile], public: list[ImageFile], renamed: bool, more: bool
+) -> list[Path]:
     """The images of the hidden test set: another number of them than of the public ones."""
     if not renamed:
         paths = [file.path for file in public]
-        return random.Random(0).sample(paths, max(1, min(len(public) - 1, 20)))
-    count = len(public) + 3 if len(public) < 21 else 20
+        count = min(len(public) - 1, 20) // (1 + more)
+        return random.Random(0).sample(paths, max(1, count))
+    count = (len(public) + 3 if len(public) < 21 else 20) + 20 * more
     pairs = itertools.zip_longest(public, training[: max(count, len(public))])
     mixed = [file.path for pair in pairs for file in pair if file]
     return list(itertools.islice(itertools.cycle(mixed), count))
@@ -444,10 +449,9 @@ def watch(pid: int, working: Path, gigabytes: tuple[float, float], stop: threadi
 
 
 def execute(
-    notebook: NotebookNode, folder: Path, prefix: list[str], env: dict[str, str],
-    hours: float, gigabytes: tuple[float, float],
-) -> Run:  # fmt: skip
-    """Run a notebook in `folder`/working. The kernel is reached through files, not a network."""
+    notebook: NotebookNode, stage: Stage, hours: float, gigabytes: tuple[float, float]
+) -> Run:
+    """Run a notebook on a stage. The kernel is reached through files, not a network."""
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient, exceptions
 
@@ -458,7 +462,7 @@ def execute(
     def begin(cell: NotebookNode, **_: Any) -> None:
         started[cell.id] = time.monotonic()
         if len(started) == 1:
-            pid, working = manager.provisioner.pid, folder / "working"
+            pid, working = manager.provisioner.pid, stage.folder / "working"
             run = threading.Thread(
                 target=lambda: limits.append(watch(pid, working, gigabytes, stop)), daemon=True
             )
@@ -473,27 +477,32 @@ def execute(
     with tempfile.TemporaryDirectory() as sockets:  # of short names, as sockets need them
         manager = AsyncKernelManager(transport="ipc", ip=f"{sockets}/k")
         python = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        manager.kernel_spec.argv = [*prefix, *python]
+        manager.kernel_spec.argv = [*stage.prefix, *python]
         client = NotebookClient(
             notebook, km=manager, timeout_func=lambda _: max(1, int(end - time.monotonic())),
-            resources={"metadata": {"path": str(folder / "working")}},
+            resources={"metadata": {"path": str(stage.folder / "working")}},
             on_cell_start=begin, on_cell_executed=finish,
         )  # fmt: skip
         try:
-            client.execute(env=env, cleanup_kc=True)
+            client.execute(env=stage.env, cleanup_kc=True)
         except exceptions.CellTimeoutError:
             timed_out = True
         except exceptions.CellExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}"
         except exceptions.DeadKernelError:
             error = "the kernel died"
+        except (RuntimeError, OSError) as failure:
+            if started:
+                raise
+            error = f"the notebook could not be started: {failure}"
+            atexit.unregister(client._cleanup_kernel)  # which nbclient forgets in this case
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
     name = next(reversed(started), "")
     number = [one.id for one in notebook.cells].index(name) + 1 if name else 0
-    cell = f"cell {number} ({name})"
+    cell = f"cell {number} ({name})" if name else ""
     return Run(seconds, cell, error, "".join(limits), timed_out, printed_by(notebook, "run-infer"))
 
 
@@ -535,33 +544,54 @@ def change_settings(cell: NotebookNode, changes: dict[str, Any]) -> None:
     cell.source = "\n".join([*lines, *(f"{name} = {value!r}" for name, value in changes.items())])
 
 
-def estimate(run: Run, count: int, images: int, own: dict, changes: dict) -> tuple[float, str]:
+FIXED = ("run-train", "look-data", "scores")  # cells of the kit that know nothing of test images
+
+
+def times_of(run: Run) -> dict[str, float]:
+    """The seconds of each cell; those that infer.py predicts apart from those that it starts."""
+    times = dict(run.seconds)
+    speed = re.search(r"\d+ images in ([\d.]+) s,", run.printed)
+    if speed:
+        times["prediction"] = float(speed[1])
+        times["run-infer"] -= times["prediction"]
+    return times
+
+
+def growth(
+    times: dict[str, float], count: int, more: dict[str, float] | None = None, many: int = 0
+) -> dict[str, float]:
+    """Seconds for each image, by cell: as two runs show, of one run at most."""
+    if not more:
+        return {name: t / count for name, t in times.items() if name not in FIXED}
+    each = {name: (more.get(name, t) - t) / (many - count) for name, t in times.items()}
+    each |= dict.fromkeys(FIXED, 0)
+    return each | growth({k: t for k, t in times.items() if k == "prediction"}, count)
+
+
+def estimate(
+    times: dict[str, float], each: dict[str, float], count: int, images: int,
+    own: dict[str, Any], changes: dict[str, Any],
+) -> tuple[float, str]:  # fmt: skip
     """The seconds of a rerun with so many images, and how they come about.
 
-    What comes before the prediction counts once, what comes after it for each image. `own`: the
-    notebook's settings, `changes`: those of this run, of which a longer training is counted.
+    `each`: see `growth`. `own`: the notebook's settings, `changes`: those of this run; the training
+    counts as it is in `own`.
     """
-    names = list(run.seconds)
-    place = names.index("run-infer") if "run-infer" in names else 0
-    each = sum(run.seconds[name] for name in names[place:])
-    speed = re.search(r"(\d+) images in ([\d.]+) s,", run.printed)
-    if speed:  # not the start of infer.py, nor the loading of the model
-        each += float(speed[2]) - run.seconds["run-infer"]
-    once = sum(run.seconds.values()) - each
-    training, longer = run.seconds.get("run-train", 0.0), 0.0
+    each = {name: max(0.0, slope) for name, slope in each.items()}
+    once = sum(max(0.0, t - each.get(name, 0) * count) for name, t in times.items())
+    training = longer = times.get("run-train", 0.0)
     if (own | changes).get("TRAIN") and training:
         minutes, epochs = own.get("MAX_MINUTES") or 0, own.get("EPOCHS") or 40
-        longer = 60 * minutes if minutes else training
-        if not minutes and changes.get("EPOCHS"):
-            longer = training * epochs / changes["EPOCHS"]
-        longer = min(longer, 60 * own.get("SESSION_MINUTES", 660))
-    once += max(0.0, longer - training)
-    minutes = own.get("PREDICT_MINUTES") or 0
-    whole = each / count * images
-    whole = min(whole, 60 * minutes) if minutes else whole
-    words = f"{once:.0f} s once, {max(training, longer):.0f} s of it training"
-    words += f", {each / count:.3f} s for each image on this machine"
-    return once + whole, f"{words}: {(once + whole) / 3600:.2f} hours for {images} images"
+        if minutes or changes.get("EPOCHS"):
+            longer = 60 * minutes or training * epochs / changes["EPOCHS"]
+        longer = max(training, min(longer, 60 * own.get("SESSION_MINUTES", 660)))
+    once += longer - training
+    limit = 60 * (own.get("PREDICT_MINUTES") or 0) or float("inf")
+    prediction = min(limit, each.get("prediction", 0) * images)
+    whole = once + prediction + images * sum(each[name] for name in each if name != "prediction")
+    words = f"{once:.0f} s once, {longer:.0f} s of it training"
+    words += f", {(whole - once) / images:.3f} s for each image on this machine"
+    return whole, f"{words}: {whole / 3600:.2f} hours for {images} images"
 
 
 OUT_OF_COMPUTE = re.compile(
@@ -578,6 +608,8 @@ def judge(run: Run, working: Path, hidden: Hidden, hours: float, time_needed: fl
     problem = " ".join(run.error.removeprefix("StepFailed: ").split("\n")[0].split())
     if run.limit or OUT_OF_COMPUTE.search(run.error):
         return Verdict(COMPUTE, f"{run.cell}: {run.limit or problem}")
+    if not run.seconds and not run.cell:
+        return Verdict(KAGGLE, problem)
     if run.error:
         remedy = "; there is no network: attach it (python tools/kernel.py bundle OWNER/SLUG)"
         return Verdict(
@@ -603,7 +635,7 @@ def judge(run: Run, working: Path, hidden: Hidden, hours: float, time_needed: fl
 # --------------------------------------------------------------------------------------------------
 
 
-def attach(folders: list[Path], data: Path, folder: Path, link: Any) -> bool:
+def attach(folders: tuple[Path, ...], folder: Path, link: Any) -> bool:
     """Mount what is attached besides the competition; whether smp's wheel is in it."""
     for path in folders:
         if not path.is_dir():
@@ -624,6 +656,49 @@ def contents(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
+class Stage(NamedTuple):
+    """A folder in which a notebook is rerun."""
+
+    folder: Path
+    prefix: list[str]  # of its kernel's command
+    env: dict[str, str]
+    hidden: Hidden
+    has_wheel: bool  # of smp
+
+
+def prepare(
+    folder: Path, data: Path, slug: str, attached: tuple[Path, ...], more: bool = False
+) -> Stage:
+    """Set up the folders of a rerun. `more`: with more hidden images. Raises UserError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("input", "working"):
+        (folder / name).mkdir(parents=True)
+    prefix = namespace(folder, [path.resolve() for path in (data, *attached) if path.is_dir()])
+    link = os.symlink if prefix else copy_tree
+    has_wheel = attach(attached, folder, link)
+    hidden = make_hidden(data, folder / "input" / "competitions" / slug, link, more)
+    return Stage(folder, prefix, environment_of(folder, has_wheel), hidden, has_wheel)
+
+
+def measure_again(
+    notebook: NotebookNode, first: Stage, stage: Stage, hours: float, gigabytes: tuple[float, float]
+) -> dict[str, float]:
+    """The seconds of the cells with another number of images, trained as before."""
+    print(
+        f"runs it again with {stage.hidden.count} images, to see what grows with them", flush=True
+    )
+    if (first.folder / "working" / "out").exists():
+        shutil.copytree(first.folder / "working" / "out", stage.folder / "working" / "out")
+    return times_of(execute(notebook, stage, hours, gigabytes))
+
+
+def changed_input(before: dict[Path, tuple[int, int]], stage: Stage) -> str:
+    """What a notebook has written to its input, where that could be written to."""
+    after = {} if stage.prefix else contents(stage.folder / "input")
+    changed = sorted({path for path, _ in before.items() ^ after.items()})
+    return first_five(path.relative_to(stage.folder / "input") for path in changed)
+
+
 def rehearse(
     notebook: NotebookNode,
     data: Path,
@@ -638,55 +713,58 @@ def rehearse(
 
     `changes`: settings of this run alone; `gigabytes`: of memory and of /kaggle/working.
     """
-    import nbformat
-
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in ("input", "working"):
-        (folder / name).mkdir(parents=True)
     folder, data = folder.resolve(), data.resolve()
-    read_only = [path.resolve() for path in (data, *attached) if path.is_dir()]
-    prefix = namespace(folder, read_only)
-    link = os.symlink if prefix else copy_tree
-    has_wheel = attach(list(attached), data, folder, link)
-    cell, changes, todo = settings_cell(notebook), dict(changes or {}), []
-    own = read_settings(cell)
+    changes, own = dict(changes or {}), read_settings(settings_cell(notebook))
+    todo = adapt(notebook, changes)
     slug = str((own | changes).get("DATA", "auto"))
     slug = data.name if slug == "auto" else slug.rstrip("/").split("/")[-1]
-    hidden = make_hidden(data, folder / "input" / "competitions" / slug, link)
-    print(f"hidden test set: {hidden.words}")
-    how = "Linux's namespaces" if prefix else "proxies and sockets; its input is a copy"
-    print(f"no network, read-only input: by {how}", flush=True)
-    if own.get("SUBMISSION") == "none" and "SUBMISSION" not in changes:
-        changes["SUBMISSION"] = "rle"
-        todo.append('set SUBMISSION = "rle" in notebook.py, as this rehearsal did')
-    if cell:
-        change_settings(cell, changes)
-    if "MAX_MINUTES" in changes and not own.get("MAX_MINUTES"):
-        todo.append("the clock counts MAX_MINUTES of this rehearsal; set it in notebook.py, too")
-    if cell and not has_wheel:
+    stage = prepare(folder, data, slug, attached)
+    if own and not stage.has_wheel:
         todo.append(
             "attach the wheel of segmentation-models-pytorch, here it was this machine's: "
             "python tools/kernel.py bundle OWNER/SLUG"
         )
-    before = {} if prefix else contents(folder / "input")
-    env = environment_of(folder, has_wheel)
-    try:
-        run = execute(notebook, folder, prefix, env, hours, gigabytes)
-    except (RuntimeError, OSError) as error:
-        verdict = Verdict(KAGGLE, f"the notebook could not be started: {error}")
-        print(f"\n{verdict.name}: {verdict.reason}")
-        return verdict
-    nbformat.write(notebook, folder / "executed.ipynb")
-    seconds, words = estimate(run, hidden.count, images, own, changes)
-    verdict = judge(run, folder / "working", hidden, hours, seconds)
-    after = {} if prefix else contents(folder / "input")
-    changed = {path for path, _ in before.items() ^ after.items()}
+    print(f"hidden test set: {stage.hidden.words}")
+    how = "Linux's namespaces" if stage.prefix else "proxies and sockets; its input is a copy"
+    print(f"no network, read-only input: by {how}", flush=True)
+    before, again = {} if stage.prefix else contents(folder / "input"), copy.deepcopy(notebook)
+    run = execute(notebook, stage, hours, gigabytes)
+    (folder / "executed.ipynb").write_text(json.dumps(notebook, indent=1))
+    count, times = stage.hidden.count, times_of(run)
+    each = growth(times, count)
+    surely = estimate(times, {"prediction": each.get("prediction", 0)}, count, images, own, changes)
+    verdict = judge(run, folder / "working", stage.hidden, hours, surely[0])
+    needed = estimate(times, each, count, images, own, changes)
+    if verdict.name == OK and needed[0] > 3600 * hours:
+        more = prepare(folder.with_name(f"{folder.name}-again"), data, slug, attached, more=True)
+        times_again = measure_again(again, stage, more, hours, gigabytes)
+        each = growth(times, count, times_again, more.hidden.count)
+        needed = estimate(times, each, count, images, own, changes)
+        verdict = judge(run, folder / "working", stage.hidden, hours, needed[0])
+    changed = changed_input(before, stage)
     if changed and verdict.name != EXCEPTION:
-        names = first_five(path.relative_to(folder / "input") for path in sorted(changed))
-        verdict = Verdict(EXCEPTION, f"it writes to /kaggle/input, which is read-only: {names}")
-    print(f"clock: {words}")
+        verdict = Verdict(EXCEPTION, f"it writes to /kaggle/input, which is read-only: {changed}")
+    print(f"clock: {needed[1]}")
     print(f"the notebook with its outputs: {folder / 'executed.ipynb'}\n")
     print(f"{verdict.name}: {verdict.reason}")
     for line in todo:
         print(f"before you submit: {line}")
     return verdict
+
+
+def adapt(notebook: NotebookNode, changes: dict[str, Any]) -> list[str]:
+    """Change the settings as asked for, and those without which there is no submission.
+
+    Returns what is to be done before the notebook is submitted.
+    """
+    cell, todo = settings_cell(notebook), []
+    if not cell:
+        return []
+    own = read_settings(cell)
+    if own.get("SUBMISSION") == "none" and "SUBMISSION" not in changes:
+        changes["SUBMISSION"] = "rle"
+        todo.append('set SUBMISSION = "rle" in notebook.py, as this rehearsal did')
+    if "MAX_MINUTES" in changes and not own.get("MAX_MINUTES"):
+        todo.append("the clock counts MAX_MINUTES of this rehearsal; set it in notebook.py, too")
+    change_settings(cell, changes)
+    return todo
