@@ -734,17 +734,17 @@ def rehearse(
     each = growth(times, count)
     surely = estimate(times, {"prediction": each.get("prediction", 0)}, count, images, own, changes)
     verdict = judge(run, folder / "working", stage.hidden, hours, surely[0])
-    needed = estimate(times, each, count, images, own, changes)
+    needed, at_most = estimate(times, each, count, images, own, changes), " at most"
     if verdict.name == OK and needed[0] > 3600 * hours:
         more = prepare(folder.with_name(f"{folder.name}-again"), data, slug, attached, more=True)
         times_again = measure_again(again, stage, more, hours, gigabytes)
         each = growth(times, count, times_again, more.hidden.count)
-        needed = estimate(times, each, count, images, own, changes)
+        needed, at_most = estimate(times, each, count, images, own, changes), ""
         verdict = judge(run, folder / "working", stage.hidden, hours, needed[0])
     changed = changed_input(before, stage)
     if changed and verdict.name != EXCEPTION:
         verdict = Verdict(EXCEPTION, f"it writes to /kaggle/input, which is read-only: {changed}")
-    print(f"clock: {needed[1]}")
+    print(f"clock: {needed[1]}{at_most}")
     print(f"the notebook with its outputs: {folder / 'executed.ipynb'}\n")
     print(f"{verdict.name}: {verdict.reason}")
     for line in todo:
