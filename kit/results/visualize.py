@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Generator, Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -400,7 +400,7 @@ class OverlayVideo:
         self.frames = write(self.unfinished, (self.height, self.width), rate)
         self.send(None)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "OverlayVideo":
         return self
 
     def send(self, frame: np.ndarray | None) -> None:
