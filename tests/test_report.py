@@ -265,6 +265,7 @@ def test_images_are_sorted_opened_and_redrawn(tmp_path, open_page):
     page.locator(".thumb").nth(1).click()
     title = page.locator("dialog h2")
     tuned = found(page)
+    assert page.locator("#value").text_content() == "0.500"
     assert (title.text_content(), page.locator(".panel").count()) == ("b", 5)
     move(page, 255)
     assert found(page, tuned) == 0

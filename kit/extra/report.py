@@ -100,6 +100,7 @@ class Report:
             "settings": [[name, in_words(settings[name])] for name in settings if name != "why"],
             "classes": describe_classes(config.class_names),
             "exclusive": config.exclusive,
+            "thresholds": config.thresholds,
             "levels": [level_of(threshold) for threshold in config.thresholds],
             "notes": notes(config),
             "chosen": f", evenly chosen of {self.count}" if self.every > 1 else "",

@@ -14,10 +14,11 @@ const make = (tag, options = {}, ...children) => {
   return node;
 };
 const mark = rgb => make("i", {style: `background:${colour(rgb)}`});
-const number = (value, digits = 1) => value === null ? "\u2013" : value.toFixed(digits);
+const number = (value, digits = 1) => (value ?? null) === null ? "\u2013" : value.toFixed(digits);
 const hasTruth = images.some(item => item.truth);
 const tuned = Math.round(data.levels.reduce((a, b) => a + b, 0) / (data.levels.length || 1));
-const own = data.levels.every(n => n === tuned) ? (tuned / 255).toFixed(3) : "each class its own";
+const {thresholds} = data;
+const own = new Set(thresholds).size > 1 ? "each class its own" : number(thresholds[0], 3);
 const state = {view: hasTruth ? "errors" : "prediction", level: null, item: null, solo: "",
   on: classes.map(() => true), order: images.slice(), down: false};
 
