@@ -12,7 +12,7 @@ Size, encoder, threshold and all else that a prediction needs come from model.pt
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from kit.cli import parse
@@ -40,7 +40,7 @@ class Options:
     tta: Literal["auto", "true", "false"] = "auto"  # test-time augmentation; auto: as trained
     batch_size: int = 8  # [0..65536] images, or tiles, at a time; 0: 8
     max_minutes: float = 0  # [0..1000000] of all of it: drops TTA, then models, detail; 0: no limit
-    comparisons: bool = True  # write comparisons/ID.jpg
+    comparisons: bool = True  # write comparisons/ID.jpg and report.html
     show: str = ""  # the channels seen as red, green, blue, such as 4,3,2; "": as trained
     bev: bool = False  # write bev/ID.jpg, the bird's-eye view, where there is a calibration (KITTI)
     save_probs: bool = False  # write probs/ID.png, 8-bit probabilities, also for train.py --extra
@@ -83,6 +83,7 @@ from kit.data.images import each_plane, shown_channels, to_picture, write_image
 from kit.data.names import MARKER, list_files
 from kit.data.samples import find_samples
 from kit.data.tiffs import georeference, pack_tiles, write_tiff
+from kit.extra.report import Report
 from kit.files import writable_folder
 from kit.network.model import TrainedModel, best_device, prepare_device
 from kit.results import submissions
@@ -252,7 +253,12 @@ def prepare_folders(plan: Plan, samples: pd.DataFrame) -> None:
 
 
 def write_outputs(
-    plan: Plan, sample: Any, image: np.ndarray, prediction: np.ndarray, mask: np.ndarray
+    plan: Plan,
+    page: Report,
+    sample: Any,
+    image: np.ndarray,
+    prediction: np.ndarray,
+    mask: np.ndarray,
 ) -> np.ndarray | None:
     """Write one image's files. Returns its ground truth where there is one, see `masks.py`."""
     options, out, classes = plan.options, plan.out, plan.config.classes
@@ -268,6 +274,8 @@ def write_outputs(
         path = out / "comparisons" / f"{sample.id}.jpg"
         picture = to_picture(image, plan.config)
         write_image(path, comparison(picture, ground_truth, mask, sample.id, classes))
+        if page.takes(sample.Index):
+            page.add(sample, picture, prediction, mask, ground_truth)
     for view in sample.views if options.bev else ():
         warped = None
         if ground_truth is not None:
@@ -284,12 +292,14 @@ class Results(NamedTuple):
     evaluation: Evaluation
     answers: dict[Any, Any]  # of the submission
     failed: list[tuple[str, str]]  # id and message of images that could not be read
+    page: Report  # of --comparisons
 
 
 def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Results:
     """Predict this process's share of the samples; files are written while the models work."""
+    page = Report(plan.config, plan.processes * samples.image_id.nunique())
     evaluation = Evaluation(plan.config.classes, plan.options.empty_score)
-    results = Results(evaluation, submission.answers if submission else {}, [])
+    results = Results(evaluation, submission.answers if submission else {}, [], page)
     parts = samples[samples.block.map(is_part).astype(bool)].groupby("image_id").block
     order = submission.order if submission and len(parts) else ""
     mosaics = {name: Mosaic(list(blocks), plan.config, order) for name, blocks in parts}
@@ -307,12 +317,11 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
             if ground_truth is not None:
                 results.evaluation.add(sample, prediction, mask, ground_truth)
             mosaic = mosaics.get(sample.image_id)
-            if mosaic and mosaic.done(plan.out, sample, plan.options.comparisons) and submission:
-                submission.add_runs(sample.image_id, mosaic.answers())
+            if mosaic and mosaic.done(plan.out, sample, plan.options.comparisons):
+                add_whole(plan, page, submission, sample, mosaic)
 
-    tta, minutes = plan.options.tta, plan.options.max_minutes
+    tta, size, minutes = plan.options.tta, plan.options.batch_size or 8, plan.options.max_minutes
     pace = make_pace(plan.models, tta, minutes, plan.started, len(samples))
-    size = plan.options.batch_size or 8
     predictions = predict(plan.models, samples, size, tta, unreadable, pace)
     hidden = True if plan.rank else None  # None: shown on a terminal alone
     with ThreadPoolExecutor(2) as writers:
@@ -322,7 +331,7 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
             if mosaic:
                 future = writers.submit(mosaic.add, sample, image, mask)
             else:
-                future = writers.submit(write_outputs, plan, sample, image, prediction, mask)
+                future = writers.submit(write_outputs, plan, page, sample, image, prediction, mask)
             size = image.nbytes + prediction.nbytes + mask.nbytes
             pending.append((size, sample, prediction, mask, future))
             if submission and not mosaic:
@@ -331,6 +340,16 @@ def predict_and_write(plan: Plan, samples: pd.DataFrame, submission: Any) -> Res
         collect(0)
     results.failed.extend({s.image_id: str(error) for s, error in unreadable}.items())
     return results
+
+
+def add_whole(plan: Plan, page: Report, submission: Any, sample: Any, mosaic: Mosaic) -> None:
+    """Add an image whose blocks are all predicted to the report and to the submission."""
+    if plan.options.comparisons:
+        target = mosaic.ground_truth if sample.mask else None
+        whole = sample._replace(id=sample.image_id)
+        page.add(whole, mosaic.image, None, mosaic.mask, target)
+    if submission:
+        submission.add_runs(sample.image_id, mosaic.answers())
 
 
 def gather(plan: Plan, results: Results) -> Results | None:
@@ -347,6 +366,7 @@ def gather(plan: Plan, results: Results) -> Results | None:
         results.evaluation.merge(other.evaluation)
         results.answers.update(other.answers)
         results.failed.extend(other.failed)
+        results.page.items.update(other.page.items)
     return results
 
 
@@ -397,6 +417,9 @@ def infer(options: Options, started: float | None = None) -> Path:
             write_polygons(options.polygons, plan.out, done, plan.config.classes)
         volumes.join_pages(samples, plan.out / "masks", plan.config.classes, results.failed)
         report(plan, results, len(whole), time.monotonic() - started, submission)
+        if results.page.items:
+            title, facts = f"Prediction {plan.out.resolve().name}", [images, models]
+            results.page.write(plan.out, title, facts, asdict(options))
     return plan.out
 
 

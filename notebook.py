@@ -179,13 +179,17 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/results/pace.py _kg_hide-input=true
 
 # %% title-extra [markdown]
-# ### kit/extra: what is asked for by a flag of its own
+# ### kit/extra: the report, and what is asked for by a flag of its own
 
 # %% kit/extra/runs.py _kg_hide-input=true
 
 # %% kit/extra/blends.py _kg_hide-input=true
 
 # %% kit/extra/polygons.py _kg_hide-input=true
+
+# %% kit/extra/report.py _kg_hide-input=true
+
+# %% kit/extra/viewer.py _kg_hide-input=true
 
 # %% title-ground [markdown]
 # ### kit: what all of it stands on
@@ -212,7 +216,7 @@ import sys
 
 import pandas as pd
 from IPython import get_ipython
-from IPython.display import Image, display
+from IPython.display import HTML, Image, display
 
 sys.path.insert(0, str(Path.cwd()))
 importlib.invalidate_caches()
@@ -273,7 +277,8 @@ if TRAIN:
 # %% title-scores [markdown]
 # ## Curves and scores
 # Of the validation images. The mean over images first, which most competitions count; then the
-# measures over all pixels together.
+# measures over all pixels together. Last the report: all of it on one page, with every validation
+# image; its threshold can be moved.
 
 
 # %% scores
@@ -300,6 +305,7 @@ if TRAIN:
     show_scores("out")
     show_images(sorted(Path("out").glob("**/curves.png")))
     show_images(sorted(Path("out").glob("**/validation.jpg")))
+    display(HTML(kaggle.framed("out/report.html")))
     earlier = {kaggle.run_of(path) for path in session.saved_runs("model.pt")}
     runs = [folder for folder in sorted(earlier) if (folder / "scores.csv").exists()]
     if runs and Path("out", "scores.csv").exists():  # versions of this notebook that are attached
@@ -324,6 +330,7 @@ kaggle.run(*session.launcher(DEVICES), "infer.py", *flags("infer.py", **values))
 # %% look
 show_images(sorted(Path("predictions").glob("comparisons/*.jpg"))[:6])
 show_scores("predictions")
+display(HTML(kaggle.framed("predictions/report.html")))
 
 # %% title-submission [markdown]
 # ## Submission

@@ -118,6 +118,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kit.data import extras, folds, images, samples
 from kit.data.masks import DecodedFiles
+from kit.extra.report import report_training
 from kit.files import writable_folder
 from kit.network import model
 from kit.results import metric_file, metrics, oof, predict, submissions, tuning, visualize
@@ -440,6 +441,7 @@ def train(config: Config, started: float | None = None) -> Path:
             return out
     if config.fold == "all" and predictions:
         oof.evaluate_folds(out, chosen, predictions, model_config, tuning.goal_of(resolved))
+        report_training(out, predictions)
     return out
 
 
@@ -461,8 +463,7 @@ def train_fold(
     weights = f"weights {config.encoder_weights}, learning rate {config.lr}"
     batch = f"batch {config.batch_size} in {config.precision} on {model.best_device()}"
     grow = ", progressive resizing" if config.grow and not config.tiles else ""
-    print(f"{model_config.describe()}, {weights}, {batch}{grow}", flush=True)
-    print(nothing, end="", flush=True)
+    print(f"{model_config.describe()}, {weights}, {batch}{grow}\n{nothing}", end="", flush=True)
     with callbacks.interruptible(run) as signals:
         if not nothing:
             fit(module, table, run)
@@ -472,6 +473,7 @@ def train_fold(
         epoch = callbacks.exported_epoch(run.rows)
         goal = tuning.goal_of(config)
         predictions = oof.evaluate_and_export(run.out, validation, run.rows, epoch, goal)
+        report_training(run.out, predictions)
     print(nothing, end="", flush=True)
     callbacks.end_process(signals)
     return predictions

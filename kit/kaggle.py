@@ -4,6 +4,7 @@ import ast
 import contextlib
 import ctypes
 import difflib
+import html
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ EARLIER = (  # files of a run that an earlier version of the notebook left
     "model.pt", "last.ckpt", "config.json", "metrics.csv", "metrics.json", "curves.png",
     "scores.csv", "symmetries.csv", "pr_curve.png", "validation.jpg",
 )  # fmt: skip
+FRAMED = 8 << 20  # bytes of a page that is shown in a cell; of more a notebook gets slow
 SUBMISSIONS = ("submission.csv", "submission.zip", "submission_kitti.zip")
 
 
@@ -434,6 +436,17 @@ def run_of(path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------
 #  Results
 # --------------------------------------------------------------------------------------------------
+
+
+def framed(path: str) -> str:
+    """A page in a frame, as HTML for a cell; of a large one where it is, of none nothing."""
+    page = Path(path)
+    if not page.exists():
+        return ""
+    if page.stat().st_size > FRAMED:
+        return f"<p>{html.escape(path)}: to look at it, download it from the output</p>"
+    source = html.escape(page.read_text(encoding="utf-8"))
+    return f'<iframe srcdoc="{source}" style="width: 100%; height: 800px; border: 0"></iframe>'
 
 
 def clear_predictions() -> None:

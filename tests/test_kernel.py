@@ -42,7 +42,7 @@ FILES = (  # in the order of their cells
     "kit/results/metrics.py",
     "kit/results/visualize.py", "kit/results/submissions.py",
     "kit/results/mosaics.py", "kit/results/pace.py", "kit/extra/runs.py",
-    "kit/extra/blends.py", "kit/extra/polygons.py",
+    "kit/extra/blends.py", "kit/extra/polygons.py", "kit/extra/report.py", "kit/extra/viewer.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
 OPEN = ("train.py", "kit/results/predict.py")
@@ -820,7 +820,7 @@ def test_a_competition_next_to_kitti_from_the_settings_to_its_submission(
     assert "rle_mask" in head
     assert "test2" in head
     left = {path.name for path in (working / "predictions").rglob("[!.]*")}
-    assert left == {"masks.zip", "comparisons.zip", "submission.csv"}
+    assert left == {"masks.zip", "comparisons.zip", "submission.csv", "report.html"}
     with zipfile.ZipFile(working / "predictions" / "masks.zip") as archive:
         assert sorted(archive.namelist()) == ["test0.png", "test1.png", "test2.png"]
     assert "Dice" in tables(notebook, "scores")[0]

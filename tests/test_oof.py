@@ -97,6 +97,8 @@ def two_folds(roads, tmp_path_factory):
 def test_predictions_of_all_folds_are_those_of_infer(two_folds, roads, tmp_path):
     scores = [pd.read_csv(two_folds / f"fold{fold}" / "scores.csv").id for fold in (0, 1)]
     assert len(list((two_folds / "oof").glob("*.png"))) == 24 == sum(map(len, scores))
+    pages = [folder / "report.html" for folder in (two_folds, two_folds / "fold0")]
+    assert [page.read_text().count('"image": "') for page in pages] == [24, 12]
     answers = pd.read_csv(two_folds / "oof.csv", index_col="id", keep_default_na=False).rle_mask
     for fold, ids in enumerate(scores):
         folder, out = two_folds / f"fold{fold}", tmp_path / str(fold)
@@ -205,7 +207,7 @@ def test_config_json_says_why(two_folds, roads, tmp_path):
     flags = ("--config", two_folds / "fold0" / "config.json", "--fold", 1, "--out", tmp_path)
     succeed("train.py", *flags)
     replayed = json.loads((tmp_path / "config.json").read_text())["why"]
-    assert set(replayed) == {"thresholds", "precision", "symmetries"}
+    assert set(replayed) == {"thresholds", "precision", "symmetries", "data", "fold"}
     succeed("train.py", *flags, "--metric", "dice", "--resume", "none")
     replayed = json.loads((tmp_path / "config.json").read_text())["why"]
     assert "kept where it gains" in replayed["plans"]

@@ -384,6 +384,8 @@ def test_from_hubmap_to_a_submission(small, tmp_path, capsys, monkeypatch):
     command("infer.py", "--model", out, *flags)
     printed = capsys.readouterr().out
     assert "3 images, 3 with ground truth" in printed and "(3 images)" in printed
+    page = (tmp_path / "scores" / "report.html").read_text()  # of whole images, masks alone
+    assert page.count('"probability": false') == page.count('"scores": [') == 3
     with pytest.raises(UserError, match="predicted in blocks; take false"):
         command("infer.py", "--model", out, *flags, "--save_probs", "true")
     damage(tmp_path / "hubmap/test/t1.tiff", 29)

@@ -1,9 +1,11 @@
 """Comparisons, curves and overlays: the classes in colours, and their errors."""
 
+import importlib.util
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +15,7 @@ from kit.config import IGNORE, Classes, ModelConfig
 from kit.data.classes import FOREGROUND, class_colours
 from kit.data.images import each_plane, from_tensor, harden, to_picture
 from kit.data.masks import plane
-from kit.errors import UserError
+from kit.errors import UserError, reason_of
 
 GREEN, BLUE, RED = FOREGROUND, (30, 100, 255), (255, 45, 45)  # RGB: hit, miss, false alarm
 BLACK, GREY = (0, 0, 0), (30, 30, 30)
@@ -346,28 +348,77 @@ def draw_confusion(table: np.ndarray, names: tuple[str, ...], path: Path) -> Non
 # --------------------------------------------------------------------------------------------------
 
 
+Frames = Generator[None, np.ndarray, None]  # takes frames (h, w, 3) RGB uint8, until it is closed
+
+
+def ffmpeg_frames(path: Path, size: tuple[int, int], rate: float) -> Frames:
+    """Write H.264 with the ffmpeg of imageio-ffmpeg."""
+    options = {"codec": "libx264", "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    start = ["-movflags", "+faststart"]  # a browser plays before it has all of it
+    module = importlib.import_module("imageio_ffmpeg")
+    return module.write_frames(str(path), size[::-1], fps=rate, output_params=start, **options)
+
+
+def pyav_frames(path: Path, size: tuple[int, int], rate: float) -> Frames:
+    """Write H.264 with PyAV."""
+    av = importlib.import_module("av")
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        try:
+            while True:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray((yield), "rgb24")))
+        finally:
+            file.mux(stream.encode())
+
+
+def opencv_frames(path: Path, size: tuple[int, int], rate: float) -> Frames:
+    """Write MPEG-4 with OpenCV, which has no H.264."""
+    print("overlay.mp4: no browser plays it; pip install imageio-ffmpeg for one that they play")
+    codec = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(path), codec, rate, size[::-1])
+    if not writer.isOpened():
+        raise OSError("OpenCV has no mp4 here")
+    try:
+        while True:
+            writer.write(cv2.cvtColor((yield), cv2.COLOR_RGB2BGR))
+    finally:
+        writer.release()
+
+
+WRITERS = {"imageio_ffmpeg": ffmpeg_frames, "av": pyav_frames, "cv2": opencv_frames}
+
+
 class OverlayVideo:
     """An mp4 that is written under a temporary name and renamed when it is whole."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
-        """`size`: (height, width) of a frame; `rate`: frames per second. Raises UserError."""
+        """`size`: (height, width) of a frame, made even; `rate`: frames per second. UserError."""
         self.path, self.unfinished = path, path.with_name(f".{path.stem}.part.mp4")
-        codec = cv2.VideoWriter_fourcc(*"mp4v")
-        self.writer = cv2.VideoWriter(str(self.unfinished), codec, rate, size[::-1])
-        if not self.writer.isOpened():
-            where = f"--out {path.parent}"
-            raise UserError(where, "OpenCV cannot write an mp4 here", "give single images instead")
+        self.height, self.width = (length - length % 2 for length in size)  # as H.264 halves them
+        write = next(WRITERS[name] for name in WRITERS if importlib.util.find_spec(name))
+        self.frames = write(self.unfinished, (self.height, self.width), rate)
+        self.send(None)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "OverlayVideo":
         return self
+
+    def send(self, frame: np.ndarray | None) -> None:
+        """Hand a frame to the writer; None starts it. Raises UserError."""
+        try:
+            self.frames.send(frame)
+        except (OSError, RuntimeError) as error:
+            problem = f"no mp4 can be written here ({reason_of(error)})"
+            where = f"--out {self.path.parent}"
+            raise UserError(where, problem, "give single images instead") from None
 
     def add(self, frame: np.ndarray, mask: np.ndarray, classes: Classes) -> None:
         """Append a frame (h, w, 3) RGB uint8 with its mask in the colours of the classes."""
         drawn = paint(frame, mask_layers(mask, classes))
-        self.writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+        self.send(np.ascontiguousarray(drawn[: self.height, : self.width]))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self.writer.release()
+        self.frames.close()
         if kind is None:
             self.unfinished.replace(self.path)
         self.unfinished.unlink(missing_ok=True)

@@ -15,8 +15,10 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from kit.config import TUNED, Classes, ModelConfig, plane_settings, symmetries_to_try
 from kit.data.blocks import is_part
 from kit.data.folders import Collection
+from kit.data.folds import describe_folds
 from kit.data.images import shown_channels
 from kit.data.readers import measure_statistics
+from kit.data.samples import describe
 from kit.errors import UserError, reason_of
 from kit.network.encoders import (
     flagged,
@@ -262,7 +264,7 @@ def fit_size(height: float, width: float, pixels: float) -> Size:
 
 
 def reasons(config: Any, resolved: Any, collection: Collection) -> dict[str, str]:
-    """{setting: why it has its value}, of those that `resolve` chose and of what the end tunes."""
+    """{setting: why it has its value}: what `resolve` chose, what the end tunes, the data."""
     samples, device = collection.samples, best_device()
     thin = samples.thickness[samples.thickness > 0].median()
     image = f"images of {samples.height.median():.0f}x{samples.width.median():.0f}"
@@ -289,6 +291,8 @@ def reasons(config: Any, resolved: Any, collection: Collection) -> dict[str, str
     length = resolved.tta, resolved.max_minutes, resolved.height, resolved.width
     tried = "those that gain beyond two errors, h unless it harms"
     texts["symmetries"] = f"{tuned}: {tried}" if symmetries_to_try(*length) else "h: none was tried"
+    texts |= {"data": describe(collection).removeprefix("data: ")}
+    texts |= {"fold": describe_folds(samples, resolved.fold)}
     if not collection.classes.exclusive:
         texts["thresholds"] = f"{tuned}, the nearest to 0.5 that is as good within two errors"
         if resolved.metric not in ("maxf", "miou"):
