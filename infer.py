@@ -55,6 +55,8 @@ class Options:
     # rows: a row for each object; union: for each image; auto: union, or as the sample has it
     instances: Literal["auto", "rows", "union"] = "auto"
     on_missing: Literal["error", "empty"] = "error"  # an id of it that has no image
+    # no prediction: model.onnx, or smp/ for smp and the Hub; compared on --data where it is given
+    export: Literal["none", "onnx", "smp"] = "none"
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
@@ -393,6 +395,11 @@ def report(plan: Plan, results: Results, count: int, seconds: float, submission:
 def infer(options: Options, started: float | None = None) -> Path:
     """Predict `options.data` and write everything under `options.out`. Raises UserError."""
     plan = make_plan(options, time.monotonic() if started is None else started)
+    if options.export != "none":
+        from kit.extra.export import export
+
+        samples = None if options.data == "auto" else find_images(options, plan.config)
+        return export(options.export, plan.models, samples, options.out)
     if Path(options.data).suffix.lower() in VIDEO_SUFFIXES and Path(options.data).is_file():
         return overlay_video(plan)
     samples = add_margins(find_images(options, plan.config), plan.models)

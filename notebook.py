@@ -144,6 +144,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/network/encoders.py _kg_hide-input=true
 
+# %% kit/network/runtimes.py _kg_hide-input=true
+
 # %% title-training-wing [markdown]
 # ### kit/training: around the steps
 
@@ -190,6 +192,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 # %% kit/extra/report.py _kg_hide-input=true
 
 # %% kit/extra/viewer.py _kg_hide-input=true
+
+# %% kit/extra/export.py _kg_hide-input=true
 
 # %% title-ground [markdown]
 # ### kit: what all of it stands on

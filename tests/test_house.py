@@ -21,11 +21,11 @@ from kit.network import model
 
 HOUSE = {  # each wing with its files, from top to bottom: a file imports only files after it
     "scripts": "train.py infer.py utils.py",
-    "extra": "report.py viewer.py runs.py blends.py polygons.py",
+    "extra": "report.py viewer.py runs.py blends.py export.py polygons.py",
     "training": "callbacks.py resume.py resolve.py trial.py loaders.py losses.py",
     "results": "oof.py tuning.py metric_file.py metrics.py submissions.py mosaics.py visualize.py "
     "pace.py predict.py",
-    "network": "model.py encoders.py",
+    "network": "model.py encoders.py runtimes.py",
     "data": "extras.py samples.py volumes.py blocks.py cache.py folds.py kitti.py bands.py "
     "annotations.py csvs.py folders.py names.py rle.py values.py masks.py classes.py images.py "
     "readers.py slides.py tiffs.py arrays.py photos.py rasters.py",

@@ -35,7 +35,7 @@ FILES = (  # in the order of their cells
     "kit/data/kitti.py", "kit/data/masks.py", "kit/data/values.py", "kit/data/classes.py",
     "kit/data/rle.py", "kit/data/images.py", "kit/data/readers.py", "kit/data/photos.py",
     "kit/data/slides.py", "kit/data/tiffs.py", "kit/data/arrays.py", "kit/data/rasters.py",
-    "kit/network/model.py", "kit/network/encoders.py",
+    "kit/network/model.py", "kit/network/encoders.py", "kit/network/runtimes.py",
     "kit/training/resolve.py", "kit/training/trial.py", "kit/training/loaders.py",
     "kit/training/losses.py", "kit/training/callbacks.py", "kit/training/resume.py",
     "kit/results/oof.py", "kit/results/tuning.py", "kit/results/metric_file.py",
@@ -43,6 +43,7 @@ FILES = (  # in the order of their cells
     "kit/results/visualize.py", "kit/results/submissions.py",
     "kit/results/mosaics.py", "kit/results/pace.py", "kit/extra/runs.py",
     "kit/extra/blends.py", "kit/extra/polygons.py", "kit/extra/report.py", "kit/extra/viewer.py",
+    "kit/extra/export.py",
     "kit/config.py", "kit/errors.py", "kit/cli.py", "kit/files.py", "kit/kaggle.py",
 )  # fmt: skip
 OPEN = ("train.py", "kit/results/predict.py")

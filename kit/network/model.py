@@ -16,6 +16,7 @@ from kit.config import VERSION, ModelConfig
 from kit.errors import UserError, first_five, reason_of
 from kit.files import write_file
 from kit.network import encoders
+from kit.network.runtimes import OnnxNetwork
 
 FORMAT = 3  # of model.pt
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm  # private: the base class of BatchNorm1d to 3d
@@ -272,20 +273,24 @@ def reestimate_batch_norm(network: torch.nn.Module, batches: Iterable[torch.Tens
 # --------------------------------------------------------------------------------------------------
 
 
-def save_model(path: Path, trained: TrainedModel) -> None:
-    """Write model.pt: built-in types and tensors only."""
-    tensors = trained.network.state_dict().items()
-    content = {
+def describe(trained: TrainedModel) -> dict[str, Any]:
+    """All of a model but its weights, in built-in types."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "model": dataclasses.asdict(trained.config),
         "config": trained.settings,
-        "state_dict": {key: value.detach().cpu().contiguous() for key, value in tensors},
         "metrics": trained.metrics,
         "seen": list(trained.seen),
     }
+
+
+def save_model(path: Path, trained: TrainedModel) -> None:
+    """Write model.pt: built-in types and tensors only."""
+    tensors = trained.network.state_dict().items()
+    state = {key: value.detach().cpu().contiguous() for key, value in tensors}
     buffer = io.BytesIO()  # on a full disk torch's own writing ends in an unclear error
-    torch.save(content, buffer)
+    torch.save(describe(trained) | {"state_dict": state}, buffer)
     write_file(path, buffer.getvalue())
 
 
@@ -306,7 +311,9 @@ def read_checkpoint(path: Path, flag: str) -> dict[str, Any]:
 
 
 def load_model(path: Path, device: str) -> TrainedModel:
-    """Read a model.pt and rebuild its network. Raises UserError for any other file."""
+    """Read a model.pt and rebuild its network; or a model.onnx. UserError for any other file."""
+    if path.suffix == ".onnx":
+        return load_onnx(path, device)
     where, content = f"--model {path}", read_checkpoint(path, "--model")
     if "pytorch-lightning_version" in content:
         raise UserError(
@@ -329,3 +336,18 @@ def load_model(path: Path, device: str) -> TrainedModel:
         ) from None
     network = set_memory_format(network.eval().requires_grad_(False), device).to(device)
     return TrainedModel(network, config, content.get("config", {}), metrics, seen)
+
+
+def load_onnx(path: Path, device: str) -> TrainedModel:
+    """The model of a model.onnx, whose graph normalises: `config` has nothing left to do there."""
+    network = OnnxNetwork(path)
+    content = network.content
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in content["model"].items()
+    }
+    config = ModelConfig(**settings)
+    unchanged = {"mean": (0.0,) * config.channels, "std": (1 / 255,) * config.channels}
+    config = dataclasses.replace(config, **unchanged)
+    rest = content["config"], content["metrics"], content["seen"]
+    return TrainedModel(network.to(device), config, *rest)

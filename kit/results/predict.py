@@ -358,7 +358,9 @@ def load_models(paths: Iterable[str], device: str) -> list[TrainedModel]:
     for path in paths:
         if path.suffix == ".json" and len(paths) == 1:
             return load_blend(path, device)
-        files = sorted(path.rglob("model.pt")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(path.rglob("model.pt")) or sorted(path.rglob("model.onnx"))
         if not files:
             raise UserError(f"--model {path}", "no model.pt in this folder", "train.py writes one")
         loaded = [load_model(file, device) for file in files]
