@@ -161,6 +161,8 @@ for wing in ("data", "network", "results", "training", "extra"):
 
 # %% kit/training/resume.py _kg_hide-input=true
 
+# %% kit/training/loggers.py _kg_hide-input=true
+
 # %% title-results-wing [markdown]
 # ### kit/results: scores, pictures, submissions
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from kit.cli import parse
 from kit.config import IGNORE, NOT_REPLAYED, ModelConfig
-from kit.errors import UserError, one_line_errors
+from kit.errors import one_line_errors
 
 STARTED = time.monotonic()
 
@@ -82,6 +82,7 @@ class Config:
     devices: int = 1  # [1..1024] GPUs (or CPU processes)
     workers: int = -1  # [-1..256] processes that load data; -1: 4 next to a GPU, 0 on a CPU
     cache: str = "auto"  # folder for decoded images; none; auto: memory, if too small /kaggle/temp
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"  # also told of the scores
     resume: str = "auto"  # auto: continue an unfinished run in --out; none: start over; a last.ckpt
     # no training: the table of finished runs, folders or patterns such as tries/*, into --out
     compare: list[str] = field(default_factory=list)
@@ -412,14 +413,12 @@ def train(config: Config, started: float | None = None) -> Path:
     started = time.monotonic() if started is None else started  # of this process
     deadline = started + 60 * config.session_minutes if config.session_minutes else math.inf
     model.prepare_device()
-    losses.parse(config.loss, config.soft)  # a mistake is refused before the data is read
+    resolving.check_flags(config)  # a mistake is refused before the data is read
     metric = metric_file.find_metric(config.metric)
     reading = {name: getattr(config, name) for name in samples.LOADED}
     collection, opener = samples.load(config.data, **reading)
     metric_file.try_out(metric, collection.classes)
     chosen = folds.chosen_folds(collection.samples, config.fold)
-    if config.fold == "all" and config.resume not in ("auto", "none"):
-        raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
     tables = extras.add(collection, chosen, config.extra, config.scale, opener)
     out, predictions = Path(config.out), []
     for fold in chosen:
@@ -464,7 +463,7 @@ def train_fold(
     batch = f"batch {config.batch_size} in {config.precision} on {model.best_device()}"
     grow = ", progressive resizing" if config.grow and not config.tiles else ""
     print(f"{model_config.describe()}, {weights}, {batch}{grow}\n{nothing}", end="", flush=True)
-    with callbacks.interruptible(run) as signals:
+    with callbacks.interruptible(run):
         if not nothing:
             fit(module, table, run)
     predictions = []
@@ -475,7 +474,7 @@ def train_fold(
         predictions = oof.evaluate_and_export(run.out, validation, run.rows, epoch, goal)
         report_training(run.out, predictions)
     print(nothing, end="", flush=True)
-    callbacks.end_process(signals)
+    callbacks.end_process(run)
     return predictions
 
 

@@ -11,7 +11,7 @@ VERSION = "1.0.0"  # of the kit, see CHANGELOG.md; a model.pt has that which wro
 # Settings of train.py that --config does not replay: where a run is written, and its machine
 NOT_REPLAYED = (
     "out", "resume", "check", "compare", "config", "workers", "devices", "precision",
-    "session_minutes", "why", "epochs_done",
+    "session_minutes", "why", "epochs_done", "logger",
 )  # fmt: skip
 # Settings of a model that the end of a training finds, next to the symmetries of TTA
 TUNED = ("thresholds", "areas", "presence_levels", "presence_areas", "plans")

@@ -3,21 +3,26 @@
 import dataclasses
 import json
 import shutil
+import sqlite3
 import sys
 
+import bench
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from conftest import run, succeed
+from conftest import TINY, run, succeed
 from PIL import Image
 
+import train
 from kit.config import Classes, ModelConfig, plane_settings
 from kit.errors import UserError
 from kit.extra import export
 from kit.network import model, runtimes
 from kit.results import predict
+from kit.training import loggers
 
 # --------------------------------------------------------------------------------------------------
 #  model.onnx
@@ -237,3 +242,130 @@ def test_smp_reads_the_folder_of_a_model_with_a_head_for_presence(tmp_path):
         outputs = smp.from_pretrained(tmp_path / "smp").eval()(images), trained.network(images)
     assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*outputs, strict=True))
     assert "* sigmoid(presence)" in (tmp_path / "smp" / "README.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------------
+#  Loggers
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Four pairs."""
+    root = tmp_path_factory.mktemp("few")
+    bench.draw_pairs(root)
+    return root
+
+
+def events_of(folder):
+    """{tag: [(step, value)]} of TensorBoard's scalars in a folder, and its pictures' tags."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    rows = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    return rows, set(tags["images"])
+
+
+def test_tensorboard_is_told_what_metrics_csv_says_and_changes_nothing(few, tmp_path):
+    """Of each fold, also after a resume; the weights are the same bit for bit."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    flags = ("--data", few, *TINY, "--folds", 2, "--fold", "all")
+    for name in ("none", "tensorboard"):
+        for epochs in (1, 2):
+            out = ("--out", tmp_path / name, "--logger", name)
+            succeed("train.py", *flags, "--epochs", epochs, *out)
+    for fold in ("fold0", "fold1"):
+        plain, logged = (tmp_path / name / fold for name in ("none", "tensorboard"))
+        weights = [
+            torch.load(f / "model.pt", weights_only=True)["state_dict"] for f in (plain, logged)
+        ]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        added = {path.name for path in logged.iterdir()} - {path.name for path in plain.iterdir()}
+        assert added == {"tensorboard"}
+        rows, pictures = events_of(logged / "tensorboard")
+        table = pd.read_csv(logged / "metrics.csv")
+        assert table.epoch.tolist() == [1, 2]
+        for name in set(table) - {"epoch"}:
+            expected = list(zip(table.epoch, table[name].astype(np.float32), strict=True))
+            assert rows[name] == pytest.approx(expected), name
+        scores = json.loads((logged / "metrics.json").read_text())["mean"]
+        assert rows["final/Dice"][-1] == (2, pytest.approx(scores["Dice"], rel=1e-5))
+        assert pictures == {"examples", "augmented", "validation", "curves"}
+        assert "encoder: timm-mobilenetv3" in (logged / "tensorboard" / "hparams.yaml").read_text()
+    assert not list(tmp_path.glob("lightning_logs"))
+
+
+def test_a_logger_that_is_not_installed_is_one_line_before_the_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    config = train.Config(data=str(tmp_path / "absent"), out=str(tmp_path / "out"), logger="wandb")
+    with pytest.raises(UserError, match="^--logger wandb: is not installed; pip install wandb$"):
+        train.train(config)
+
+
+@pytest.mark.parametrize("key", ["", "variable", "netrc"])
+def test_wandb_is_offline_without_a_key(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_API_KEY", "k" if key == "variable" else "")
+    if key == "netrc":
+        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password k\n")
+    assert loggers.has_wandb_key() is bool(key)
+
+
+class Faulty:
+    """A logger whose second row fails."""
+
+    version = "v1"
+
+    def __init__(self, out, data, version):
+        self.rows, self.continued, self.settings = [], version, None
+
+    def log_hyperparams(self, settings):
+        self.settings = settings
+
+    def log_metrics(self, scores, step):
+        if self.rows:
+            raise OSError("no such server")
+        self.rows.append((step, scores))
+
+
+def test_a_logger_that_fails_ends_the_log_and_not_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", Faulty)
+    settings = {"logger": "wandb", "data": "few", "lr": 0.1}
+    log = loggers.RunLog(tmp_path, settings, None)
+    for epoch in (1, 2, 3):
+        log.add({"epoch": epoch, "MaxF": 50.0})
+    log.close(3)
+    assert log.logger.rows == [(1, {"MaxF": 50.0})]
+    assert capsys.readouterr().out == "--logger wandb: ENDS HERE (no such server)\n"
+    assert (log.version, log.logger.settings) == (["wandb", "v1"], settings)
+    again = loggers.RunLog(tmp_path, settings, log.version)
+    assert (again.logger.continued, again.logger.settings) == ("v1", None)
+    other = loggers.RunLog(tmp_path, settings, ["mlflow", "v1"])
+    assert other.logger.continued is None
+
+
+def test_a_logger_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=r"^--logger wandb: cannot start \(division by zero\)"):
+        loggers.RunLog(tmp_path, {"logger": "wandb", "data": "few"}, None)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_wandb_and_mlflow_write_below_the_run(few, tmp_path, name):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    (tmp_path / "home").mkdir()
+    env = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": "", "NETRC": "", "MPLCONFIGDIR": "/tmp"}
+    flags = ("--data", few, *TINY, "--folds", 2, "--out", tmp_path / "out", "--logger", name)
+    for epochs in (1, 2):
+        succeed("train.py", *flags, "--epochs", epochs, cwd=tmp_path, env=env)
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "out"}
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    if name == "wandb":
+        runs = (tmp_path / "out" / "wandb").glob("offline-run-*")
+        assert len({path.name.rpartition("-")[2] for path in runs}) == 1, "resumed, not a new run"
+    else:
+        database = sqlite3.connect(tmp_path / "out" / "mlflow.db")
+        steps = database.execute("select step from metrics where key = 'MaxF' order by step")
+        assert steps.fetchall() == [(1,), (2,)]
+        assert database.execute("select count(*) from runs").fetchall() == [(1,)]

@@ -22,7 +22,7 @@ from kit.network import model
 HOUSE = {  # each wing with its files, from top to bottom: a file imports only files after it
     "scripts": "train.py infer.py utils.py",
     "extra": "report.py viewer.py runs.py blends.py export.py polygons.py",
-    "training": "callbacks.py resume.py resolve.py trial.py loaders.py losses.py",
+    "training": "callbacks.py resume.py resolve.py trial.py loaders.py losses.py loggers.py",
     "results": "oof.py tuning.py metric_file.py metrics.py submissions.py mosaics.py visualize.py "
     "pace.py predict.py",
     "network": "model.py encoders.py runtimes.py",

@@ -38,6 +38,7 @@ FILES = (  # in the order of their cells
     "kit/network/model.py", "kit/network/encoders.py", "kit/network/runtimes.py",
     "kit/training/resolve.py", "kit/training/trial.py", "kit/training/loaders.py",
     "kit/training/losses.py", "kit/training/callbacks.py", "kit/training/resume.py",
+    "kit/training/loggers.py",
     "kit/results/oof.py", "kit/results/tuning.py", "kit/results/metric_file.py",
     "kit/results/metrics.py",
     "kit/results/visualize.py", "kit/results/submissions.py",

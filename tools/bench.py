@@ -8,12 +8,13 @@
     python tools/bench.py speedrun --data DIR  # accuracy after 0.5 to 6.6 minutes, with a plot
     python tools/bench.py models               # encoders and architectures: work, time, memory
     python tools/bench.py sweep                # which pairs of them train, export and predict
+    python tools/bench.py export               # which of these infer.py --export writes, and how
 
 Every variant runs in a process of its own, in turn (A B C A B C); the tables give medians and
 ranges. They are printed and written to bench_NAME.json. `tutorial` is the loop of the KITTI Road
 tutorial with its pairing fixed, `example` that of smp's example at 320x320 (see peers.py), `bare`
 the forward and backward passes alone, on a tensor in memory. A folder may be followed by the
-foreground's values, as in `camvid:3`. `models` and `sweep` write docs/models.md and keep what
+foreground's values, as in `camvid:3`. `models`, `sweep`, `export` write docs/models.md, keep what
 bench_NAME.json has: remove it to measure anew. `speedrun` resumes where the same call was stopped.
 """
 
@@ -456,25 +457,59 @@ def train_and_predict(arch: str, encoder: str) -> None:
         infer.infer(infer.Options(out=str(root / "predictions"), **options))
 
 
-def sweep(options: argparse.Namespace) -> dict[str, str]:
-    """{"Unet resnet18": "" where it runs, a refusal in one line, or how it failed}."""
+def export_pair(arch: str, encoder: str) -> None:
+    """model.onnx of an untrained network of the first size that it takes, and smp's folder.
+
+    Compared with the network on noise.
+    """
+    import segmentation_models_pytorch as smp
+    import torch
+
+    from kit.config import ModelConfig
+    from kit.extra import export
+    from kit.network import model
+    from kit.training.trial import refusal
+
+    network = model.build_network(ModelConfig(arch=arch, encoder=encoder))
+    size = next(n for n in (96, 224, 256) if not refusal(network, 4, (n, n)))
+    model.reestimate_batch_norm(network.eval(), [torch.randn(4, 3, size, size)])  # else all is 0
+    network = model.set_memory_format(network.requires_grad_(False), "cpu")
+    config = ModelConfig(arch=arch, encoder=encoder, height=size, width=size)
+    with tempfile.TemporaryDirectory() as folder:
+        models = [model.TrainedModel(network, config, {}, {})]
+        export.export("smp", models, None, folder)
+        images = torch.randn(2, 3, size, size)
+        difference = smp.from_pretrained(f"{folder}/smp").eval()(images) - network(images)
+        assert difference.abs().max() < 1e-2
+        export.export("onnx", models, None, folder)
+
+
+def sweep(
+    options: argparse.Namespace, name: str = "sweep", work: Callable = train_and_predict
+) -> dict[str, str]:
+    """{"Unet resnet18": "" where it runs, a refusal in one line, or how it failed}.
+
+    Of `export` what model.onnx takes instead of "". Pairs that `sweep` refused are left out.
+    """
     import infer  # once, before the children
     import train
 
     assert train and infer
-    results = load_report("sweep").get("pairs", {})
+    results = load_report(name).get("pairs", {})
+    refused_before = load_report("sweep").get("pairs", {}) if name == "export" else {}
     for encoder in options.encoders.split(","):
         for arch in options.archs.split(",") if options.archs else archs():
             pair = f"{arch} {encoder}"
-            if pair in results:
+            if pair in results or refused_before.get(pair):
                 continue
-            status, text = in_child(functools.partial(train_and_predict, arch, encoder))
+            status, text = in_child(functools.partial(work, arch, encoder))
             last = (text.strip().splitlines() or [""])[-1]
             refused = status == 2 and last.startswith("error: ")
             failed = f"FAILED with status {status}: {last}"
-            results[pair] = "" if status == 0 else last if refused else failed
+            done = last if name == "export" else ""
+            results[pair] = done if status == 0 else last if refused else failed
             print(f"{pair}: {results[pair] or 'runs'}", flush=True)
-            write_report("sweep", pairs=results)
+            write_report(name, pairs=results)
     return results
 
 
@@ -607,7 +642,27 @@ def write_models_page() -> None:
             texts = [pairs.get(f"{arch} {encoder}") for arch in names]
             signs = [sign_of(text) for text in texts]
             lines.append(f"| {encoder} | {' | '.join(signs)} |")
+    lines += which_are_exported(load_report("export").get("pairs", {}))
     (HERE / "docs" / "models.md").write_text("\n".join(lines) + "\n")
+
+
+def which_are_exported(pairs: dict[str, str]) -> list[str]:
+    """What model.onnx of each architecture takes, and the largest difference."""
+    if not pairs:
+        return []
+    texts = pairs.values()
+    refused = [f"{pair} ({text})" for pair, text in pairs.items() if "wrote " not in text]
+    of_any = sum("of any size" in text for text in texts)
+    largest = max(float(text.rsplit(" is ", 1)[1]) for text in texts if " is " in text)
+    fixed = {pair.split()[0] for pair, text in pairs.items() if "of any size" not in text}
+    return [
+        "\n## Which are exported",
+        "`python tools/bench.py export`: `infer.py --export onnx` of untrained networks, compared by",
+        f"onnxruntime on noise. Of {len(pairs)} pairs {of_any} give a file that takes images of any",
+        f"size (in the steps of the network), {len(pairs) - of_any - len(refused)} one of the size",
+        f"of the training, {len(refused)} are refused{': ' * bool(refused)}{'; '.join(refused)}.",
+        f"The largest difference of a probability is {largest:.1e}. One size: {sorted(fixed)}.",
+    ]
 
 
 def which_to_take(rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -762,7 +817,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("command", choices=[*TITLES, "models", "sweep"])
+    add("command", choices=[*TITLES, "models", "sweep", "export"])
     add("--data", default="demo/data", help="folder of images with masks; field: several")
     add("--size", type=int, default=256, help="height and width of the input")
     add("--batch", type=int, default=8, help="images per step")
@@ -772,8 +827,8 @@ def main() -> None:
     add("--encoder", default="resnet34", help="accuracy, field, speedrun")
     add("--weights", default="none", help="of the encoder, as --encoder_weights")
     add("--seed", type=int, default=0)
-    add("--encoders", default=",".join(ENCODERS), help="models, sweep: names with commas")
-    add("--archs", default="", help="sweep: names with commas; all")
+    add("--encoders", default=",".join(ENCODERS), help="models, sweep, export: with commas")
+    add("--archs", default="", help="sweep, export: with commas; all")
     add("--variant", help=argparse.SUPPRESS)  # set by in_turn: be one variant, print its numbers
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -783,8 +838,10 @@ def main() -> None:
         numbers["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(numbers))
         return
-    if options.command in ("models", "sweep"):
-        {"models": measure_models, "sweep": sweep}[options.command](options)
+    if options.command in ("models", "sweep", "export"):
+        exports = functools.partial(sweep, name="export", work=export_pair)
+        pages = {"models": measure_models, "sweep": sweep, "export": exports}
+        pages[options.command](options)
         write_models_page()
         return
     several = {"scale": scale, "field": field, "speedrun": speedrun}

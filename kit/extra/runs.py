@@ -28,7 +28,8 @@ from kit.results.tuning import SURE
 NOT_COMPARED = {
     "data", "out", "compare", "masks", "resume", "check", "workers", "devices", "precision",
     "mean", "std", "class_names", "class_values", "value_range", "metric",
-    "config", "session_minutes", "cache", "show", "why", "epochs_done", "symmetries", *TUNED,
+    "config", "session_minutes", "cache", "show", "why", "epochs_done", "symmetries", "logger",
+    *TUNED,
 }  # fmt: skip
 FOLLOW_FROM_SPLIT = {"top", "batch_size"}  # where they were automatic: another seed, another split
 METRICS = {"dice": "Dice", "iou": "IoU", "miou": "IoU", "maxf": "F1"}

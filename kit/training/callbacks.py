@@ -37,6 +37,7 @@ from kit.network.model import (
     save_model,
 )
 from kit.training import resume
+from kit.training.loggers import RunLog
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # remarks on what is on purpose
 warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -117,6 +118,8 @@ class TrainingCallback(pl.Callback):
         self.handler: Any = None  # of signals, see `interruptible`
         self.meets = False  # the others are on their way to `meet`
         self.step_started, self.step = 0.0, math.inf  # time.monotonic(); seconds, the shortest
+        self.run_log: RunLog | None = None  # of --logger, of the first process
+        self.log_version: list[str] | None = None
 
     @functools.cached_property
     def identity(self) -> resume.Identity:
@@ -134,12 +137,14 @@ class TrainingCallback(pl.Callback):
             "best": self.best,
             "rows": self.rows,
             "clock": (self.clock.seconds(), self.clock.begun, self.clock.reserve),
+            "log": self.run_log.version if self.run_log else self.log_version,
             **self.identity._asdict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lr, self.rows = state["lr"], state["rows"]  # `best` follows from model.pt too
         self.clock.earlier, self.clock.begun, self.clock.reserve = state["clock"]
+        self.log_version = state.get("log")
 
     def epoch_progress(self) -> float:
         """0 at the start of the first epoch, 1 at that of the last; of a resumed run the same."""
@@ -257,6 +262,8 @@ class TrainingCallback(pl.Callback):
             write_file(self.out / "metrics.csv", pd.DataFrame(self.rows).to_csv(index=False))
             if not on_terminal():
                 print(epoch_line(row, self.clock.epochs), flush=True)
+        if self.run_log:
+            self.run_log.add(row)
         due = module.is_last_epoch() or time.monotonic() - self.saved > CHECKPOINT_SECONDS
         due, progress = trainer.strategy.broadcast((due, self.epoch_progress()))
         sampler = trainer.train_dataloader.sampler
@@ -306,6 +313,9 @@ class TrainingCallback(pl.Callback):
             model = self.checkpoint.with_name("model.pt")
             if model.exists():
                 write_file(self.out / "model.pt", model.read_bytes())
+            self.log_version = None  # of a logger's files that are elsewhere
+        if first and self.settings.get("logger", "none") != "none":
+            self.run_log = RunLog(self.out, self.settings, self.log_version)
 
     def nothing_to_train(self) -> str:
         """A message where the run that is resumed has used up its epochs or minutes, else ""."""
@@ -424,11 +434,11 @@ REASONS = {1: torch.OutOfMemoryError, 2: Interrupted, 3: SystemExit}
 
 
 @contextlib.contextmanager
-def interruptible(run: TrainingCallback) -> Iterator[list[int | Stopped]]:
+def interruptible(run: TrainingCallback) -> Iterator[None]:
     """Leave the block on Ctrl-C and SIGTERM; a second one ends the process at once.
 
-    Also where it is `Stopped`. Several processes leave at their next meeting. Yields a list that
-    holds the signal's number, or the error, afterwards (`end_process`).
+    Also where it is `Stopped`. Several processes leave at their next meeting. `run.signals` holds
+    the signal's number, or the error, afterwards (`end_process`).
     """
     signals = run.signals
 
@@ -441,7 +451,7 @@ def interruptible(run: TrainingCallback) -> Iterator[list[int | Stopped]]:
     run.handler = interrupt
     handlers = {number: signal.signal(number, interrupt) for number in END_SIGNALS}
     try:
-        yield signals
+        yield
     except (Interrupted, Stopped) as end:
         signals += [end] if isinstance(end, Stopped) else []
         exports = "exports what was reached; " if run.rows else ""
@@ -451,10 +461,12 @@ def interruptible(run: TrainingCallback) -> Iterator[list[int | Stopped]]:
             signal.signal(number, signal.SIG_DFL if number in signals else handlers[number])
 
 
-def end_process(signals: list[int | Stopped]) -> None:
+def end_process(run: TrainingCallback) -> None:
     """End all processes as the signal would have, if one came; or raise the error."""
+    if run.run_log:
+        run.run_log.close(len(run.rows))
     remove_files()
-    for ends in in_all_processes(signals):
+    for ends in in_all_processes(run.signals):
         for signal_or_error in ends:
             if isinstance(signal_or_error, Stopped):
                 raise signal_or_error

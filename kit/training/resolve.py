@@ -29,6 +29,7 @@ from kit.network.model import (
     resolve_precision,
     weights_file,
 )
+from kit.training import loggers, losses
 from kit.training.trial import PRETRAINED_LR, try_network
 
 # of an input, where neither the user nor the data ask for others
@@ -88,6 +89,14 @@ def resolve(
     model_config = make_model_config(resolved, collection, config.precision)
     free, scales = (config.height == 0, config.width == 0), [scale for _, scale in resolutions]
     return try_network(resolved, model_config, training, free, scales)
+
+
+def check_flags(config: Any) -> None:
+    """Raise UserError for flags that do not go together, or need what is not installed."""
+    losses.parse(config.loss, config.soft)
+    loggers.check(config.logger)
+    if config.fold == "all" and config.resume not in ("auto", "none"):
+        raise UserError(f"--resume {config.resume}", "needs one --fold", "take auto")
 
 
 def check_moves(config: Any, collection: Collection, fold: int) -> None:

@@ -22,7 +22,7 @@ except ImportError:  # Windows: folders are not locked
 MAY_DIFFER = {  # settings that do not identify a run
     "data", "masks", "rle", "out", "epochs", "max_minutes", "session_minutes", "precision",
     "devices", "workers", "resume", "tta", "check", "classes", "empty_score", "metric",
-    "min_pixels", "show", "compare", "config", "cache", "extra", "why",
+    "min_pixels", "show", "compare", "config", "cache", "extra", "why", "logger",
 }  # fmt: skip
 
 # The weights follow from these definitions, and from all that they reach.
