@@ -466,20 +466,21 @@ def export_pair(arch: str, encoder: str) -> None:
     import torch
 
     from kit.config import ModelConfig
+    from kit.data.images import normalise
     from kit.extra import export
     from kit.network import model
     from kit.training.trial import refusal
 
     network = model.build_network(ModelConfig(arch=arch, encoder=encoder))
     size = next(n for n in (96, 224, 256) if not refusal(network, 4, (n, n)))
-    model.reestimate_batch_norm(network.eval(), [torch.randn(4, 3, size, size)])  # else all is 0
-    network = model.set_memory_format(network.requires_grad_(False), "cpu")
     config = ModelConfig(arch=arch, encoder=encoder, height=size, width=size)
+    noise = normalise(255 * torch.rand(4, 3, size, size), config)
+    model.reestimate_batch_norm(network.eval(), [noise])  # else logits are 0, or 1e5
+    network = model.set_memory_format(network.requires_grad_(False), "cpu")
     with tempfile.TemporaryDirectory() as folder:
         models = [model.TrainedModel(network, config, {}, {})]
         export.export("smp", models, None, folder)
-        images = torch.randn(2, 3, size, size)
-        difference = smp.from_pretrained(f"{folder}/smp").eval()(images) - network(images)
+        difference = smp.from_pretrained(f"{folder}/smp").eval()(noise) - network(noise)
         assert difference.abs().max() < 1e-2
         export.export("onnx", models, None, folder)
 
@@ -657,8 +658,8 @@ def which_are_exported(pairs: dict[str, str]) -> list[str]:
     fixed = {pair.split()[0] for pair, text in pairs.items() if "of any size" not in text}
     return [
         "\n## Which are exported",
-        "`python tools/bench.py export`: `infer.py --export onnx` of untrained networks, compared by",
-        f"onnxruntime on noise. Of {len(pairs)} pairs {of_any} give a file that takes images of any",
+        "`python tools/bench.py export`: `infer.py --export onnx` of untrained networks, compared",
+        f"on noise. Of {len(pairs)} pairs {of_any} give a file that takes images of any",
         f"size (in the steps of the network), {len(pairs) - of_any - len(refused)} one of the size",
         f"of the training, {len(refused)} are refused{': ' * bool(refused)}{'; '.join(refused)}.",
         f"The largest difference of a probability is {largest:.1e}. One size: {sorted(fixed)}.",

@@ -101,9 +101,9 @@ class RunLog:
         try:
             data = Path(settings["data"]).resolve().name
             self.logger: Any = LOGGERS[self.name](out, data, same)
-            self.version = [self.name, self.logger.version]
             if not same:
                 self.logger.log_hyperparams(settings)
+            self.version = [self.name, self.logger.version]  # wandb's is there only now
         except Exception as error:  # the loggers raise anything
             problem = f"cannot start ({reason_of(error)})"
             raise UserError(f"--logger {self.name}", problem, "leave it out") from None
