@@ -5,6 +5,7 @@ import json
 import shutil
 import sqlite3
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import bench
 import cv2
@@ -138,6 +139,9 @@ def test_an_export_in_the_place_of_the_network(tmp_path, monkeypatch, runtime, s
         assert (got - expected).abs().max() < 1e-4
         assert expected.max() - expected.min() > 0.1
     predict.check_agreement([trained.config, loaded.config])  # an ensemble of both
+    with ThreadPoolExecutor(2) as pool:  # as `predict` calls it; OpenVINO used to hang
+        calls = [pool.submit(predict.predict_inputs, loaded, images, ("h", "v")) for _ in range(16)]
+    assert all(torch.equal(call.result(), calls[0].result()) for call in calls)
 
 
 def test_a_network_of_one_size_is_exported_at_that_size(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """model.onnx as a network: OpenVINO or onnxruntime, whichever is installed."""
 
-import functools
 import importlib.util
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +21,16 @@ def open_openvino(content: bytes, threads: int, half: bool) -> tuple[Run, dict[s
     import openvino
 
     model = openvino.Core().read_model(content)
-    precision = "bf16" if half else "f32"
-    hints = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    hints = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # else all threads may get the same core
+    }
     compiled = openvino.Core().compile_model(model, "CPU", hints)
     metadata = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
-    # a request for each call, since threads call at the same time; its output is its own memory
-    return lambda images: compiled.create_infer_request().infer([images])[0].copy(), metadata
+    request = compiled.create_infer_request()
+    return lambda images: request.infer([images])[0].copy(), metadata
 
 
 def open_onnxruntime(content: bytes, threads: int, half: bool) -> tuple[Run, dict[str, str]]:
@@ -66,6 +70,7 @@ class OnnxNetwork(torch.nn.Module):
             raise UserError(where, problem, "pip install openvino, or pip install onnxruntime")
         try:
             self.file, self.runtime = path.read_bytes(), names[0]
+            self.lock, self.opened = threading.Lock(), {}
             self.content: dict[str, Any] = json.loads(self.open(torch.get_num_threads())[1]["kit"])
         except Exception as error:  # the runtimes raise anything
             problem = f"is no model.onnx of the kit ({reason_of(error)})"
@@ -75,10 +80,17 @@ class OnnxNetwork(torch.nn.Module):
         self.requires_divisible_input_shape = True
         self.encoder = SimpleNamespace(output_stride=self.content["size_step"])
 
-    @functools.cache  # noqa: B019  a network lives as long as its process
     def open(self, threads: int, half: bool = False) -> tuple[Run, dict[str, str]]:
-        """The file in the runtime, for calls from a thread that may use so many cores."""
-        return RUNTIMES[self.runtime](self.file, threads, half)
+        """The file in the runtime, for this thread, which may use so many cores.
+
+        OpenVINO: a model of its own, since two threads in one wait for each other forever.
+        """
+        thread = threading.get_ident() if self.runtime == "openvino" else 0
+        with self.lock:
+            key = (threads, half, thread)
+            if key not in self.opened:
+                self.opened[key] = RUNTIMES[self.runtime](self.file, threads, half)
+            return self.opened[key]
 
     def forward(self, images: torch.Tensor) -> Any:
         config = self.content["model"]
