@@ -1,5 +1,6 @@
 """model.onnx as a network: OpenVINO or onnxruntime, whichever is installed."""
 
+import functools
 import importlib.util
 import json
 import threading
@@ -27,10 +28,13 @@ def open_openvino(content: bytes, threads: int, half: bool) -> tuple[Run, dict[s
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # else all threads may get the same core
     }
-    compiled = openvino.Core().compile_model(model, "CPU", hints)
     metadata = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
-    request = compiled.create_infer_request()
-    return lambda images: request.infer([images])[0].copy(), metadata
+
+    @functools.cache
+    def request() -> Any:  # takes seconds, which the metadata need not wait for
+        return openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+
+    return lambda images: request().infer([images])[0].copy(), metadata
 
 
 def open_onnxruntime(content: bytes, threads: int, half: bool) -> tuple[Run, dict[str, str]]:
