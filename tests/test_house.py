@@ -37,7 +37,8 @@ STRANGERS = [  # wings that do not know each other
 ]
 SCRIPTS = ("train.py", "infer.py")
 # not on Kaggle
-AT_HOME = [f"tools/{name}.py" for name in ("kernel", "demo", "bench", "peers", "moves", "rehearse")]
+TOOLS = "kernel demo bench peers moves rehearse hidden"
+AT_HOME = [f"tools/{name}.py" for name in TOOLS.split()]
 
 
 def place(wing, file):

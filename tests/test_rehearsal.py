@@ -7,6 +7,7 @@ import shutil
 import types
 from pathlib import Path
 
+import hidden as hidden_tests
 import kernel
 import nbformat
 import numpy as np
@@ -258,7 +259,7 @@ def test_a_notebook_that_does_not_end_is_stopped(tmp_path):
 
 
 def hide(competition, tmp_path):
-    return rehearse.make_hidden(competition.resolve(), tmp_path / "mount")
+    return hidden_tests.make_hidden(competition.resolve(), tmp_path / "mount")
 
 
 def images_of_test(root):
@@ -360,7 +361,7 @@ def test_the_scorer_stops_at(tmp_path, name):
     edit, problem = SUBMISSIONS[name]
     rows = edit([list(row) for row, _ in hidden.answers])
     write_csv(tmp_path / "submission.csv", ["id", "rle_mask"], *rows)
-    said = rehearse.check_submission(tmp_path / "submission.csv", hidden)
+    said = hidden_tests.check_submission(tmp_path / "submission.csv", hidden)
     assert problem in said if problem else not said
 
 
@@ -372,7 +373,7 @@ def test_the_scorer_knows_headers_objects_and_words_for_empty_masks(tmp_path):
 
     def check(*rows, header=("ImageId", "EncodedPixels")):
         write_csv(path, header, *rows)
-        return rehearse.check_submission(path, hidden)
+        return hidden_tests.check_submission(path, hidden)
 
     assert not check(*rows)
     assert not check([name, "1 5"], [name, "9 5"], *rows[1:]), "a row for each object"
