@@ -62,6 +62,7 @@ class Options:
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
     with one_line_errors():
         OPTIONS = parse(Options, __doc__)
+        print("loading torch and smp ...", flush=True)
 
 import itertools
 import os

@@ -353,8 +353,9 @@ for path in kaggle.collect_submission(SUBMISSION):
 # - Another loss, augmentation or schedule: the functions in the cell of `train.py`. What follows
 #   the prediction of the network: `postprocess` in the cell of `predict.py`.
 # - More than one session: attach this notebook's last version as input and run it again.
-# - A code competition without internet: attach the version that trained and a data set with the
-#   wheel of segmentation-models-pytorch, set `TRAIN = False`, turn the internet off.
+# - A code competition without internet: at home `python tools/kernel.py bundle OWNER/SLUG` makes a
+#   data set of all that is needed, `make rehearse` tries the rerun. Or attach the version that
+#   trained, set `TRAIN = False`, and turn the internet off.
 # - Your own cells: `from utils import load_model, show`; `load_model("out").predict(path)`.
 #
 # `/kaggle/working/out` holds `model.pt` (to predict), `last.ckpt` (to resume) and the curves;

@@ -98,6 +98,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 
             compare(CONFIG.compare, CONFIG.out)
             raise SystemExit
+        print("loading torch, Lightning, smp and albumentations ...", flush=True)
 
 import copy
 import math
