@@ -267,6 +267,8 @@ def test_symmetries_that_average_noise_are_kept(monkeypatch):
     assert table.kept.all()
     assert (table.gain > 2 * table.error).all()
     assert oof.describe_symmetries(table).startswith("TTA: h v 180 90 270 h90 v90; each alone")
+    few = table.assign(error=np.inf, kept=table.symmetry == "h")
+    assert oof.describe_symmetries(few).startswith("TTA: h; the validation images are too few")
 
 
 def test_shifted_masks_drop_their_flips(monkeypatch):

@@ -100,6 +100,8 @@ def describe_symmetries(table: pd.DataFrame) -> str:
     """What each symmetry gained in TTA, and which are kept."""
     gains = [f"{row.symmetry} {row.gain:+.2f} ± {row.error:.2f}" for row in table.itertuples()]
     kept = " ".join(table.symmetry[table.kept]) or "none"
+    if np.isinf(table.error).all():
+        return f"TTA: {kept}; the validation images are too few to tell what others gain"
     return f"TTA: {kept}; each alone, on up to {TRIED_ON} images: {', '.join(gains)}"
 
 
