@@ -594,8 +594,9 @@ def test_outlines_give_the_mask_again(name):
     assert np.array_equal(union, mask) and np.array_equal(cut, mask)
 
 
-def test_background_has_no_polygons(tmp_path):
-    classes = Classes(("background", "car", "road"), ("0", "1", "2"), True)
+@pytest.mark.parametrize("background", ["background", "_background_"])
+def test_background_has_no_polygons(tmp_path, background):
+    classes = Classes((background, "car", "road"), ("0", "1", "2"), True)
     labels = np.zeros(SIZE, np.uint8)
     labels[5:20, 8:30], labels[10:15, 12:20], labels[30:40, 2:9] = 1, 2, 255
     (tmp_path / "masks").mkdir()
@@ -604,7 +605,7 @@ def test_background_has_no_polygons(tmp_path):
     polygons.write_polygons("coco", tmp_path, samples, classes)
     content = json.loads((tmp_path / "polygons.json").read_text())
     found = {each["category_id"]: each for each in content["annotations"]}
-    assert [each["name"] for each in content["categories"]] == ["background", "car", "road"]
+    assert [each["name"] for each in content["categories"]] == [background, "car", "road"]
     assert {key: each["area"] for key, each in found.items()} == {2: 15 * 22 - 40, 3: 40}
     assert found[2]["bbox"] == [8, 5, 22, 15]
     for key, each in found.items():

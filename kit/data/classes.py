@@ -395,13 +395,18 @@ FOREGROUND = (46, 204, 64)  # of one class alone
 
 
 @functools.cache
+def is_background(name: str) -> bool:
+    """Whether a class's name says that it is none, as labelme's _background_ does."""
+    return name.lower().strip("_") in BACKGROUND
+
+
 def class_colours(names: tuple[str, ...]) -> np.ndarray:
     """A colour for each class, uint8 (K, 3) RGB, that the colour-blind can tell; 40, then again."""
     if len(names) == 1:
         return np.array([FOREGROUND], np.uint8)
     table = itertools.cycle(tuple(bytes.fromhex(colour)) for colour in COLOURS.split())
-    black = [name.lower().strip("_") in BACKGROUND for name in names]
-    return np.array([(0, 0, 0) if each else next(table) for each in black], np.uint8)
+    colours = [(0, 0, 0) if is_background(name) else next(table) for name in names]
+    return np.array(colours, np.uint8)
 
 
 def palette(classes: Classes) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import Classes
-from kit.data.classes import BACKGROUND, class_colours, mask_folders, palette
+from kit.data.classes import class_colours, is_background, mask_folders, palette
 from kit.data.readers import in_parallel, open_image
 from kit.files import write_file
 
@@ -135,11 +135,11 @@ def read_objects(folder: Path, name: str, classes: Classes) -> tuple[tuple[int, 
     planes = [np.asarray(open_image(folder / place / f"{name}.png")) for place in places]
     values = palette(classes)[0] if classes.exclusive else [255] * len(planes)
     planes = planes * len(values) if classes.exclusive else planes
-    black = [classes.exclusive and label.lower() in BACKGROUND for label in classes.names]
+    left_out = [classes.exclusive and is_background(name) for name in classes.names]
     objects = [
         (number, rings)
         for number, (plane, value) in enumerate(zip(planes, values, strict=True))
-        if not black[number]
+        if not left_out[number]
         for rings in trace(plane == value)
     ]
     return planes[0].shape, objects

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from kit.config import IGNORE, TUNED, ModelConfig
-from kit.data.classes import BACKGROUND, class_colours
+from kit.data.classes import class_colours, is_background
 from kit.data.images import encode_image
 from kit.data.readers import in_parallel
 from kit.extra.viewer import SCRIPT
@@ -217,8 +217,7 @@ def in_words(value: Any) -> str:
 def describe_classes(names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Name and colour of each class; the background has none."""
     colours = zip(names, class_colours(names).tolist(), strict=True)
-    background = {name for name in names if name.lower().strip("_") in BACKGROUND}
-    return [{"name": n, "colour": rgb, "background": n in background} for n, rgb in colours]
+    return [{"name": n, "colour": rgb, "background": is_background(n)} for n, rgb in colours]
 
 
 def notes(config: ModelConfig) -> list[str]:
