@@ -537,7 +537,7 @@ def test_many_small_images_make_larger_batches_on_a_cpu(monkeypatch, precision, 
     monkeypatch.setattr(resolving, "resolve_precision", lambda *_, **__: precision)
     monkeypatch.setattr(resolving, "best_device", lambda: "cpu")
 
-    def batch(count, size):
+    def batch(count, size, **settings):
         columns = {
             "fold": 1,
             "height": size,
@@ -547,12 +547,14 @@ def test_many_small_images_make_larger_batches_on_a_cpu(monkeypatch, precision, 
             "block": None,
         }
         collection = Collection("", pd.DataFrame(columns, range(count)))
-        return resolve(NO_WEIGHTS, collection)[0].batch_size
+        config = dataclasses.replace(NO_WEIGHTS, **settings)
+        return resolve(config, collection)[0].batch_size
 
     assert batch(4000, 64) == 16
     assert batch(4000, 512) == default
     assert batch(150, 64) == default, "few images: rather more steps"
     assert batch(60, 64) == 4, "and more still"
+    assert batch(60, 64, extra="predictions") == default, "with extras they are many"
     assert batch(30, 1500) == default, "images in many tiles"
 
 

@@ -78,7 +78,7 @@ def resolve(
         channels=",".join(collection.bands) or named_channels(collection),
         class_weights=weights if config.class_weights == "auto" else config.class_weights,
         epochs=config.epochs or (0 if config.max_minutes else 40),
-        batch_size=config.batch_size or default_batch(device, precision, small, training, shape),
+        batch_size=resolve_batch(config, device, precision, small, training, shape),
         grow=not pretrained if config.grow == "auto" else config.grow,
         flips="h" if config.flips == "auto" else config.flips,
         metric=collection.metric if config.metric == "auto" else config.metric,
@@ -331,19 +331,27 @@ def is_fast_cpu(device: str, precision: str) -> bool:
     return device == "cpu" and precision == "bf16-mixed"
 
 
-def default_batch(
-    device: str, precision: str, small: float, training: pd.DataFrame, shape: dict[str, Any]
+def resolve_batch(
+    config: Any,
+    device: str,
+    precision: str,
+    small: float,
+    training: pd.DataFrame,
+    shape: dict[str, Any],
 ) -> int:
-    """The default of --batch_size for these images.
+    """--batch_size, or its default for these images.
 
     Few images, or tiles, make batches of 4: with twice the steps they learned more in the same
-    epochs (docs/results.md). On a CPU it is larger where inputs are small, `small` times under the
-    default, but leaves an epoch a hundred steps.
+    epochs (docs/results.md). With --extra they are not few. On a CPU it is larger where inputs are
+    small, `small` times under the default, but leaves an epoch a hundred steps.
     """
+    if config.batch_size:
+        return config.batch_size
     area = float((training.height * training.width).median())
     tiles = max(1.0, area / (shape["height"] * shape["width"])) if shape["tiles"] else 1.0
     count = round(tiles * len(training))
-    size = 8 if count >= 128 and (device != "cpu" or is_fast_cpu(device, precision)) else 4
+    fast, many = device != "cpu" or is_fast_cpu(device, precision), count >= 128 or config.extra
+    size = 8 if fast and many else 4
     if device == "cpu":
         size *= max(1, min(round(small), 16 // size, count // 100 // size))
     return size
