@@ -698,8 +698,8 @@ def striped(folder, size, width, gap):
     ("width", "gap", "tiles", "size"),
     [
         (40, 60, False, 160),  # large enough for the device's usual input
-        (8, 40, False, 192),  # a larger input
-        (40, 8, False, 192),  # thin background, such as cell membranes
+        (16, 40, False, 192),  # a larger input
+        (40, 8, True, 224),  # thin background, such as cell membranes
         (3, 40, True, 224),  # tiles of the image's own size
     ],
 )

@@ -89,6 +89,7 @@ def class_request(flag: str | Classes, root: Path, image: Path) -> ClassRequest:
         raise UserError(
             f"--classes {flag}",
             "takes auto, one, a file, or at least two different names such as car,road",
+            "one class of a label map is --foreground and its value",
         )
     listed = read_classes(table) if table else ()
     return ClassRequest(listed=listed, names=names, where=f"--classes {flag}")
