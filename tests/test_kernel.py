@@ -19,7 +19,7 @@ import kernel
 import nbformat
 import numpy as np
 import pytest
-from conftest import KIT, build_once, succeed
+from conftest import ENCODER, KIT, build_once, succeed
 from PIL import Image
 from requests.exceptions import ConnectionError, HTTPError
 from test_kaggle import contents_of, settings
@@ -654,7 +654,7 @@ def test_a_notebook_of_an_earlier_version_is_kept_apart(fork, tmp_path):
 #  The notebook run as Kaggle runs it: in an empty folder next to the input
 # --------------------------------------------------------------------------------------------------
 
-SMALL = {"EPOCHS": 2, "ENCODER": "timm-mobilenetv3_small_minimal_100", "ENCODER_WEIGHTS": "none"}
+SMALL = {"EPOCHS": 2, "ENCODER": ENCODER, "ENCODER_WEIGHTS": "none"}
 SMALL |= {"HEIGHT": 64, "WIDTH": 192}
 
 

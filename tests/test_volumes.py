@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import KIT
+from conftest import ENCODER, KIT
 from PIL import Image
 
 import infer
@@ -421,7 +421,7 @@ def test_models_of_other_neighbours_are_not_averaged():
 #  From volumes to masks
 # --------------------------------------------------------------------------------------------------
 
-SMALL = ("--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none")
+SMALL = ("--encoder", ENCODER, "--encoder_weights", "none")
 SMALL += ("--height", "32", "--width", "32", "--batch_size", "8", "--comparisons", "false")
 
 
