@@ -546,7 +546,7 @@ def test_folds_are_stratified_by_the_rarest_class():
 def trained(found, **options):
     """A model with random weights."""
     torch.manual_seed(0)
-    config = {"encoder": "resnet18", "height": 64, "width": 64, "precision": "32"} | options
+    config = {"encoder": ENCODER, "height": 64, "width": 64, "precision": "32"} | options
     config = ModelConfig(**config, **settings(found))
     network = model.build_network(config).eval()
     return model.TrainedModel(network, config, {}, {})

@@ -33,7 +33,7 @@ from kit.training import loggers
 def make_model(**settings):
     """An untrained model whose probabilities are spread out."""
     torch.manual_seed(0)
-    settings = {"encoder": "resnet18", "height": 64, "width": 96, "precision": "32"} | settings
+    settings = {"encoder": ENCODER, "height": 64, "width": 96, "precision": "32"} | settings
     names, exclusive = (
         settings.get("class_names", ("foreground",)),
         settings.get("exclusive", False),
@@ -213,7 +213,7 @@ def test_a_network_that_torch_cannot_export_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("onnx", reason="onnx is not installed")
     trained = make_model()
     monkeypatch.setattr(trained.network.encoder, "forward", lambda x: [x.logdet()] * 6)
-    with pytest.raises(UserError, match=r"--export onnx: Unet resnet18 cannot be written \("):
+    with pytest.raises(UserError, match=rf"--export onnx: Unet {ENCODER} cannot be written \("):
         write(trained, tmp_path / "model.onnx")
 
 

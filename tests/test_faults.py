@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from commands import KILLED_STEP, Command
-from conftest import KIT, TINY, build_once, run, succeed
+from conftest import ENCODER, KIT, TINY, build_once, run, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -707,7 +707,7 @@ def prepared(folder, **settings):
     collection = samples.find_samples(str(folder), training=True)
     table = samples.scan(collection.samples, collection.classes)
     table["fold"] = folds.assign_folds(table, 10, 0).fold
-    settings |= {"encoder": "resnet18", "encoder_weights": "none", "height": 64, "width": 192}
+    settings |= {"encoder": ENCODER, "encoder_weights": "none", "height": 64, "width": 192}
     collection = collection._replace(samples=table)
     resolved = resolve.resolve(train.Config(**settings), collection, 0, train.RESOLUTIONS)
     return *resolved, samples.decode_pairs(table, resolved[1], 1 << 30)
