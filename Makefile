@@ -12,6 +12,8 @@ PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python3.10
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
+unexport PYTHONDONTWRITEBYTECODE  # with it each process compiles the kit again
+
 .PHONY: demo test kernel push pull rehearse kaggle-test lowest faults format clean
 
 demo: .venv/kit

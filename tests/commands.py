@@ -33,10 +33,10 @@ train.SegmentationModule.training_step = training_step
 class Command:
     """`python SCRIPT FLAGS` in a session of its own, with what the tests need of a Popen.
 
-    `merge`: stderr goes where stdout goes.
+    `merge`: stderr goes where stdout goes; `terminal`: the path of one, where both go.
     """
 
-    def __init__(self, script, flags, cwd=None, env=None, merge=False):
+    def __init__(self, script, flags, cwd=None, env=None, merge=False, terminal=None):
         self.args = [str(script), *map(str, flags)]
         self.folder = tempfile.TemporaryDirectory()
         paths = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
@@ -45,7 +45,7 @@ class Command:
             path.touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
-        outputs = (self.stdout, self.stderr)
+        outputs = (terminal, terminal) if terminal else (self.stdout, self.stderr)
         self.process = context.Process(target=become, args=(self.args, cwd, env or {}, outputs))
         self.process.start()
         self.pid = self.process.pid
@@ -86,5 +86,6 @@ def become(args, cwd, env, outputs):
     os.environ.update(env)
     os.chdir(cwd or os.getcwd())
     sys.argv = args
-    sys.path.insert(0, str(Path(args[0]).parent))
+    others = [path for path in sys.path if not (Path(path) / "kit").is_dir()]
+    sys.path[:] = [str(Path(args[0]).parent), *others]
     runpy.run_path(args[0], run_name="__main__")

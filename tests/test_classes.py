@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run, succeed
+from conftest import ENCODER, run, succeed
 from PIL import Image
 
 import train
@@ -546,7 +546,7 @@ def test_folds_are_stratified_by_the_rarest_class():
 def trained(found, **options):
     """A model with random weights."""
     torch.manual_seed(0)
-    config = {"encoder": "resnet18", "height": 64, "width": 64, "precision": "32"} | options
+    config = {"encoder": ENCODER, "height": 64, "width": 64, "precision": "32"} | options
     config = ModelConfig(**config, **settings(found))
     network = model.build_network(config).eval()
     return model.TrainedModel(network, config, {}, {})
@@ -903,7 +903,7 @@ def test_a_sample_that_does_not_fit_the_classes_is_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 SMALL = (
-    "--encoder", "resnet18", "--encoder_weights", "none", "--height", 32, "--width", 64,
+    "--encoder", ENCODER, "--encoder_weights", "none", "--height", 32, "--width", 64,
     "--batch_size", 4, "--folds", 3,
 )  # fmt: skip
 

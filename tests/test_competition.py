@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_once, run, succeed
+from conftest import ENCODER, build_once, run, succeed
 from PIL import Image
 
 from kit.config import ModelConfig
@@ -26,7 +26,7 @@ from kit.results import metrics, predict, tuning
 from kit.training import resolve as resolving
 from train import RESOLUTIONS, Config
 
-SMALL = ("--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none")
+SMALL = ("--encoder", ENCODER, "--encoder_weights", "none")
 
 
 def plain_encode(mask):
@@ -483,7 +483,7 @@ def test_training_and_prediction_in_tiles(tmp_path):
 #  What follows from data and device
 # --------------------------------------------------------------------------------------------------
 
-NO_WEIGHTS = Config(encoder="resnet18", encoder_weights="none")
+NO_WEIGHTS = Config(encoder=ENCODER, encoder_weights="none")
 
 
 def resolve(config, collection):

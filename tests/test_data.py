@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ENCODER
 from PIL import Image
 
 import train
@@ -632,7 +633,7 @@ def resolved(collection, times=1, **changes):
     samples = scan(collection.samples, collection.classes)
     samples[["height", "width", "thickness"]] *= times
     samples["fold"] = assign_folds(samples, 10, 0).fold
-    config = train.Config(**{"encoder": "resnet18", "encoder_weights": "none"} | changes)
+    config = train.Config(**{"encoder": ENCODER, "encoder_weights": "none"} | changes)
     return resolve(config, collection._replace(samples=samples), 0, train.RESOLUTIONS)
 
 

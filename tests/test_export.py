@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from conftest import TINY, run, succeed
+from conftest import ENCODER, TINY, run, succeed
 from PIL import Image
 
 import train
@@ -33,7 +33,7 @@ from kit.training import loggers
 def make_model(**settings):
     """An untrained model whose probabilities are spread out."""
     torch.manual_seed(0)
-    settings = {"encoder": "resnet18", "height": 64, "width": 96, "precision": "32"} | settings
+    settings = {"encoder": ENCODER, "height": 64, "width": 96, "precision": "32"} | settings
     names, exclusive = (
         settings.get("class_names", ("foreground",)),
         settings.get("exclusive", False),
@@ -213,7 +213,7 @@ def test_a_network_that_torch_cannot_export_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("onnx", reason="onnx is not installed")
     trained = make_model()
     monkeypatch.setattr(trained.network.encoder, "forward", lambda x: [x.logdet()] * 6)
-    with pytest.raises(UserError, match=r"--export onnx: Unet resnet18 cannot be written \("):
+    with pytest.raises(UserError, match=rf"--export onnx: Unet {ENCODER} cannot be written \("):
         write(trained, tmp_path / "model.onnx")
 
 
@@ -298,7 +298,7 @@ def test_tensorboard_is_told_what_metrics_csv_says_and_changes_nothing(few, tmp_
         scores = json.loads((logged / "metrics.json").read_text())["mean"]
         assert rows["final/Dice"][-1] == (2, pytest.approx(scores["Dice"], rel=1e-5))
         assert pictures == {"examples", "augmented", "validation", "curves"}
-        assert "encoder: timm-mobilenetv3" in (logged / "tensorboard" / "hparams.yaml").read_text()
+        assert f"encoder: {ENCODER}" in (logged / "tensorboard" / "hparams.yaml").read_text()
 
 
 def test_a_logger_that_is_not_installed_is_one_line_before_the_data_is_read(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -23,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from commands import KILLED_STEP, Command
-from conftest import KIT, TINY, build_once, run, succeed
+from conftest import ENCODER, KIT, TINY, build_once, run, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -139,7 +138,7 @@ def test_killed_at_random_moments_nothing_is_lost(frames, tmp_path):
 def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(frames, tmp_path):
     """Also with workers, which Lightning fills before it tells the sampler the epoch."""
     killed = f"import os{KILLED_STEP}"
-    flags = ("--data", frames, "--epochs", 3, *TINY)
+    flags = ("--data", frames, "--epochs", 3, *TINY, "--grow", "true")
     succeed("train.py", *flags, "--workers", 0, "--out", tmp_path / "whole")
     whole = pd.read_csv(tmp_path / "whole" / "metrics.csv").drop(columns="seconds")
     state = weights(tmp_path / "whole")
@@ -543,13 +542,15 @@ def slurm(host):
     return SLURM | {"SLURM_PROCID": str(host), "SLURM_NODEID": str(host)}
 
 
-def torchrun(script, *flags):
-    """torchrun with two processes; returns what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
-    command += ["--master_addr", "127.0.0.1", "--master_port", free_port(), KIT / script, *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def torchrun(folder, script, *flags):
+    """torchrun with two processes, which load the libraries anew; returns what was printed."""
+    launcher = folder / "torchrun.py"
+    launcher.write_text("from torch.distributed.run import main\n\nmain()\n")
+    options = ("--nproc_per_node", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
+    command = Command(launcher, (*options, KIT / script, *flags))
+    printed = command.communicate(timeout=600)
+    assert command.returncode == 0, printed
+    return printed[0]
 
 
 def start_ranks(script, *flags, hosts=1):
@@ -588,7 +589,7 @@ from pytorch_lightning.utilities import rank_zero_only
 rank_zero_only.rank = int(os.environ["RANK"])  # was read when Lightning was loaded
 """
     script = write_patched(tmp_path, rank)
-    assert torchrun("train.py", *flags, "--out", tmp_path / "host").count("wrote") == 1
+    assert torchrun(tmp_path, "train.py", *flags, "--out", tmp_path / "host").count("wrote") == 1
     printed = succeed_on_two_hosts(script, *flags, "--out", tmp_path / "hosts")
     assert ["wrote" in text for text in printed] == [True, False]  # the first process alone writes
     one, two = (pd.read_csv(tmp_path / out / "metrics.csv") for out in ("host", "hosts"))
@@ -706,7 +707,7 @@ def prepared(folder, **settings):
     collection = samples.find_samples(str(folder), training=True)
     table = samples.scan(collection.samples, collection.classes)
     table["fold"] = folds.assign_folds(table, 10, 0).fold
-    settings |= {"encoder": "resnet18", "encoder_weights": "none", "height": 64, "width": 192}
+    settings |= {"encoder": ENCODER, "encoder_weights": "none", "height": 64, "width": 192}
     collection = collection._replace(samples=table)
     resolved = resolve.resolve(train.Config(**settings), collection, 0, train.RESOLUTIONS)
     return *resolved, samples.decode_pairs(table, resolved[1], 1 << 30)

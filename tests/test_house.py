@@ -271,9 +271,9 @@ def test_a_room_can_be_deleted(pairs, tmp_path, room):
     }
     out, predictions = tmp_path / "out", tmp_path / "predictions"
     flags = ("--data", pairs, "--out", out, *TINY, "--epochs", 1)
-    succeed("train.py", *flags, kit=kit, fresh=True)  # a process that cannot find our room
+    succeed("train.py", *flags, kit=kit)  # a process that cannot find our room
     flags = ("--data", pairs, "--out", predictions, "--submission", "rle")
-    succeed("infer.py", "--model", out, *flags, kit=kit, fresh=True)
+    succeed("infer.py", "--model", out, *flags, kit=kit)
     assert len(list((predictions / "masks").glob("*.png"))) == 6
     assert (predictions / "metrics.json").exists()
     assert len((predictions / "submission.csv").read_text().splitlines()) == 7

@@ -19,7 +19,7 @@ import kernel
 import nbformat
 import numpy as np
 import pytest
-from conftest import KIT, build_once, succeed
+from conftest import ENCODER, KIT, build_once, succeed
 from PIL import Image
 from requests.exceptions import ConnectionError, HTTPError
 from test_kaggle import contents_of, settings
@@ -278,6 +278,13 @@ def test_the_next_steps_name_the_notebook_as_kaggle_answered(client, command, tm
     assert "road-segmentation-kit" not in done.stdout.partition("next:")[2]
 
 
+@pytest.fixture
+def already_built(monkeypatch):
+    """`kernel.build` that does nothing: half a second of each push whose answer alone is tested."""
+    monkeypatch.setattr(kernel, "build", lambda folder, owner: {"id": f"{owner}/kit"})
+
+
+@pytest.mark.usefixtures("already_built")
 @pytest.mark.parametrize(
     "no",
     [
@@ -305,6 +312,7 @@ def test_push_fails_when_kaggle_says_no(client, command, tmp_path, no):
     assert str(reason[0] if isinstance(reason, list) else reason).rstrip(".") in done.stderr
 
 
+@pytest.mark.usefixtures("already_built")
 def test_a_quota_that_is_used_up_is_said_as_such(client, command, tmp_path):
     client.say(error="Maximum weekly GPU quota of 30.00 hours reached.")
     done = command("push", "--out", tmp_path / "build")
@@ -313,6 +321,7 @@ def test_a_quota_that_is_used_up_is_said_as_such(client, command, tmp_path):
     assert "kernel-metadata.json" not in done.stderr
 
 
+@pytest.mark.usefixtures("already_built")
 def test_metadata_that_cannot_be_pushed_is_one_line(client, command, tmp_path):
     client.answer = ValueError("Title must be at\nleast five characters")
     done = command("push", "--out", tmp_path / "build")
@@ -566,22 +575,21 @@ def test_pull_says_what_cannot_be_brought_back(fork):
     assert not fork.changed()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_pull_takes_a_name_or_an_address(fork, client):
+    names = (
         "bob/road-fork",
         "https://www.kaggle.com/code/bob/road-fork",
         "https://www.kaggle.com/code/bob/road-fork/edit/run/123",
         "kaggle.com/bob/road-fork?scriptVersionId=1#Settings",
         "/code/bob/road-fork",
-    ],
-)
-def test_pull_takes_a_name_or_an_address(fork, client, name):
+    )
+    assert {kernel.name_of(name) for name in names} == {"bob/road-fork"}
     fork.save()
-    done = fork.pull(name=name)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "no file differs\n"
-    assert client.asked == ["bob/road-fork"]
+    for name in names[2:4]:
+        done = fork.pull(name=name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "no file differs\n"
+    assert client.asked == ["bob/road-fork"] * 2
 
 
 def test_what_cannot_be_pulled_is_one_line(fork, client):
@@ -654,7 +662,7 @@ def test_a_notebook_of_an_earlier_version_is_kept_apart(fork, tmp_path):
 #  The notebook run as Kaggle runs it: in an empty folder next to the input
 # --------------------------------------------------------------------------------------------------
 
-SMALL = {"EPOCHS": 2, "ENCODER": "timm-mobilenetv3_small_minimal_100", "ENCODER_WEIGHTS": "none"}
+SMALL = {"EPOCHS": 2, "ENCODER": ENCODER, "ENCODER_WEIGHTS": "none"}
 SMALL |= {"HEIGHT": 64, "WIDTH": 192}
 
 

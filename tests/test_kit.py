@@ -1,5 +1,6 @@
 """The real commands from scenes to scores: what a user gets."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -8,8 +9,6 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
@@ -17,21 +16,24 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from commands import Command
-from conftest import KIT, TINY, build_once, run, succeed
+from conftest import ENCODER, KIT, TINY, build_once, run, succeed
 from PIL import Image
 
+import train
+from kit.cli import parse
 from kit.config import IGNORE, Classes, ModelConfig
 from kit.data import images, readers
 from kit.data import samples as data
 from kit.data.folds import assign_folds
 from kit.data.names import MARKER
 from kit.data.rasters import Layer
-from kit.errors import UserError
+from kit.errors import UserError, one_line_errors
 from kit.network import model
 from kit.results import metrics, predict
 from kit.training import callbacks
@@ -80,7 +82,7 @@ def test_training_learns_and_writes_what_it_promises(trained):
     assert {"val_loss", "MaxF"} <= set(rows)
     for name in ("curves.png", "pr_curve.png", "validation.jpg"):
         assert np.asarray(Image.open(trained / name)).std() > 20
-    assert read_json(trained / "config.json")["encoder"] == "timm-mobilenetv3_small_minimal_100"
+    assert read_json(trained / "config.json")["encoder"] == ENCODER
 
 
 def test_it_learns_in_16_bits(roads, tmp_path):
@@ -113,19 +115,20 @@ def test_output_into_a_file_is_one_line_per_epoch(roads, tmp_path):
 def test_a_terminal_gets_a_progress_bar(roads, tmp_path):
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, KIT / "train.py", "--data", roads, "--out", tmp_path, *TINY]
-    command = [*map(str, command), "--epochs", "2"]
-    process = subprocess.Popen(command, stdout=terminal, stderr=terminal)
+    os.set_blocking(ours, False)
+    flags = ("--data", roads, "--out", tmp_path, *TINY, "--epochs", 2)
+    process = Command(KIT / "train.py", flags, terminal=os.ttyname(terminal))
+    ended, printed = False, b""
+    while not ended:
+        ended = process.poll() is not None
+        with contextlib.suppress(BlockingIOError):  # nothing new
+            printed += os.read(ours, 1 << 16)
+        time.sleep(0.02)
     os.close(terminal)
-    printed = b""
-    try:
-        while chunk := os.read(ours, 1 << 16):
-            printed += chunk
-    except OSError:  # Linux's way to say that the terminal was closed
-        pass
     os.close(ours)
-    assert process.wait(timeout=60) == 0, printed.decode()
+    process.communicate()
     text = printed.decode()
+    assert process.returncode == 0, text
     assert re.search(r"Epoch 1: +100%.*MaxF=", text)
     assert "Validation" not in text, "it has no bar of its own"
     assert "epoch 1 of 2" not in text
@@ -170,8 +173,19 @@ def test_batch_norm_is_reestimated_on_many_images_at_once(roads, tmp_path):
     assert (alone - together).abs().mean() < 0.02
 
 
-def test_max_minutes_fits_the_schedule_to_the_time(roads, tmp_path):
-    succeed("train.py", "--data", roads, "--out", tmp_path, "--max_minutes", 0.3, *TINY)
+@pytest.fixture
+def quick_clock(monkeypatch):
+    """A clock whose second is a quarter of a second of this process's CPU, however busy that is."""
+    monkeypatch.setattr(time, "monotonic", lambda: 4 * time.process_time())
+
+
+def train_here(*flags):
+    """train.py in this process."""
+    train.train(parse(Config, "", list(map(str, flags))))
+
+
+def test_max_minutes_fits_the_schedule_to_the_time(roads, tmp_path, quick_clock):
+    train_here("--data", roads, "--out", tmp_path, "--max_minutes", 0.3, *TINY)
     rows = pd.read_csv(tmp_path / "metrics.csv")
     assert rows.seconds.iloc[-1] <= 18
     assert len(rows) > 1
@@ -203,15 +217,17 @@ def test_the_clock_stops_within_the_first_epoch_with_time_for_the_end(monkeypatc
     assert now[0] - 100 + 2 * end + 6 > 120
 
 
-def test_session_minutes_end_a_session_in_time_and_the_same_command_resumes(roads, tmp_path):
+def test_session_minutes_end_a_session_in_time_and_the_same_command_resumes(
+    roads, tmp_path, capsys, quick_clock
+):
     flags = ("--data", roads, "--out", tmp_path, "--epochs", 500, "--session_minutes", 0.25)
-    assert run("train.py", "--no_flag").returncode == 2  # loads the libraries
     ends = []
     reached = 0
     for session in (1, 2):
         started = time.monotonic()
-        printed = succeed("train.py", *flags, *TINY)
+        train_here(*flags, *TINY)
         assert time.monotonic() - started <= 15
+        printed = capsys.readouterr().out
         assert ("resume: from" in printed) == (session == 2)
         assert f"after epoch {reached}" in printed or session == 1
         rows = pd.read_csv(tmp_path / "metrics.csv")
@@ -599,7 +615,7 @@ def test_encoder_weights_from_a_file(tmp_path, name):
     assert all(torch.equal(value, state[key]) for key, value in own.items())
 
 
-def test_imagenet_weights_from_the_hub_cache_without_a_network(roads, tmp_path):
+def test_imagenet_weights_from_the_hub_cache_without_a_network(roads, tmp_path, monkeypatch):
     """smp asks the Hub's library, which finds a cache folder such as one attached on Kaggle."""
     import segmentation_models_pytorch as smp
 
@@ -612,21 +628,22 @@ def test_imagenet_weights_from_the_hub_cache_without_a_network(roads, tmp_path):
     (cache / "config.json").write_text(json.dumps(own))
     flags = ("--epochs", 1, *TINY, "--encoder", "resnet18", "--encoder_weights", "imagenet")
     flags += ("--lr", 1e-9)
-    environment = {"HF_HUB_CACHE": str(tmp_path / "hub")}  # read when the library is loaded
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     out = tmp_path / "out"
-    succeed("train.py", "--data", roads, "--out", out, *flags, env=environment, fresh=True)
+    train_here("--data", roads, "--out", out, *flags)
     trained = model.load_model(out / "model.pt", "cpu")
     assert trained.config.mean == (0.4, 0.5, 0.6)
     weights = trained.network.encoder.state_dict()["layer1.0.conv1.weight"]
     assert float((weights - state["layer1.0.conv1.weight"]).abs().max()) < 1e-6
 
 
-def test_without_encoder_weights_nothing_is_done(roads, tmp_path):
-    environment = {"HF_HUB_CACHE": str(tmp_path / "none")}
-    flags = ("--data", roads, "--out", tmp_path / "out")
-    done = run("train.py", *flags, env=environment, fresh=True)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_without_encoder_weights_nothing_is_done(roads, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        train_here("--data", roads, "--out", tmp_path / "out")
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert len(printed.strip().splitlines()) == 1
     for remedy in ("internet", "--encoder_weights FILE", "--encoder_weights none"):
-        assert remedy in done.stderr
+        assert remedy in printed
     assert not (tmp_path / "out").exists()

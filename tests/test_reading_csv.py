@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run, succeed
+from conftest import ENCODER, run, succeed
 from PIL import Image
 
 from kit.config import Classes
@@ -717,7 +717,7 @@ def test_the_order_of_training_is_that_of_the_submission(tmp_path):
     rows = [(f"{stem}.png", plain_encode(mask, "rows")) for stem, mask in masks.items()]
     write_csv(tmp_path / "train_masks.csv", [("img", "rle_mask"), *rows])
     out = tmp_path / "out"
-    flags = ("--data", tmp_path, "--encoder", "resnet18", "--encoder_weights", "none")
+    flags = ("--data", tmp_path, "--encoder", ENCODER, "--encoder_weights", "none")
     done = run("train.py", *flags, "--out", out, "--rle", "relative")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --rle relative")

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import KIT, build_once, run, succeed
+from conftest import ENCODER, KIT, build_once, run, succeed
 from PIL import Image
 
 import infer
@@ -28,7 +28,7 @@ from kit.training import callbacks, loaders, resolve, resume
 from train import Config
 
 SMALL = (
-    "--encoder", "timm-mobilenetv3_small_minimal_100", "--encoder_weights", "none",
+    "--encoder", ENCODER, "--encoder_weights", "none",
     "--height", 32, "--width", 96, "--batch_size", 2, "--grow", "false",
 )  # fmt: skip
 DEFAULTS = dataclasses.asdict(Config())
@@ -595,7 +595,4 @@ def test_the_models_used_are_named(trained, pairs, tmp_path, capsys):
     line = rf"^model: {re.escape(str(trained / 'model.pt'))}$"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
     assert os.environ.get("KIT_NOTEBOOK") is None
-    assert (
-        predict.load_models([str(trained)], "cpu")[0].settings["encoder"]
-        == "timm-mobilenetv3_small_minimal_100"
-    )
+    assert predict.load_models([str(trained)], "cpu")[0].settings["encoder"] == ENCODER

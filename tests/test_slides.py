@@ -290,10 +290,13 @@ def test_scale_reads_all_images_reduced(tmp_path):
 
 
 def blurring_model(**changes):
-    """A model that sees 41 pixels around each: dark is foreground."""
-    network = torch.nn.Conv2d(3, 1, 41, padding=20, padding_mode="replicate")
-    torch.nn.init.constant_(network.weight, -1 / (3 * 41 * 41))
-    torch.nn.init.constant_(network.bias, 0.0)
+    """A model that sees 41 pixels around each, along columns and rows: dark is foreground."""
+    options = {"padding_mode": "replicate", "bias": False}
+    columns = torch.nn.Conv2d(3, 1, (41, 1), padding=(20, 0), **options)
+    rows = torch.nn.Conv2d(1, 1, (1, 41), padding=(0, 20), **options)
+    torch.nn.init.constant_(columns.weight, -1 / (3 * 41))
+    torch.nn.init.constant_(rows.weight, 1 / 41)
+    network = torch.nn.Sequential(columns, rows)
     config = ModelConfig(height=256, width=256, tiles=True, tta=False, precision="32", **changes)
     return TrainedModel(network, config, {}, {})
 
