@@ -17,7 +17,7 @@ from conftest import KIT
 from test_classes import write_label_maps
 
 import infer
-from kit.data.samples import find_samples
+from kit.data.samples import find_samples, read_sample
 from kit.errors import UserError
 
 SMALL = "timm-mobilenetv3_small_minimal_100"
@@ -228,19 +228,28 @@ def test_the_ignored_pixels_of_label_maps(labels, tmp_path):
     assert all(mask[0, 0] == 255 and set(np.unique(mask)) <= {0, 1, 2, 255} for mask in masks)
 
 
-@pytest.mark.parametrize("kind", ["plain", "labels"])
+@pytest.fixture
+def kitti(roads, tmp_path):
+    """The root of a split in KITTI's layout, with its categories."""
+    peers.write_split(str(roads), tmp_path / "split", seed=0)
+    return tmp_path / "split"
+
+
+@pytest.mark.parametrize("kind", ["plain", "labels", "kitti"])
 def test_the_masks_of_a_rival_are_scored(kind, request, tmp_path):
     split = rivals.load_split(request.getfixturevalue(kind))
     several = split.classes.several
-    for name, best in (("right", True), ("wrong", False)):
+    for name, right in (("right", True), ("wrong", False)):
         (tmp_path / name).mkdir()
         for number, row in enumerate(split.test.itertuples()):
-            mask = cv2.imread(str(row.mask.path), cv2.IMREAD_UNCHANGED)
+            mask = read_sample(row)[1]
+            mask = mask if several else np.where(mask[0] == 1, 255, 0).astype(np.uint8)
             other = (mask + 1) % len(split.classes.names) if several else 255 - mask
-            cv2.imwrite(str(tmp_path / name / f"{number:06d}.png"), mask if best else other)
+            cv2.imwrite(str(tmp_path / name / f"{number:06d}.png"), mask if right else other)
         scores = field.scores_of(rivals.score(split, tmp_path / name))
-        measured = [scores[key] for key in (("mIoU",) if several else ("IoU50", "mean Dice"))]
-        assert measured == [100.0 * best] * len(measured)
+        kinds = {"labels": ["mIoU"], "kitti": ["IoU50"], "plain": ["IoU50", "mean Dice"]}
+        assert [scores[key] for key in kinds[kind]] == [100.0 * right] * len(kinds[kind])
+        assert ("worst category" in scores) == (kind == "kitti")
     assert several or scores["MaxF"] > 0, "of probabilities that are the wrong way round"
 
 

@@ -695,7 +695,9 @@ def run(options: argparse.Namespace) -> None:
         variants = {"train": train_variant, "infer": infer_variant}
         variants["accuracy"] = field.accuracy_variant
         numbers = variants[options.command](options.variant, options)
-        numbers["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        peak = max(resource.getrusage(which).ru_maxrss for which in processes)
+        numbers["peak GB"] = peak / 2**20
         print(json.dumps(numbers))
         return
     if options.command in ("models", "sweep", "export"):
