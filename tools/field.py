@@ -151,7 +151,9 @@ def draw_speedrun(results: Numbers, rows: list[tuple[str, str, float]]) -> None:
             done = [m for m in minutes if title((folder, name, m)) in results]
             numbers = [results[title((folder, name, m))] for m in done]
             score = "mIoU" if numbers and "mIoU" in numbers[0] else score
-            axes.plot(done, [statistics.median(n[score]) for n in numbers], "o-", label=name)
+            random = any(0 in n.get("pretrained", ()) for n in numbers)
+            label = name + ", random weights" * random
+            axes.plot(done, [statistics.median(n[score]) for n in numbers], "o-", label=label)
         axes.set(xlabel="minutes of training", ylabel=f"{score} of held-out images (%)")
         axes.set_title(Path(folder).name)
         axes.set_xscale("log", base=2)

@@ -83,7 +83,7 @@ def write_ultralytics(split: Split, folder: Path) -> None:
 
 
 def write_nnunet(split: Split, folder: Path) -> None:
-    """A raw dataset of nnU-Net, whose label of ignored pixels is the highest."""
+    """A raw dataset of nnU-Net: class 0 is its background, the highest label is ignored."""
     dataset, names = folder / "raw" / "Dataset001_split", split.classes.names
     names = [str(number) for number in range(1, len(names))] or ["foreground"]
     labels = {name: number for number, name in enumerate(["background", *names])}
@@ -124,7 +124,7 @@ def environment(name: str) -> Path:
     for command in ([sys.executable, "-m", "venv", "--clear", folder], pip):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1]
+            reason = (done.stderr or done.stdout or "no reason given").strip().splitlines()[-1]
             problem = f"{package} could not be installed: {reason}"
             raise UserError(f"--rivals {name}", problem, "it needs the package index, and 6 GB")
     finished.touch()
