@@ -1,17 +1,20 @@
-"""Ultralytics' semantic model with its own settings; runs in the environment of `rivals.py`.
+"""Ultralytics' semantic model; runs in the environment of `rivals.py`.
 
 From its pretrained weights; where they cannot be fetched it says so and starts from random ones.
+All settings are its own but for `settings`, without which it learns nothing of few images.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import cv2
+import torch
 import torch.nn.functional as F
 from ultralytics import YOLO
 from ultralytics.models.yolo.semantic import SemanticSegmentationPredictor
@@ -46,11 +49,25 @@ def build_model() -> tuple[YOLO, bool]:
         return YOLO(f"{MODEL}.yaml"), False
 
 
+def settings() -> dict[str, int]:
+    """No small image is enlarged, and each batch is a step.
+
+    By default images are 640x640, and 64 are a step. On 2 busy cores, from random weights, with 25
+    images of nuclei 4 minutes were 13 epochs: all is foreground, MaxF 29. At 256x256 with a step
+    for each batch of 8 three minutes were 127 epochs: MaxF 91.
+    """
+    images = (cv2.imread(str(file)) for file in (FOLDER / "images" / "train").iterdir())
+    longest = max(max(image.shape[:2]) for image in images)
+    batch = 16 if torch.cuda.is_available() else 8
+    return {"imgsz": min(640, 32 * math.ceil(longest / 32)), "batch": batch, "nbs": batch}
+
+
 def main() -> None:
     """Train for the minutes, predict with the best epoch."""
     started = time.perf_counter()
     model, pretrained = build_model()
     flags = {"time": MINUTES / 60, "seed": SEED, "plots": False, "project": str(FOLDER)}
+    flags |= settings()
     model.train(data=str(FOLDER / "data.yaml"), pretrained=pretrained, **flags)
     epochs, seconds = model.trainer.epoch + 1, time.perf_counter() - started
     (FOLDER / "predicted").mkdir()
