@@ -54,7 +54,7 @@ format: .venv/dev
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-kaggle .venv-lowest build demo .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build demo .pytest_cache .ruff_cache
 	rm -rf __pycache__ tests/__pycache__ tools/__pycache__ kit/__pycache__ kit/*/__pycache__
 
 .venv/kit: requirements.txt

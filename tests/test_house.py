@@ -37,7 +37,10 @@ STRANGERS = [  # wings that do not know each other
 ]
 SCRIPTS = ("train.py", "infer.py")
 # not on Kaggle
-TOOLS = "kernel demo bench peers moves rehearse hidden"
+TOOLS = (
+    "kernel demo bench reports field peers rivals rivals_ultralytics rivals_nnunet moves rehearse "
+    "hidden"
+)
 AT_HOME = [f"tools/{name}.py" for name in TOOLS.split()]
 
 

@@ -6,6 +6,7 @@
     python tools/bench.py accuracy --data DIR --minutes 6.6     # on a held-out fifth, vs. others
     python tools/bench.py field --data DIR,DIR,... --minutes 3  # the same on several kinds of data
     python tools/bench.py speedrun --data DIR  # accuracy after 0.5 to 6.6 minutes, with a plot
+    python tools/bench.py field --data DIR --rivals ultralytics,nnunet  # also vs. these, rivals.py
     python tools/bench.py models               # encoders and architectures: work, time, memory
     python tools/bench.py sweep                # which pairs of them train, export and predict
     python tools/bench.py export               # which of these infer.py --export writes, and how
@@ -25,11 +26,9 @@ import contextlib
 import functools
 import json
 import os
-import platform
 import resource
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,19 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import field
+from reports import (
+    HERE,
+    SPEED,
+    Numbers,
+    in_turn,
+    load_report,
+    machine,
+    print_table,
+    this_call,
+    write_report,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,8 +58,6 @@ if TYPE_CHECKING:
     from kit.config import ModelConfig
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-HERE = Path(__file__).parents[1]  # the repository's root
-SPEED = "images per second"  # the column that ratios are taken of
 HALF = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # Lightning's word to torch's type
 
 # --------------------------------------------------------------------------------------------------
@@ -311,52 +321,6 @@ def scoring(samples: pd.DataFrame, options: argparse.Namespace) -> dict[str, flo
     return {SPEED: options.images / (time.perf_counter() - started)}
 
 
-def accuracy_variant(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train for `options.minutes` on four fifths, predict the fifth with infer.py, score it."""
-    import peers
-
-    import infer
-
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        peers.write_split(options.data, root, options.seed)
-        data, out, how = root / "train", root / "out", (options.encoder, options.weights)
-        if name == "kit":
-            epochs = train_kit(data, out, options)
-        else:
-            epochs = peers.train_peer(name, data, out, *how, options.minutes, options.seed)
-        seconds = time.perf_counter() - started
-        test, predictions = root / "test" / "training", root / "predictions"
-        paths = {"data": str(test), "out": str(predictions)}
-        infer.infer(infer.Options(model=[str(out)], **paths))
-        report = json.loads((predictions / "metrics.json").read_text())
-    return scores_of(report) | {"epochs": epochs, "seconds": seconds}
-
-
-def scores_of(report: dict[str, Any]) -> dict[str, float]:
-    """The scores of a metrics.json that the tables show."""
-    blocks = report["image"]
-    if "mIoU" in blocks["all"]:
-        block = report["classes"]
-        occurring = block["per_class"].keys() - set(block["absent"])
-        lowest = min(block["per_class"][name]["IoU"] for name in occurring)
-        return {key: blocks["all"][key] for key in ("mIoU", "accuracy")} | {"lowest IoU": lowest}
-    scores = {key: blocks["all"][key] for key in ("MaxF", "AP", "IoU50")}
-    worst = [one["MaxF"] for category, one in blocks.items() if category != "all"]
-    scores |= {"worst category": min(worst)} if worst else {}
-    return scores | {f"mean {key}": report["mean"][key] for key in ("Dice", "IoU")}
-
-
-def train_kit(data: Path, out: Path, options: argparse.Namespace) -> int:
-    """Train with the kit's command; returns the number of epochs."""
-    flags = ["--encoder", options.encoder, "--encoder_weights", options.weights]
-    flags += ["--seed", options.seed, "--max_minutes", options.minutes]
-    command = [sys.executable, HERE / "train.py", "--data", data, "--out", out, *flags]
-    subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
-    return len((out / "metrics.csv").read_text().splitlines()) - 1
-
-
 # --------------------------------------------------------------------------------------------------
 #  Encoders and architectures: docs/models.md
 # --------------------------------------------------------------------------------------------------
@@ -408,23 +372,6 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
         _, status = os.waitpid(child, 0)
         output.seek(0)
         return os.waitstatus_to_exitcode(status), output.read().decode(errors="replace")
-
-
-def load_report(name: str) -> dict[str, Any]:
-    """What an earlier run wrote to bench_NAME.json."""
-    path = HERE / f"bench_{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_report(name: str, **measured: Any) -> None:
-    """Write what was measured to bench_NAME.json, with the machine and the call."""
-    report = {"machine": machine(), "call": this_call(), **measured}
-    (HERE / f"bench_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def this_call() -> str:
-    """The command and its flags."""
-    return " ".join(sys.argv[1:])
 
 
 def draw_pairs(folder: Path) -> None:
@@ -691,14 +638,10 @@ def sign_of(text: str | None) -> str:
 #  Tables
 # --------------------------------------------------------------------------------------------------
 
-Numbers = dict[str, dict[str, list[float]]]  # {variant: {column: a value for each round}}
 VARIANTS = {
     "train": ("tutorial", "example", "kit", "bare"),
     "infer": ("tutorial", "kit", "bare", "scoring"),
-    "accuracy": ("tutorial", "example", "kit"),
-    "field": ("example", "example512", "kit"),
 }
-MINUTES = (0.5, 1.0, 2.0, 4.0, 6.6)  # of the speed run
 TITLES = {
     "train": "Training",
     "infer": "Inference, from files to masks",
@@ -707,70 +650,6 @@ TITLES = {
     "field": "Held-out images of several kinds",
     "speedrun": "Held-out images, over the minutes of training",
 }
-
-
-def in_turn(
-    command: str, variants: tuple[str, ...], options: argparse.Namespace, **changes: Any
-) -> Numbers:
-    """Run the variants in processes, A B C A B C."""
-    numbers: Numbers = {name: {} for name in variants}
-    for round_number in range(options.rounds):
-        for name in variants:
-            given = {"variant": name, "seed": options.seed + round_number}
-            given = vars(options) | changes | given
-            del given["command"]
-            flags = [f"--{key}={value}" for key, value in given.items()]
-            call = [sys.executable, __file__, command, *flags]
-            done = subprocess.run(call, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                sys.exit(f"{name} failed: see above")
-            measured = json.loads(done.stdout.splitlines()[-1])
-            print(f"{command} {name} {changes}: {measured}", file=sys.stderr, flush=True)
-            for key, value in measured.items():
-                numbers[name].setdefault(key, []).append(value)
-    return numbers
-
-
-def field(options: argparse.Namespace) -> Numbers:
-    """Accuracy on every folder, the kit and smp's example at both its sizes."""
-    results = {}
-    for folder in options.data.split(","):
-        for name, numbers in in_turn("accuracy", VARIANTS["field"], options, data=folder).items():
-            results[f"{folder} {name}"] = numbers
-    return results
-
-
-def speedrun(options: argparse.Namespace) -> Numbers:
-    """Accuracy over the minutes of training; the same call resumes where it was stopped."""
-    rows = [(name, minutes) for minutes in MINUTES for name in VARIANTS["accuracy"]]
-    earlier = load_report("speedrun")
-    results = earlier["numbers"] if earlier.get("call") == this_call() else {}
-    if len(results) == len(rows):
-        results = {}
-    for name, minutes in rows[len(results) :]:
-        numbers = in_turn("accuracy", (name,), options, minutes=minutes)
-        results[f"{name} {minutes}"] = numbers[name]
-        write_report("speedrun", numbers=results)
-        draw_speedrun(results)
-    return results
-
-
-def draw_speedrun(results: Numbers) -> None:
-    """docs/speedrun.png: MaxF of the held-out images over the minutes, a line for each system."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure((6, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name in VARIANTS["accuracy"]:
-        done = [minutes for minutes in MINUTES if f"{name} {minutes}" in results]
-        values = [results[f"{name} {minutes}"]["MaxF"] for minutes in done]
-        axes.plot(done, [statistics.median(value) for value in values], "o-", label=name)
-    axes.set(xlabel="minutes of training", ylabel="MaxF of held-out images (%)")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(MINUTES, [f"{minutes:g}" for minutes in MINUTES])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(HERE / "docs" / "speedrun.png", dpi=110)
 
 
 def scale(options: argparse.Namespace) -> Numbers:
@@ -783,48 +662,19 @@ def scale(options: argparse.Namespace) -> Numbers:
     return results
 
 
-def print_table(title: str, numbers: Numbers, reference: str | None) -> None:
-    """Print medians with their ranges, and the ratio to the reference's images per second."""
-    columns = list(dict.fromkeys(key for values in numbers.values() for key in values))
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |{' ratio |' if reference else ''}")
-    print(f"| --- |{' --- |' * (len(columns) + bool(reference))}")
-    for name, values in numbers.items():
-        cells = []
-        for column in columns:
-            measured = values.get(column, [])
-            several = len(measured) > 1
-            spread = f" ({min(measured):.3g} to {max(measured):.3g})" if several else ""
-            cells.append(f"{statistics.median(measured):.4g}{spread}" if measured else "")
-        if reference:
-            ratio = statistics.median(values[SPEED]) / statistics.median(numbers[reference][SPEED])
-            cells.append(f"{ratio:.2f}")
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-def machine() -> str:
-    """The machine in words."""
-    import torch
-
-    from kit.network import model
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    bf16 = f"bf16 {'native' if model.cpu_has_bf16() else 'not native'}"
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
-    return f"{cores}, {bf16}, {gpu}, torch {torch.__version__}"
-
-
 def main() -> None:
     """The command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("command", choices=[*TITLES, "models", "sweep", "export"])
-    add("--data", default="demo/data", help="folder of images with masks; field: several")
+    add("--data", default="demo/data", help="folder of images with masks; field, speedrun: several")
     add("--size", type=int, default=256, help="height and width of the input")
     add("--batch", type=int, default=8, help="images per step")
     add("--images", type=int, default=48, help="images per run")
     add("--rounds", type=int, default=2, help="how often each variant runs")
-    add("--minutes", type=float, default=6.6, help="accuracy, field: of training")
+    add("--minutes", type=float, default=6.6, help="accuracy, field: of training; speedrun: most")
+    add("--rivals", default="", help="accuracy, field, speedrun: ultralytics,nnunet or one of them")
     add("--encoder", default="resnet34", help="accuracy, field, speedrun")
     add("--weights", default="none", help="of the encoder, as --encoder_weights")
     add("--seed", type=int, default=0)
@@ -833,10 +683,21 @@ def main() -> None:
     add("--variant", help=argparse.SUPPRESS)  # set by in_turn: be one variant, print its numbers
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
+    from kit.errors import one_line_errors
+
+    with one_line_errors():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Be one variant, or run the command."""
     if options.variant:
-        run = {"train": train_variant, "infer": infer_variant, "accuracy": accuracy_variant}
-        numbers = run[options.command](options.variant, options)
-        numbers["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        variants = {"train": train_variant, "infer": infer_variant}
+        variants["accuracy"] = field.accuracy_variant
+        numbers = variants[options.command](options.variant, options)
+        processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        peak = max(resource.getrusage(which).ru_maxrss for which in processes)
+        numbers["peak GB"] = peak / 2**20
         print(json.dumps(numbers))
         return
     if options.command in ("models", "sweep", "export"):
@@ -845,7 +706,8 @@ def main() -> None:
         pages[options.command](options)
         write_models_page()
         return
-    several = {"scale": scale, "field": field, "speedrun": speedrun}
+    several = {"scale": scale, "accuracy": field.accuracy, "field": field.field}
+    several["speedrun"] = field.speedrun
     if options.command in several:
         results = several[options.command](options)
     else:
