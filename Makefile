@@ -44,7 +44,8 @@ kaggle-test: .venv-kaggle/kit
 	KAGGLE_IMAGE=1 .venv-kaggle/bin/python -m pytest tests/test_kernel.py tests/test_kaggle.py --durations 5
 
 lowest: .venv-lowest/dev
-	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal --durations 5 --ignore tests/test_kernel.py
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal --durations 5 \
+		--ignore tests/test_kernel.py --ignore tests/test_rehearsal.py
 
 faults: .venv/dev
 	FAULTS=100 $(PY) -m pytest -s tests/test_faults.py

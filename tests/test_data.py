@@ -226,6 +226,12 @@ def test_names_that_share_a_start_are_a_group(names, groups, capsys):
     assert (table.groupby("group").fold.nunique() == 1).all()
 
 
+def test_folds_are_the_same_with_every_version_of_scikit_learn():
+    samples = described([f"x{n * 7919 % 991}" for n in range(12)], [0.1, 0.2, 0.0] * 4)
+    fold = assign_folds(samples, 4, 0).fold
+    assert fold.tolist() == [2, 1, 3, 3, 2, 0, 0, 3, 2, 1, 0, 1]
+
+
 def test_folders_of_kinds_are_no_groups_and_those_of_patients_are(capsys):
     kinds = ["blowhole"] * 20 + ["crack"] * 20 + ["free"] * 40
     names = [f"x{n * 7919 % 991}" for n in range(80)]

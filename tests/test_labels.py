@@ -20,6 +20,7 @@ from kit.data.rle import decode_runs
 from kit.data.samples import find_samples
 from kit.errors import UserError
 from kit.extra import polygons
+from kit.network.model import load_model
 
 SIZE = (44, 60)  # h, w of the drawn images
 COUNT = 6
@@ -637,7 +638,9 @@ def test_predictions_come_back_as_annotations(model, tmp_path):
     assert [image["file_name"] for image in content["images"]] == [
         "none_test.jpg", "p5_png.rf.0a1b5.jpg",
     ]  # fmt: skip
-    again = understood(model / "data" / "test", masks=str(tmp_path / "a/polygons.json"))
+    classes = load_model(model / "out" / "model.pt", "cpu").config.classes
+    path = str(tmp_path / "a/polygons.json")
+    again = understood(model / "data" / "test", masks=path, classes=classes)
     for stem, masks in again.items():
         assert masks
         for label, mask in masks.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageFilter
 
 from kit.config import Classes, ModelConfig
@@ -1107,10 +1108,10 @@ def test_several_pages_are_asked_about(tmp_path):
 
 
 def test_a_smaller_copy_in_a_tiff_is_no_page(tmp_path):
-    page = Image.fromarray(pair(0)[0])
-    small = page.resize((30, 22))
-    small.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: reduced
-    page.save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    page = pair(0)[0]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(page)
+        file.write(page[::2, ::2], subfiletype=1)  # NewSubfileType: reduced
     assert photos.open_header(tmp_path / "a.tif").n_frames == 2
     assert readers.read_image(tmp_path / "a.tif").shape == (44, 60, 3)
 

@@ -78,7 +78,7 @@ def open_array(layer: Layer) -> Raster | None:
     if array.ndim not in (2, 3) or not array.size:
         problem = f"an array of shape {array.shape}"
         raise UserError(path, problem, "an image has (h, w), (h, w, C) or (C, h, w)")
-    deep, floats = array.dtype not in (np.uint8, np.bool), array.dtype.kind == "f"
+    deep, floats = array.dtype not in (np.uint8, np.bool_), array.dtype.kind == "f"
     axis = None
     if array.ndim == 3 and layer.page < 0:
         axis = channel_axis(path, array.shape, layer.channels)
@@ -99,7 +99,7 @@ def read_array(layer: Layer, axis: int | None) -> np.ndarray:
     array = load_array(layer.path)
     array = array[..., None] if axis is None else np.moveaxis(array, axis, 2)
     array = array if layer.page < 0 else array[..., layer.page : layer.page + 1]
-    array = array.astype(np.uint8) * 255 if array.dtype == np.bool else array
+    array = array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array
     return np.array(array, order="C")
 
 

@@ -58,7 +58,8 @@ def split(samples: pd.DataFrame, groups: list[str], folds: int, seed: int) -> np
 
     Fewer folds are made where fewer groups have foreground, or down to `FEWEST` a class.
     Stratified by category, or where there is none by the rarest class of an image, or for one class
-    by the foreground's share: empty, little, more, much.
+    by the foreground's share: empty, little, more, much. The groups are shuffled here, because
+    the shuffle of scikit-learn 1.6, which Kaggle has, loses the strata.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # here: slow, infer.py needs none
 
@@ -71,14 +72,16 @@ def split(samples: pd.DataFrame, groups: list[str], folds: int, seed: int) -> np
         folds = min(folds, there.any(axis=1).sum(), max(FEWEST, present[present > 0].min()))
     most = max(2, min(folds, len(there), samples.category.value_counts().max()))
     best, least = np.zeros(len(samples), int), math.inf
+    names, group = np.unique(groups, return_inverse=True)
     for count in range(most, min(FEWEST, most) - 1, -1):
         even = strata if strata.value_counts().max() >= count else np.zeros(len(samples), int)
         for shuffle in range(SHUFFLES):
             fold = np.zeros(len(samples), int)
-            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed + 1000 * shuffle)
+            order = np.random.RandomState(seed + 1000 * shuffle).permutation(len(names))
+            splits = StratifiedGroupKFold(count).split(samples, even, order.argsort()[group])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # few images of a category are fine
-                for number, (_, validates) in enumerate(splitter.split(samples, even, groups)):
+                for number, (_, validates) in enumerate(splits):
                     fold[validates] = number
             lacking = (count - occurrence(samples, fold).sum())[present > 0]
             if lacking.sum() < least:

@@ -130,7 +130,7 @@ def open_tiff(layer: Layer) -> Raster | None:
         raise UserError(layer, *page.problem)
     if layer.page < 0 and page.plain and not large:
         return None
-    deep = page.kind not in (np.uint8, np.bool)
+    deep = page.kind not in (np.uint8, np.bool_)
     floats = page.kind is not None and page.kind.kind == "f"
     if by_pillow(page) and not large:
         bands = 1 if page.bands < 3 and page.plain else page.bands
@@ -247,7 +247,7 @@ def read_part(layer: Layer, opened: Page, window: Window) -> np.ndarray:
             values = decode_segments(layer, file, page, window)
     if page.photometric == INVERTED and values.dtype.kind == "u":
         values = np.iinfo(values.dtype).max - values
-    return values.astype(np.uint8) * 255 if values.dtype == np.bool else values
+    return values.astype(np.uint8) * 255 if values.dtype == np.bool_ else values
 
 
 def decode_segments(
