@@ -153,18 +153,9 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink, more: bool = Fa
     """
     training, public, sample = find_competition(data)
     images = [file.path for file in public or training]
-    others = [path for path in list_tables(sample.parent) if path != sample and public]
-    answers, tables = read_ids(sample, images), []
-    for path in others:
-        with contextlib.suppress(UserError):  # it stays as it is
-            tables.append(read_ids(path, images))
-    others = [table for table in tables if any(table.images)]
-    example = next(filter(None, answers.images), None)
-    ids = {row[column] for row in answers.rows for column in answers.columns}
-    renamed = bool(example) and any(rename(name, example.stem, "") != name for name in ids)
-    if not example or not (renamed or public):
-        remedy = "give it the rows of an image that is there"
-        raise UserError(sample, "names no image of the folder", remedy)
+    answers = read_ids(sample, images)
+    others = read_others(sample, images) if public else []
+    example, renamed = find_example(answers, bool(public))
     hidden = draw_images(training, public, renamed, more)
     left_out = {file.path for file in list_files(data) if file.split == "test"}
     mirror(data, mount, left_out | {table.path for table in (answers, *others)}, link)
@@ -199,6 +190,29 @@ def make_hidden(data: Path, mount: Path, link: Any = os.symlink, more: bool = Fa
     words += f"{target.name} damaged" + f", no image of {missing}" * renamed
     objects, order = forms_of_masks(data, answers, column)
     return Hidden(answers.header, column, rows, objects, order, len(hidden), words)
+
+
+def find_example(answers: Table, public: bool) -> tuple[Path, bool]:
+    """An image that the sample has rows of, and whether its ids follow the images' names.
+
+    `public`: there are test images. Raises UserError where there is none.
+    """
+    example = next(filter(None, answers.images), None)
+    ids = {row[column] for row in answers.rows for column in answers.columns}
+    renamed = bool(example) and any(rename(name, example.stem, "") != name for name in ids)
+    if not example or not (renamed or public):
+        remedy = "give it the rows of an image that is there"
+        raise UserError(answers.path, "names no image of the folder", remedy)
+    return example, renamed
+
+
+def read_others(sample: Path, images: list[Path]) -> list[Table]:
+    """The other csv files next to the sample that have rows of these images."""
+    tables = []
+    for path in list_tables(sample.parent):
+        with contextlib.suppress(UserError):  # it stays as it is
+            tables += [read_ids(path, images)] if path != sample else []
+    return [table for table in tables if any(table.images)]
 
 
 def draw_images(

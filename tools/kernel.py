@@ -530,7 +530,7 @@ def run_rehearsal(options: argparse.Namespace) -> None:
     sys.exit(verdict.name != rehearse.OK)
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -559,7 +559,12 @@ def main() -> None:
     own.add_argument(
         "--settings", nargs="*", default=[], help="for this run alone, such as EPOCHS=1"
     )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    options = read_options()
     if options.action == "rehearse":
         run_rehearsal(options)
         return

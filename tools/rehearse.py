@@ -168,7 +168,7 @@ def execute(
 ) -> Run:
     """Run a notebook on a stage. The kernel is reached through files, not a network."""
     from jupyter_client.manager import AsyncKernelManager
-    from nbclient import NotebookClient, exceptions
+    from nbclient import NotebookClient
 
     started: dict[str, float] = {}
     seconds: dict[str, float] = {}
@@ -188,7 +188,6 @@ def execute(
         seconds[cell.id] = time.monotonic() - started[cell.id]
 
     threads: list[threading.Thread] = []
-    error, timed_out = "", False
     with tempfile.TemporaryDirectory() as sockets:  # of short names, as sockets need them
         manager = AsyncKernelManager(transport="ipc", ip=f"{sockets}/k")
         python = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -199,26 +198,42 @@ def execute(
             on_cell_start=begin, on_cell_executed=finish,
         )  # fmt: skip
         try:
-            client.execute(env=stage.env, cleanup_kc=True)
-        except exceptions.CellTimeoutError:
-            timed_out = True
-        except exceptions.CellExecutionError as failure:
-            error = f"{failure.ename}: {failure.evalue}"
-        except exceptions.DeadKernelError:
-            error = "the kernel died"
-        except (RuntimeError, OSError) as failure:
-            if started:
-                raise
-            error = f"the notebook could not be started: {failure}"
-            atexit.unregister(client._cleanup_kernel)  # which nbclient forgets in this case
+            error, timed_out = run_cells(client, stage.env, started)
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
-    name = next(reversed(started), "")
-    number = [one.id for one in notebook.cells].index(name) + 1 if name else 0
-    cell = f"cell {number} ({name})" if name else ""
+    cell = name_of_cell(notebook, next(reversed(started), ""))
     return Run(seconds, cell, error, "".join(limits), timed_out, printed_by(notebook, "run-infer"))
+
+
+def run_cells(client: Any, env: dict[str, str], started: dict[str, float]) -> tuple[str, bool]:
+    """Run all cells: the error that ended them, or "", and whether the time was over.
+
+    `started`: the cells that have begun, which the client fills.
+    """
+    from nbclient import exceptions
+
+    try:
+        client.execute(env=env, cleanup_kc=True)
+    except exceptions.CellTimeoutError:
+        return "", True
+    except exceptions.CellExecutionError as failure:
+        return f"{failure.ename}: {failure.evalue}", False
+    except exceptions.DeadKernelError:
+        return "the kernel died", False
+    except (RuntimeError, OSError) as failure:
+        if started:
+            raise
+        atexit.unregister(client._cleanup_kernel)  # which nbclient forgets in this case
+        return f"the notebook could not be started: {failure}", False
+    return "", False
+
+
+def name_of_cell(notebook: NotebookNode, cell: str) -> str:
+    """The number and the id of a cell, for people; "" for none."""
+    numbers = {node.id: number for number, node in enumerate(notebook.cells, 1)}
+    return f"cell {numbers[cell]} ({cell})" if cell else ""
 
 
 def printed_by(notebook: NotebookNode, name: str) -> str:
@@ -431,17 +446,14 @@ def rehearse(
     folder, data = folder.resolve(), data.resolve()
     changes, own = dict(changes or {}), read_settings(settings_cell(notebook))
     todo = adapt(notebook, changes)
-    slug = str((own | changes).get("DATA", "auto"))
-    slug = data.name if slug == "auto" else slug.rstrip("/").split("/")[-1]
+    slug = slug_of(str((own | changes).get("DATA", "auto")), data)
     stage = prepare(folder, data, slug, attached)
     if own and not stage.has_wheel:
         todo.append(
             "attach the wheel of segmentation-models-pytorch, here it was this machine's: "
             "python tools/kernel.py bundle OWNER/SLUG"
         )
-    print(f"hidden test set: {stage.hidden.words}")
-    how = "Linux's namespaces" if stage.prefix else "proxies and sockets; its input is a copy"
-    print(f"no network, read-only input: by {how}", flush=True)
+    print_stage(stage)
     before, again = {} if stage.prefix else contents(folder / "input"), copy.deepcopy(notebook)
     run = execute(notebook, stage, hours, gigabytes)
     (folder / "executed.ipynb").write_text(json.dumps(notebook, indent=1))
@@ -460,11 +472,28 @@ def rehearse(
     if changed and verdict.name != EXCEPTION:
         verdict = Verdict(EXCEPTION, f"it writes to /kaggle/input, which is read-only: {changed}")
     print(f"clock: {needed[1]}{at_most}")
+    print_verdict(verdict, folder, todo)
+    return verdict
+
+
+def print_stage(stage: Stage) -> None:
+    """What is hidden, and how the notebook is shut in."""
+    print(f"hidden test set: {stage.hidden.words}")
+    how = "Linux's namespaces" if stage.prefix else "proxies and sockets; its input is a copy"
+    print(f"no network, read-only input: by {how}", flush=True)
+
+
+def slug_of(setting: str, data: Path) -> str:
+    """The name of the competition that DATA means."""
+    return data.name if setting == "auto" else setting.rstrip("/").split("/")[-1]
+
+
+def print_verdict(verdict: Verdict, folder: Path, todo: list[str]) -> None:
+    """The end of what is printed; `todo`: before a submission."""
     print(f"the notebook with its outputs: {folder / 'executed.ipynb'}\n")
     print(f"{verdict.name}: {verdict.reason}")
     for line in todo:
         print(f"before you submit: {line}")
-    return verdict
 
 
 def adapt(notebook: NotebookNode, changes: dict[str, Any]) -> list[str]:
