@@ -458,7 +458,8 @@ def train_fold(
     submissions.check_sample(config.data, model_config.classes, model_config.bands)
     run.prepare_out()
     nothing = run.nothing_to_train()
-    show_data(config, model_config, table, run.out)
+    if pl.utilities.rank_zero_only.rank == 0:  # others would write the same files
+        show_data(config, model_config, table, run.out)
     opener.images.clear()  # up to 1 GB
     weights = f"weights {config.encoder_weights}, learning rate {config.lr}"
     batch = f"batch {config.batch_size} in {config.precision} on {model.best_device()}"

@@ -209,9 +209,9 @@ def find_example(answers: Table, public: bool) -> tuple[Path, bool]:
 def read_others(sample: Path, images: list[Path]) -> list[Table]:
     """The other csv files next to the sample that have rows of these images."""
     tables = []
-    for path in list_tables(sample.parent):
+    for path in set(list_tables(sample.parent)) - {sample}:
         with contextlib.suppress(UserError):  # it stays as it is
-            tables += [read_ids(path, images)] if path != sample else []
+            tables.append(read_ids(path, images))
     return [table for table in tables if any(table.images)]
 
 

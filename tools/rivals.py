@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pandas as pd
+from reports import HERE
 
 from kit.config import IGNORE, Classes
 from kit.data.images import write_image
@@ -25,7 +26,6 @@ from kit.data.samples import find_samples, read_sample
 from kit.errors import UserError
 from kit.results.metrics import Evaluation
 
-HERE = Path(__file__).parents[1]  # the repository's root
 NUMBER = "{:06d}"  # of an image, its name for the rivals
 
 

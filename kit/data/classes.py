@@ -395,12 +395,12 @@ COLOURS = (
 FOREGROUND = (46, 204, 64)  # of one class alone
 
 
-@functools.cache
 def is_background(name: str) -> bool:
     """Whether a class's name says that it is none, as labelme's _background_ does."""
     return name.lower().strip("_") in BACKGROUND
 
 
+@functools.cache
 def class_colours(names: tuple[str, ...]) -> np.ndarray:
     """A colour for each class, uint8 (K, 3) RGB, that the colour-blind can tell; 40, then again."""
     if len(names) == 1:

@@ -135,7 +135,7 @@ def read_objects(folder: Path, name: str, classes: Classes) -> tuple[tuple[int, 
     planes = [np.asarray(open_image(folder / place / f"{name}.png")) for place in places]
     values = palette(classes)[0] if classes.exclusive else [255] * len(planes)
     planes = planes * len(values) if classes.exclusive else planes
-    left_out = [classes.exclusive and is_background(name) for name in classes.names]
+    left_out = [classes.exclusive and is_background(label) for label in classes.names]
     objects = [
         (number, rings)
         for number, (plane, value) in enumerate(zip(planes, values, strict=True))

@@ -35,8 +35,8 @@ from kit.training.trial import PRETRAINED_LR, try_network
 # of an input, where neither the user nor the data ask for others
 INPUT_PIXELS = {"cuda": 384 * 1248, "mps": 192 * 640, "cpu": 72 * 320, "cpu bf16": 112 * 352}
 TILES_FROM = 2e6  # pixels of the median image
-# Pixels of the input that the thinnest parts of masks need. Membranes of six pixels gained two to
-# three points of Dice in tiles over whole images, where they had three (docs/results.md).
+# Pixels of the input that the thinnest parts of masks need. Membranes of six pixels gained two
+# points of Dice in tiles, over whole images in which they had three (docs/results.md).
 THINNEST = 6.0
 LARGER = 4.0  # times as many pixels as the device takes well
 Size = tuple[int, int]  # height, width
