@@ -7,8 +7,8 @@ import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import bench
 import cv2
+import models
 import numpy as np
 import pandas as pd
 import pytest
@@ -257,7 +257,7 @@ def test_smp_reads_the_folder_of_a_model_with_a_head_for_presence(tmp_path):
 def few(tmp_path_factory):
     """Four pairs."""
     root = tmp_path_factory.mktemp("few")
-    bench.draw_pairs(root)
+    models.draw_pairs(root)
     return root
 
 

@@ -38,8 +38,8 @@ STRANGERS = [  # wings that do not know each other
 SCRIPTS = ("train.py", "infer.py")
 # not on Kaggle
 TOOLS = (
-    "kernel demo bench reports field peers rivals rivals_ultralytics rivals_nnunet moves rehearse "
-    "hidden"
+    "kernel demo bench reports models field peers rivals rivals_ultralytics rivals_nnunet moves "
+    "rehearse hidden"
 )
 AT_HOME = [f"tools/{name}.py" for name in TOOLS.split()]
 
@@ -144,7 +144,7 @@ def test_help_and_a_mistyped_flag_do_not_wait_for_torch(script, flags):
 @pytest.mark.parametrize("file", [*WING, *AT_HOME])
 def test_files_and_functions_are_short(file):
     lines = (KIT / file).read_text().splitlines()
-    assert len(lines) <= {"train.py": 500, "tools/bench.py": 750}.get(file, 600)
+    assert len(lines) <= {"train.py": 500}.get(file, 600)
     for node in ast.walk(parse(file)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno + 1 <= 45, node.name

@@ -1,4 +1,4 @@
-"""What bench.py does with numbers: variants in turn, tables, bench_NAME.json."""
+"""What bench.py does with numbers: variants in turn, seconds, tables, bench_NAME.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,14 @@ def write_report(name: str, **measured: Any) -> None:
 def this_call() -> str:
     """The command and its flags."""
     return " ".join(sys.argv[1:])
+
+
+def seconds_of(work: Callable, device: str) -> float:
+    """How long a piece of work takes, on the device too."""
+    import torch
+
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
