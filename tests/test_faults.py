@@ -607,6 +607,7 @@ from kit.training import callbacks
 rank_zero_only.rank = rank = int(os.environ["RANK"])  # was read when Lightning was loaded
 if rank == 1:
     train.images.write_image = None  # two that write one file fail now and then
+    callbacks.writable_folder = callbacks.write_file = None
 step, steps = train.SegmentationModule.training_step, []
 def training_step(self, batch, index):
     steps.append(1)

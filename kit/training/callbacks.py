@@ -297,24 +297,25 @@ class TrainingCallback(pl.Callback):
     def prepare_out(self) -> None:
         """Make the folder; an earlier run in it that is not resumed is renamed, never overwritten.
 
-        Brings along the model of a run that is resumed from elsewhere.
+        Brings along the model of a run that is resumed from elsewhere. Only the first process
+        writes.
         """
-        first = rank_zero_only.rank == 0
-        if self.reasons and first:
+        if rank_zero_only.rank:
+            return
+        if self.reasons:
             title = "RESUMING" if self.checkpoint else "STARTING OVER"
             folder = resume.set_aside(self.root)
             last = folder / self.out.relative_to(self.root) / "last.ckpt"
             kept = f"The earlier run is kept in {folder}; --resume {last} resumes it"
             print(f"{title}: {'; '.join(self.reasons)}. {kept}", flush=True)
         writable_folder(self.out)
-        if first:
-            resume.lock_folder(self.root)
+        resume.lock_folder(self.root)
         if self.checkpoint and self.checkpoint.parent.resolve() != self.out.resolve():
             model = self.checkpoint.with_name("model.pt")
             if model.exists():
                 write_file(self.out / "model.pt", model.read_bytes())
             self.log_version = None  # of a logger's files that are elsewhere
-        if first and self.settings.get("logger", "none") != "none":
+        if self.settings.get("logger", "none") != "none":
             self.run_log = RunLog(self.out, self.settings, self.log_version)
 
     def nothing_to_train(self) -> str:
