@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from kit.cli import check_fields
 from kit.errors import UserError, first_five
 
-VERSION = "1.1.0"  # of the kit, see CHANGELOG.md; a model.pt has that which wrote it
+VERSION = "1.1.1"  # of the kit, see CHANGELOG.md; a model.pt has that which wrote it
 
 # Settings of train.py that --config does not replay: where a run is written, and its machine
 NOT_REPLAYED = (
