@@ -206,10 +206,15 @@ def find_example(answers: Table, public: bool) -> tuple[Path, bool]:
     return example, renamed
 
 
+def other_tables(folder: Path, sample: Path) -> list[Path]:
+    """The csv files of a folder but the sample, sorted."""
+    return [path for path in list_tables(folder) if path != sample]
+
+
 def read_others(sample: Path, images: list[Path]) -> list[Table]:
     """The other csv files next to the sample that have rows of these images."""
     tables = []
-    for path in set(list_tables(sample.parent)) - {sample}:
+    for path in other_tables(sample.parent, sample):
         with contextlib.suppress(UserError):  # it stays as it is
             tables.append(read_ids(path, images))
     return [table for table in tables if any(table.images)]
@@ -232,7 +237,7 @@ def draw_images(
 def forms_of_masks(data: Path, sample: Table, column: int) -> tuple[bool, str]:
     """Whether an image has a row for each object in the csv of the training, and their order."""
     titles = [title for place, title in enumerate(sample.header) if place != column]
-    for path in set(list_tables(data)) - {sample.path}:
+    for path in other_tables(data, sample.path):
         with contextlib.suppress(UserError):  # of a csv that has nothing to do with masks
             header, numbered = read_table(path)
             rows = list(numbered.values())
