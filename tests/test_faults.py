@@ -215,6 +215,18 @@ def test_the_same_command_is_said_to_resume_only_where_it_does(tmp_path, choice)
     assert run.describe_end() == f"the same command{flag} resumes"
 
 
+def test_every_process_knows_that_a_finished_run_is_resumed(tmp_path):
+    """Also before the first one has copied its model, or where another host has the copy."""
+    earlier, settings = tmp_path / "earlier", {"lr": 1e-3, "devices": 2}
+    earlier.mkdir()
+    (earlier / "model.pt").touch()
+    clock, out = callbacks.Clock(1, 0, 0.0), tmp_path / "out"
+    run = callbacks.TrainingCallback(out, out, clock, settings, pd.DataFrame())
+    assert run.nothing_to_train() == ""
+    run.checkpoint, run.rows = earlier / "last.ckpt", [{"epoch": 1}]
+    assert run.nothing_to_train().startswith("NOTHING WAS TRAINED")
+
+
 # --------------------------------------------------------------------------------------------------
 #  Starved
 # --------------------------------------------------------------------------------------------------

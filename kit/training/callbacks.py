@@ -319,8 +319,12 @@ class TrainingCallback(pl.Callback):
             self.run_log = RunLog(self.out, self.settings, self.log_version)
 
     def nothing_to_train(self) -> str:
-        """A message where the run that is resumed has used up its epochs or minutes, else ""."""
-        if not (self.clock.finished(len(self.rows)) and (self.out / "model.pt").exists()):
+        """A message where the run that is resumed has used up its epochs or minutes, else "".
+
+        The same in every process: it asks for the resumed run's model, not for the first's copy.
+        """
+        finished = self.checkpoint and self.clock.finished(len(self.rows))
+        if not (finished and self.checkpoint.with_name("model.pt").exists()):
             return ""
         remedy = "for more raise --epochs or --max_minutes, to start over --resume none"
         return f"NOTHING WAS TRAINED: {self.checkpoint} is finished; {remedy}\n"
